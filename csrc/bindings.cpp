@@ -1,0 +1,151 @@
+// The only file with pybind11: check, release the GIL, call.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "api.h"
+#include "check.h"
+#include "philox.h"
+#include "thread_pool.h"
+
+namespace py = pybind11;
+
+namespace flame {
+namespace {
+
+std::vector<std::string> isas(bool (*accept)(Isa)) {
+    std::vector<std::string> names;
+    for (int i = 0; i < kNumIsas; ++i) {
+        if (accept(static_cast<Isa>(i))) names.emplace_back(isa_name(static_cast<Isa>(i)));
+    }
+    return names;
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = FLAME_VERSION;
+    info["compiler"] = FLAME_COMPILER;
+    info["build_type"] = FLAME_BUILD_TYPE;
+    info["sanitize"] = FLAME_SANITIZE;
+#if defined(FLAME_HAVE_CUDA)
+    info["cuda_archs"] = FLAME_CUDA_ARCHS;
+    info["cuda_toolkit"] = FLAME_CUDA_TOOLKIT;
+#else
+    info["cuda_archs"] = "";
+    info["cuda_toolkit"] = "";
+#endif
+    return info;
+}
+
+std::vector<std::string> cuda_devices() {
+    std::vector<std::string> devices;
+#if defined(FLAME_HAVE_CUDA)
+    for (int i = 0; i < cuda_device_count(); ++i) {
+        char name[256];
+        int major = 0;
+        int minor = 0;
+        cuda_device_name(i, name, sizeof(name), &major, &minor);
+        devices.push_back(concat(name, " (sm_", major, minor, ")"));
+    }
+#endif
+    return devices;
+}
+
+// --- Random numbers
+// -------------------------------------------------------------------------------
+
+using Words = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
+
+py::array_t<uint32_t> philox4x32(const Words& counter, const Words& key) {
+    check(counter.ndim() == 2 && counter.shape(1) == 4 && key.ndim() == 2 && key.shape(1) == 2 &&
+              key.shape(0) == counter.shape(0),
+          "philox4x32 needs counters (n, 4) and as many keys (n, 2)");
+    py::array_t<uint32_t> out({counter.shape(0), py::ssize_t{4}});
+    auto words = out.mutable_unchecked<2>();
+    const auto c = counter.unchecked<2>();
+    const auto k = key.unchecked<2>();
+    for (py::ssize_t i = 0; i < counter.shape(0); ++i) {
+        const PhiloxBlock block =
+            philox4x32_10({{c(i, 0), c(i, 1), c(i, 2), c(i, 3)}}, k(i, 0), k(i, 1));
+        for (int j = 0; j < 4; ++j) words(i, j) = block.v[j];
+    }
+    return out;
+}
+
+void check_draws(int64_t n) {
+    check(n >= 0, "n is ", n, "; it must not be negative");
+}
+
+py::array_t<uint32_t> philox_bits(uint64_t seed, uint64_t stream, uint64_t offset, int64_t n) {
+    check_draws(n);
+    py::array_t<uint32_t> out(n);
+    uint32_t* data = out.mutable_data();
+    for (int64_t i = 0; i < n; ++i) {
+        data[i] = philox_block(seed, stream, offset + static_cast<uint64_t>(i) / 4).v[i % 4];
+    }
+    return out;
+}
+
+py::array_t<float> philox_uniform(uint64_t seed, uint64_t stream, uint64_t offset, int64_t n) {
+    const py::array_t<uint32_t> bits = philox_bits(seed, stream, offset, n);
+    py::array_t<float> out(n);
+    for (int64_t i = 0; i < n; ++i) out.mutable_data()[i] = uniform_from_bits(bits.data()[i]);
+    return out;
+}
+
+py::array_t<float> philox_normal(uint64_t seed, uint64_t stream, uint64_t offset, int64_t n) {
+    check_draws(n);
+    py::array_t<float> out(n);
+    fill_normal(seed, stream, offset, 0, static_cast<uint64_t>(n), out.mutable_data());
+    return out;
+}
+
+#if defined(FLAME_HAVE_CUDA)
+// Device pointers and streams cross as integers: no dependency on any tensor library.
+template <typename Out, void (*fill)(const PhiloxKey&, int64_t, Out*, void*)>
+void cuda_fill(uint64_t seed, uint64_t stream, uint64_t offset, int64_t n, uintptr_t out,
+               uintptr_t cuda_stream) {
+    check_draws(n);
+    check(out != 0 || n == 0, "the output pointer is null");
+    const py::gil_scoped_release release;
+    fill({seed, stream, offset}, n, reinterpret_cast<Out*>(out),
+         reinterpret_cast<void*>(cuda_stream));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "Native kernels of flame_ext; use them through the package's Python functions.";
+
+    m.def("build_info", &build_info);
+    m.def("isa_compiled", [] { return isas(&isa_compiled); });
+    m.def("isa_supported", [] { return isas(&isa_supported); });
+    m.def("isa_active", [] { return isa_name(isa_active()); });
+    m.def("set_isa", &set_isa, py::arg("name"));
+    m.def("num_threads", &num_threads);
+    m.def("set_num_threads", &set_num_threads, py::arg("n"));
+    m.def("cuda_devices", &cuda_devices);
+
+    m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
+    m.def("philox_bits", &philox_bits, py::arg("seed"), py::arg("stream"), py::arg("offset"),
+          py::arg("n"));
+    m.def("philox_uniform", &philox_uniform, py::arg("seed"), py::arg("stream"), py::arg("offset"),
+          py::arg("n"));
+    m.def("philox_normal", &philox_normal, py::arg("seed"), py::arg("stream"), py::arg("offset"),
+          py::arg("n"));
+#if defined(FLAME_HAVE_CUDA)
+    m.def("cuda_philox_bits", &cuda_fill<uint32_t, &cuda_philox_bits>, py::arg("seed"),
+          py::arg("stream"), py::arg("offset"), py::arg("n"), py::arg("out"),
+          py::arg("cuda_stream"));
+    m.def("cuda_philox_normal", &cuda_fill<float, &cuda_philox_normal>, py::arg("seed"),
+          py::arg("stream"), py::arg("offset"), py::arg("n"), py::arg("out"),
+          py::arg("cuda_stream"));
+#endif
+}
+
+}  // namespace flame

@@ -1,0 +1,215 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+
+namespace flame {
+namespace {
+
+constexpr int kMaxThreads = 256;
+// Workers poll this often before they sleep: about 10-20 us, the gap between two kernels of one
+// step.
+constexpr int kSpins = 4000;
+
+inline void cpu_pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+int env_threads(const char* name) {
+    const char* text = std::getenv(name);
+    if (text == nullptr) return 0;
+    char* end = nullptr;
+    const long value = std::strtol(text, &end, 10);
+    return end != text && value >= 1 && value <= kMaxThreads ? static_cast<int>(value) : 0;
+}
+
+// FLAME_EXT_NUM_THREADS, else OMP_NUM_THREADS (as torch and BLAS), else the CPUs we may run on.
+int default_threads() {
+    for (const char* name : {"FLAME_EXT_NUM_THREADS", "OMP_NUM_THREADS"}) {
+        if (const int n = env_threads(name)) return n;
+    }
+    int n = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) n = CPU_COUNT(&set);
+#endif
+    return std::clamp(n, 1, kMaxThreads);
+}
+
+struct Job {
+    ChunkFn fn = nullptr;
+    void* context = nullptr;
+    int64_t n = 0;
+    int chunks = 0;
+
+    void run(int chunk) const {
+        const int64_t begin = n * chunk / chunks;
+        const int64_t end = n * (chunk + 1) / chunks;
+        if (begin < end) fn(context, begin, end);
+    }
+};
+
+class Pool {
+  public:
+    explicit Pool(int workers) {
+        threads_.reserve(static_cast<size_t>(workers));
+        for (int i = 0; i < workers; ++i) threads_.emplace_back([this, i] { work(i + 1); });
+    }
+
+    ~Pool() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_.store(true);
+        }
+        wake_.notify_all();
+        for (auto& thread : threads_) thread.join();
+    }
+
+    int workers() const { return static_cast<int>(threads_.size()); }
+
+    // job.chunks - 1 <= workers(); the caller runs chunk 0.
+    void run(const Job& job) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            job_ = job;
+            error_ = nullptr;
+            pending_.store(workers(), std::memory_order_relaxed);
+            generation_.fetch_add(1, std::memory_order_release);
+        }
+        wake_.notify_all();
+        run_chunk(job, 0);
+        // Wait for every worker, also those without a chunk: job_ must not change under them.
+        while (pending_.load(std::memory_order_acquire) != 0) wait_step();
+        if (error_) std::rethrow_exception(error_);
+    }
+
+  private:
+    void wait_step() {
+        for (int i = 0; i < kSpins; ++i) {
+            if (pending_.load(std::memory_order_acquire) == 0) return;
+            cpu_pause();
+        }
+        std::this_thread::yield();
+    }
+
+    void run_chunk(const Job& job, int chunk) {
+        try {
+            job.run(chunk);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (!error_) error_ = std::current_exception();
+        }
+    }
+
+    void work(int id);
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::vector<std::thread> threads_;
+    Job job_;
+    std::exception_ptr error_;
+    std::atomic<uint64_t> generation_{0};
+    std::atomic<int> pending_{0};
+    std::atomic<bool> stop_{false};
+};
+
+thread_local bool inside_pool = false;
+
+void Pool::work(int id) {
+    inside_pool = true;
+    uint64_t seen = 0;
+    for (;;) {
+        for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) {
+            cpu_pause();
+        }
+        Job job;
+        {
+            std::unique_lock<std::mutex> lock(mutex_);
+            wake_.wait(lock, [&] { return stop_ || generation_.load() != seen; });
+            if (stop_) return;
+            seen = generation_.load();
+            job = job_;
+        }
+        if (id < job.chunks) run_chunk(job, id);
+        pending_.fetch_sub(1, std::memory_order_release);
+    }
+}
+
+struct State {
+    std::mutex use;
+    std::unique_ptr<Pool> pool;
+};
+
+// Never destroyed: at exit workers may still wait, and the process takes them along. After fork the
+// child holds no worker threads, so it starts from a fresh state and leaks the parent's.
+std::atomic<State*> state{nullptr};
+std::atomic<int> wanted{0};
+
+void start_afresh() {
+    state.store(new State);
+    inside_pool = false;
+}
+
+State& current_state() {
+    static const bool installed = [] {
+        start_afresh();
+        pthread_atfork(nullptr, nullptr, start_afresh);
+        return true;
+    }();
+    (void)installed;
+    return *state.load();
+}
+
+}  // namespace
+
+int num_threads() {
+    int n = wanted.load();
+    if (n == 0) {
+        int expected = 0;
+        wanted.compare_exchange_strong(expected, default_threads());
+        n = wanted.load();
+    }
+    return n;
+}
+
+void set_num_threads(int n) {
+    check(n >= 1 && n <= kMaxThreads, "the number of threads is ", n, "; it must be from 1 to ",
+          kMaxThreads);
+    wanted.store(n);
+}
+
+void parallel_for_raw(int64_t n, int64_t grain, ChunkFn fn, void* context) {
+    if (n <= 0) return;
+    const int threads = num_threads();
+    const int chunks = static_cast<int>(
+        std::min<int64_t>(threads, std::max<int64_t>(1, n / std::max<int64_t>(grain, 1))));
+    if (chunks == 1 || inside_pool) return fn(context, 0, n);
+    State& s = current_state();
+    std::unique_lock<std::mutex> lock(s.use, std::try_to_lock);
+    if (!lock.owns_lock()) return fn(context, 0, n);
+    if (!s.pool || s.pool->workers() != threads - 1) {
+        s.pool.reset();
+        s.pool = std::make_unique<Pool>(threads - 1);
+    }
+    struct Nested {
+        Nested() { inside_pool = true; }
+        ~Nested() { inside_pool = false; }
+    } nested;
+    s.pool->run({fn, context, n, chunks});
+}
+
+}  // namespace flame

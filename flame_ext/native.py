@@ -1,0 +1,170 @@
+"""What the native module can do on this machine: build, instruction sets, threads, CUDA.
+
+Imports neither torch nor the native module at import time, so a broken build can still be reported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+BackendName = Literal["torch", "cpu", "cuda"]
+
+
+def load_core() -> ModuleType:
+    """Return ``flame_ext._core``.
+
+    Raises:
+        ImportError: The module is missing or does not load; the text says why and what to do.
+    """
+    try:
+        return importlib.import_module("flame_ext._core")
+    except ImportError as error:
+        raise ImportError(
+            f"the native module flame_ext._core does not load ({error}). Install the package with "
+            "`pip install .` from its root and run outside of the source tree (a directory "
+            "'flame_ext' in the current directory hides the installed one under `python -m`), "
+            "or choose backend='torch'."
+        ) from error
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """The report behind ``flame_ext.backend_info()`` and ``flame-ext info``.
+
+    Attributes:
+        version: Version of the package.
+        native: Whether the native module loads.
+        native_error: Why it does not, or an empty string.
+        compiler: C++ compiler that built it.
+        build_type: CMake build type, with the sanitizers if any.
+        isas_compiled: Instruction sets in the build, in rising order.
+        isas_supported: Those which this machine can run.
+        isa: The one in use (``FLAME_EXT_ISA`` overrides the choice).
+        threads: Threads that the native kernels may use.
+        cuda_archs: Architectures in the build, empty without CUDA.
+        cuda_toolkit: Version of nvcc, empty without CUDA.
+        cuda_devices: Devices that the native module sees.
+        torch_version: Installed torch, or an empty string.
+        auto_backend: What ``backend="auto"`` picks.
+        auto_reason: Why.
+    """
+
+    version: str
+    native: bool
+    native_error: str
+    compiler: str
+    build_type: str
+    isas_compiled: tuple[str, ...]
+    isas_supported: tuple[str, ...]
+    isa: str
+    threads: int
+    cuda_archs: str
+    cuda_toolkit: str
+    cuda_devices: tuple[str, ...]
+    torch_version: str
+    auto_backend: BackendName
+    auto_reason: str
+
+    def __str__(self) -> str:
+        if self.native:
+            native = f"{self.compiler}, {self.build_type}"
+            isa = f"{self.isa} (supported {_join(self.isas_supported)}; "
+            isa += f"compiled {_join(self.isas_compiled)})"
+            threads = str(self.threads)
+        else:
+            native, isa, threads = f"missing: {self.native_error}", "-", "-"
+        cuda = "not in this build"
+        if self.cuda_toolkit:
+            cuda = f"toolkit {self.cuda_toolkit}, {self.cuda_archs}; "
+            cuda += f"devices: {_join(self.cuda_devices)}"
+        rows = [
+            ("flame_ext", self.version),
+            ("native module", native),
+            ("instructions", isa),
+            ("threads", threads),
+            ("CUDA", cuda),
+            ("torch", self.torch_version or "not installed"),
+            ("auto backend", f"{self.auto_backend} ({self.auto_reason})"),
+        ]
+        return "\n".join(f"{name:<14} {value}" for name, value in rows)
+
+
+def _join(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if names else "none"
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def auto_backend() -> tuple[BackendName, str]:
+    """Return the backend that ``"auto"`` stands for on this machine, and the reason.
+
+    The order is cuda, cpu, torch: the first that this build and this machine have.
+    """
+    try:
+        core = load_core()
+    except ImportError as error:
+        return "torch", str(error)
+    if core.cuda_devices():
+        return "cuda", f"CUDA build and {core.cuda_devices()[0]}"
+    if core.build_info()["cuda_toolkit"]:
+        return "cpu", "native CPU kernels; the build has CUDA, but no device is visible"
+    return "cpu", "native CPU kernels; the build has no CUDA"
+
+
+def backend_info() -> BackendInfo:
+    """Describe the build and the machine.
+
+    Raises:
+        ValueError: ``FLAME_EXT_ISA`` names an instruction set that is unknown or unsupported here.
+    """
+    version = _installed_version("flame_ext")
+    torch_version = _installed_version("torch")
+    auto, reason = auto_backend()
+    try:
+        core = load_core()
+    except ImportError as error:
+        return BackendInfo(
+            version=version,
+            native=False,
+            native_error=str(error),
+            compiler="",
+            build_type="",
+            isas_compiled=(),
+            isas_supported=(),
+            isa="",
+            threads=0,
+            cuda_archs="",
+            cuda_toolkit="",
+            cuda_devices=(),
+            torch_version=torch_version,
+            auto_backend=auto,
+            auto_reason=reason,
+        )
+    build = core.build_info()
+    sanitize = f" with {build['sanitize']} sanitizers" if build["sanitize"] else ""
+    return BackendInfo(
+        version=version,
+        native=True,
+        native_error="",
+        compiler=build["compiler"],
+        build_type=build["build_type"] + sanitize,
+        isas_compiled=tuple(core.isa_compiled()),
+        isas_supported=tuple(core.isa_supported()),
+        isa=core.isa_active(),
+        threads=core.num_threads(),
+        cuda_archs=build["cuda_archs"],
+        cuda_toolkit=build["cuda_toolkit"],
+        cuda_devices=tuple(core.cuda_devices()),
+        torch_version=torch_version,
+        auto_backend=auto,
+        auto_reason=reason,
+    )

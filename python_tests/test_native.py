@@ -1,0 +1,107 @@
+"""The build report, the choice of instruction set, threads, and what importing pulls in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import flame_ext
+from flame_ext import _core, native
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that sees the installed package only."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        cwd=os.path.sep,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_native_module_is_the_one_in_use():
+    info = flame_ext.backend_info()
+    assert info.native
+    assert info.auto_backend in ("cpu", "cuda")
+    assert info.isa == _core.isa_active()
+
+
+def test_report_names_the_build():
+    info = flame_ext.backend_info()
+    text = str(info)
+    for part in (info.version, info.compiler, info.isa, info.auto_reason):
+        assert part
+        assert part in text
+
+
+def test_report_without_native_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flame_ext._core", None)
+    info = native.backend_info()
+    assert not info.native
+    assert info.auto_backend == "torch"
+    assert "pip install" in str(info)
+
+
+def test_generic_is_always_there_and_order_rises():
+    assert _core.isa_supported()[0] == "generic"
+    assert set(_core.isa_supported()) <= set(_core.isa_compiled())
+
+
+def test_set_isa(isa):
+    assert _core.isa_active() == isa
+
+
+def test_set_isa_refuses_unknown_names():
+    with pytest.raises(ValueError, match="'sse9', which is not an instruction set; choose one of"):
+        _core.set_isa("sse9")
+
+
+@pytest.mark.parametrize("name", _core.isa_supported())
+def test_environment_chooses_the_instruction_set(name):
+    result = run_python(
+        "from flame_ext import _core; print(_core.isa_active())", FLAME_EXT_ISA=name
+    )
+    assert result.stdout.strip() == name
+
+
+def test_environment_with_a_wrong_instruction_set_is_an_error():
+    result = run_python("import flame_ext; flame_ext.backend_info()", FLAME_EXT_ISA="neon")
+    assert result.returncode != 0
+    assert "ValueError: FLAME_EXT_ISA is 'neon'" in result.stderr
+
+
+@pytest.mark.skipif("avx512" in _core.isa_supported(), reason="this machine has AVX-512")
+def test_unsupported_instruction_set_is_an_error():
+    with pytest.raises(ValueError, match=r"'avx512', which this .* choose one of: generic"):
+        _core.set_isa("avx512")
+
+
+def test_number_of_threads():
+    before = _core.num_threads()
+    _core.set_num_threads(3)
+    assert _core.num_threads() == 3
+    _core.set_num_threads(before)
+    with pytest.raises(ValueError, match="number of threads is 0"):
+        _core.set_num_threads(0)
+
+
+def test_number_of_threads_from_the_environment():
+    code = "from flame_ext import _core; print(_core.num_threads())"
+    env = {"OMP_NUM_THREADS": "2"}
+    assert run_python(code, **env, FLAME_EXT_NUM_THREADS="5").stdout.strip() == "5"
+    assert run_python(code, **env, FLAME_EXT_NUM_THREADS="").stdout.strip() == "2"
+
+
+def test_import_and_report_need_no_torch():
+    code = (
+        "import sys, flame_ext; flame_ext.backend_info(); "
+        "print([m for m in ('torch', 'gymnasium', 'matplotlib') if m in sys.modules])"
+    )
+    result = run_python(code)
+    assert result.stdout.strip() == "[]", result.stderr
