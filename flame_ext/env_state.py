@@ -1,0 +1,180 @@
+"""Capture and restore the inside of one environment, for resuming bit-equal to never stopping.
+
+Gymnasium has no such interface, so this module takes an environment apart: its wrappers, its
+random generator, its plain attributes and, for MuJoCo, the simulator's own state. It returns None
+rather than a guess for anything it does not know completely; a resumed run then starts new
+episodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import wrappers
+from numpy.typing import NDArray
+
+Environment = gymnasium.Env[Any, Any]
+
+# Wrappers that keep nothing from one step to the next but the counter of TimeLimit.
+_KNOWN_WRAPPERS = (
+    wrappers.ClipAction,
+    wrappers.FlattenObservation,
+    wrappers.OrderEnforcing,
+    wrappers.PassiveEnvChecker,
+    wrappers.RescaleAction,
+    wrappers.RescaleObservation,
+    wrappers.TimeLimit,
+)
+
+# Attributes of a Gymnasium environment that no step changes, or that are handled by themselves.
+_CONSTANT_ATTRIBUTES = frozenset(
+    {
+        "_ezpickle_args",
+        "_ezpickle_kwargs",
+        "_np_random",
+        "action_space",
+        "data",
+        "fullpath",
+        "metadata",
+        "model",
+        "mujoco_renderer",
+        "observation_space",
+        "observation_structure",
+        "spec",
+    }
+)
+
+# What MuJoCo derives in a step and environments read at the start of the next one, when it is
+# still stale by one substep (Humanoid's centre of mass): recomputing it would change the reward.
+_MUJOCO_DERIVED = (
+    "actuator_force",
+    "cacc",
+    "cfrc_ext",
+    "cfrc_int",
+    "cinert",
+    "cvel",
+    "geom_xmat",
+    "geom_xpos",
+    "qacc",
+    "qfrc_actuator",
+    "qfrc_constraint",
+    "sensordata",
+    "site_xmat",
+    "site_xpos",
+    "subtree_com",
+    "ten_length",
+    "ximat",
+    "xipos",
+    "xmat",
+    "xpos",
+    "xquat",
+)
+
+
+@dataclass(frozen=True)
+class EnvState:
+    """State of one or several environments as plain data.
+
+    Attributes:
+        arrays: Numpy arrays by name (any shape, any numeric type).
+        meta: JSON-serialisable values (integers may exceed 64 bits).
+    """
+
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def capture_env(env: Environment) -> EnvState | None:
+    """Copy everything that decides how ``env`` goes on, or return None if that cannot be known.
+
+    Known are MuJoCo environments and environments whose attributes are all numbers, texts, tuples
+    of those, arrays or spaces, inside wrappers without a memory.
+    """
+    state = EnvState()
+    layer = env
+    while isinstance(layer, gymnasium.Wrapper):
+        if type(layer) not in _KNOWN_WRAPPERS:
+            return None
+        if isinstance(layer, wrappers.TimeLimit):
+            # Private, but TimeLimit offers nothing public to read or set its counter.
+            state.meta["elapsed_steps"] = layer._elapsed_steps
+        layer = layer.env
+    state.meta["bit_generator"] = layer.np_random.bit_generator.state
+    if not _capture_attributes(layer, state):
+        return None
+    if _is_mujoco(layer):
+        _capture_mujoco(layer, state)
+    return state
+
+
+def restore_env(env: Environment, state: EnvState) -> None:
+    """Put the state from ``capture_env`` into ``env``, which must be built alike and reset once."""
+    layer = env
+    while isinstance(layer, gymnasium.Wrapper):
+        if isinstance(layer, wrappers.TimeLimit):
+            layer._elapsed_steps = state.meta["elapsed_steps"]
+        layer = layer.env
+    layer.np_random.bit_generator.state = state.meta["bit_generator"]
+    for name, value in state.meta["attributes"].items():
+        setattr(layer, name, tuple(value) if isinstance(value, list) else value)
+    for name, array in state.arrays.items():
+        kind, _, key = name.partition("/")
+        if kind == "attribute":
+            # A numpy scalar is kept as an array without dimensions; [()] gives it back.
+            setattr(layer, key, array.copy() if array.ndim else array[()])
+    if _is_mujoco(layer):
+        _restore_mujoco(layer, state)
+
+
+def _capture_attributes(env: Environment, state: EnvState) -> bool:
+    """Store the plain attributes of ``env``; False if some attribute is not plain."""
+    plain: dict[str, Any] = {}
+    for name, value in vars(env).items():
+        if name in _CONSTANT_ATTRIBUTES:
+            continue
+        if isinstance(value, np.ndarray | np.generic):
+            array = np.array(value)
+            if array.dtype.kind not in "biuf":
+                return False
+            state.arrays[f"attribute/{name}"] = array
+        elif _is_plain(value):
+            plain[name] = value
+        elif not isinstance(value, gymnasium.Space):
+            return False
+    state.meta["attributes"] = plain
+    return True
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(item) and not isinstance(item, tuple) for item in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _is_mujoco(env: Environment) -> bool:
+    """Whether ``env`` runs a MuJoCo simulation, without importing mujoco for those that do not."""
+    data = getattr(env, "data", None)
+    return type(data).__name__ == "MjData" and type(data).__module__.startswith("mujoco")
+
+
+def _capture_mujoco(env: Any, state: EnvState) -> None:
+    import mujoco
+
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    integration = np.empty(mujoco.mj_stateSize(env.model, kind))
+    mujoco.mj_getState(env.model, env.data, integration, kind)
+    state.arrays["mujoco/integration"] = integration
+    for name in _MUJOCO_DERIVED:
+        state.arrays[f"mujoco/{name}"] = np.array(getattr(env.data, name))
+
+
+def _restore_mujoco(env: Any, state: EnvState) -> None:
+    import mujoco
+
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    mujoco.mj_setState(env.model, env.data, state.arrays["mujoco/integration"], kind)
+    for name in _MUJOCO_DERIVED:
+        getattr(env.data, name)[:] = state.arrays[f"mujoco/{name}"]

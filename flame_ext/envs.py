@@ -1,0 +1,227 @@
+"""Environments: anything a user has, turned into one checked handle that the loop steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import gymnasium
+from gymnasium import spaces, wrappers
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from flame_ext import multigoal as _multigoal  # noqa: F401  (registers flame_ext/MultiGoal-v0)
+from flame_ext.env_handle import (
+    SAME_STEP_RECIPE,
+    StepResult,
+    VectorEnvHandle,
+    check_action_space,
+    check_observation_space,
+    describe,
+)
+from flame_ext.env_state import Environment, EnvState
+from flame_ext.errors import EnvironmentDataError, nearest_hint
+
+__all__ = [
+    "EnvFactory",
+    "EnvLike",
+    "EnvState",
+    "EnvironmentDataError",
+    "StepResult",
+    "VectorEnvHandle",
+    "make_eval_env",
+    "make_vector_env",
+]
+
+EnvFactory: TypeAlias = Callable[[], Environment]
+EnvLike: TypeAlias = "str | Environment | VectorEnv[Any, Any, Any] | EnvFactory"
+
+
+def make_vector_env(
+    env: EnvLike, *, num_envs: int | None = None, seed: int = 0, parallel: bool = False
+) -> VectorEnvHandle:
+    """Turn an id, environment, vector environment or factory into a handle.
+
+    Args:
+        env: A registered id; one ``gymnasium.Env``; a ``gymnasium.vector.VectorEnv`` with
+            ``AutoresetMode.SAME_STEP``; or a function without arguments that makes one
+            ``gymnasium.Env``. Dict and Tuple observations are flattened.
+        num_envs: Environments to run. None: one, or as many as the vector environment has.
+        seed: Decides the environments' randomness from the first ``reset`` on.
+        parallel: Run every environment in a process of its own (an id or a factory only).
+
+    Raises:
+        ValueError: If the id is unknown, ``num_envs`` does not fit, the autoreset mode is
+            another one, or the spaces cannot be used (the text says what can).
+        TypeError: If ``env`` is none of these, or a factory returns something else.
+        ImportError: If the environment needs a package that is not installed.
+    """
+    if num_envs is not None and num_envs < 1:
+        raise ValueError(f"num_envs={num_envs} was given; it must be at least 1.")
+    if isinstance(env, VectorEnv):
+        _check_vector(env, num_envs, parallel)
+        return VectorEnvHandle(env, seed=seed)
+    if isinstance(env, gymnasium.Env):
+        if (num_envs or 1) > 1 or parallel:
+            raise ValueError(
+                f"One environment object was given with num_envs={num_envs}, parallel={parallel}; "
+                "one object is one environment in this process. Pass a factory such as "
+                "lambda: MyEnv() (or an id), or num_envs=1 and parallel=False."
+            )
+        # The object is used as it is; SyncVectorEnv would otherwise share it with nobody.
+        return VectorEnvHandle(_build_vector([lambda: env], parallel=False), seed=seed)
+    factory = _factory_of(env)
+    return VectorEnvHandle(_build_vector([factory] * (num_envs or 1), parallel=parallel), seed=seed)
+
+
+def make_eval_env(
+    env: EnvLike, *, seed: int = 0, render_mode: str | None = None
+) -> VectorEnvHandle:
+    """Build one separate environment of the same kind, for evaluation.
+
+    Args:
+        env: As for ``make_vector_env``. Objects are rebuilt from their Gymnasium spec, or copied.
+        seed: Decides the environment's randomness.
+        render_mode: ``"rgb_array"`` to use ``render`` (an id only).
+
+    Raises:
+        ValueError: If no second environment can be built from ``env``.
+    """
+    if isinstance(env, VectorEnv):
+        source: Environment | str = _single_of(env)
+    elif isinstance(env, str | gymnasium.Env):
+        source = env
+    else:
+        return VectorEnvHandle(_build_vector([_factory_of(env)], parallel=False), seed=seed)
+    if isinstance(source, str):
+        factory = _factory_of(source, **({"render_mode": render_mode} if render_mode else {}))
+    else:
+        twin = _twin_of(source)
+        factory = lambda: twin  # noqa: E731
+    return VectorEnvHandle(_build_vector([factory], parallel=False), seed=seed)
+
+
+def _factory_of(env: object, **kwargs: Any) -> EnvFactory:
+    """A function that makes one environment from an id or a user's factory."""
+    if isinstance(env, str):
+        _check_id(env)
+        return lambda: _make_by_id(env, **kwargs)
+    if not callable(env):
+        raise TypeError(
+            f"env is of type {type(env).__name__}; allowed are a registered id, a gymnasium.Env, a "
+            "gymnasium.vector.VectorEnv, or a function without arguments that makes one "
+            "gymnasium.Env."
+        )
+
+    def make() -> Environment:
+        made = env()
+        if not isinstance(made, gymnasium.Env):
+            raise TypeError(
+                f"The environment factory returned {type(made).__name__}; it must return one "
+                "gymnasium.Env, a new one at every call."
+            )
+        return made
+
+    return make
+
+
+def _build_vector(factories: list[EnvFactory], *, parallel: bool) -> VectorEnv[Any, Any, Any]:
+    """Vector environment with SAME_STEP autoreset and flat observations."""
+
+    def flat(factory: EnvFactory) -> EnvFactory:
+        def make() -> Environment:
+            env = factory()
+            check_observation_space(env.observation_space)
+            check_action_space(env.action_space)
+            if isinstance(env.observation_space, spaces.Box):
+                return env
+            return wrappers.FlattenObservation(env)
+
+        return make
+
+    makers = [flat(factory) for factory in factories]
+    if parallel:
+        return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    vector: VectorEnv[Any, Any, Any] = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    made = {id(env.unwrapped) for env in vector.envs}  # type: ignore[attr-defined]
+    if len(made) < len(factories):
+        raise ValueError(
+            "The environment factory returned the same object twice; it must make a new "
+            "environment at every call, for example lambda: MyEnv()."
+        )
+    return vector
+
+
+def _check_id(env_id: str) -> None:
+    """Raise for an id that is not registered, with the nearest one that is."""
+    if ":" in env_id or env_id in gymnasium.registry:
+        return  # "module:Name" registers on import, inside gymnasium.make.
+    names = list(gymnasium.registry)
+    if any(name.rpartition("-v")[0] == env_id for name in names):
+        return  # Without a version Gymnasium takes the newest one.
+    raise ValueError(
+        f"env={env_id!r} is not a registered Gymnasium id{nearest_hint(env_id, names)}. Allowed: "
+        "any id listed by gymnasium.pprint_registry(), or 'module:Name-v0' to import its module "
+        "first."
+    )
+
+
+def _make_by_id(env_id: str, **kwargs: Any) -> Environment:
+    try:
+        return gymnasium.make(env_id, **kwargs)
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ImportError(f"{env_id} needs a package that is not installed: {error}") from error
+    except gymnasium.error.Error as error:
+        raise ValueError(f"env={env_id!r} cannot be made: {error}") from error
+
+
+def _check_vector(vector: VectorEnv[Any, Any, Any], num_envs: int | None, parallel: bool) -> None:
+    mode = vector.metadata.get("autoreset_mode")
+    if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.value):
+        raise ValueError(
+            f"The vector environment's autoreset mode is {mode}; only AutoresetMode.SAME_STEP "
+            "gives the exact transition at an episode's end. Build it so, for example "
+            f"{SAME_STEP_RECIPE}, or pass the id or a factory with num_envs."
+        )
+    if num_envs not in (None, vector.num_envs):
+        raise ValueError(
+            f"num_envs={num_envs} was given with a vector environment of {vector.num_envs}; leave "
+            "num_envs out or make them equal."
+        )
+    if parallel:
+        raise ValueError(
+            "parallel=True was given with a vector environment, which decides that itself; pass "
+            "an id or a factory, or build a gymnasium.vector.AsyncVectorEnv."
+        )
+
+
+def _single_of(vector: VectorEnv[Any, Any, Any]) -> Environment | str:
+    """One environment (or id) to build an evaluation twin of a user's vector environment."""
+    base = vector.unwrapped
+    if isinstance(base, SyncVectorEnv):
+        return base.envs[0]
+    _, spec_id = describe(vector)
+    if spec_id is None:
+        raise ValueError(
+            f"No separate evaluation environment can be built from {vector}, which has no spec. "
+            "Pass an id or a factory with num_envs instead."
+        )
+    return spec_id
+
+
+def _twin_of(env: Environment) -> Environment:
+    """A second environment like ``env``: from its spec, else a deep copy."""
+    reasons = []
+    if env.spec is not None:
+        try:
+            return gymnasium.make(env.spec)
+        except Exception as error:  # User code: anything; the copy is tried next.
+            reasons.append(str(error))
+    try:
+        return copy.deepcopy(env)
+    except Exception as error:  # User code: anything; reported below.
+        reasons.append(str(error))
+    raise ValueError(
+        f"No separate evaluation environment can be built from {env}: {'; '.join(reasons)}. Pass "
+        "an id or a factory (lambda: MyEnv()) instead of an object."
+    )

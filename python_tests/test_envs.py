@@ -1,0 +1,444 @@
+"""Environments: exact transitions, action scaling, clear refusals, exact save and restore."""
+
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from flame_ext.env_state import EnvState
+from flame_ext.envs import EnvironmentDataError, make_eval_env, make_vector_env
+from flame_ext.multigoal import MultiGoalEnv
+
+SAME_STEP = {"vector_kwargs": {"autoreset_mode": AutoresetMode.SAME_STEP}}
+
+
+class Counter(gymnasium.Env):
+    """Counts its steps; ends after `length`; its reward is 10 * the count."""
+
+    def __init__(self, length=3, truncate=False, low=-1.0, high=1.0, poison=None):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = spaces.Box(low, high, (2,), np.float32)
+        self.length, self.truncate, self.poison = length, truncate, poison
+        self.count, self.episode = 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed, options=options)
+        self.count, self.episode = 0, self.episode + 1
+        return self._obs(), {}
+
+    def step(self, action):
+        self.action = np.array(action)
+        self.count += 1
+        done = self.count == self.length
+        obs, reward = self._obs(), 10.0 * self.count
+        if self.poison == "obs":
+            obs[1] = np.nan
+        elif self.poison == "overflow":
+            obs[0] = 1e300
+        elif self.poison == "reward":
+            reward = np.inf
+        elif self.poison == "final" and done:
+            obs[0] = -np.inf
+        return obs, reward, done and not self.truncate, done and self.truncate, {}
+
+    def _obs(self):
+        return np.array([self.count, self.episode], dtype=np.float64)
+
+
+class Spaced(gymnasium.Env):
+    """Only its spaces matter."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed, options=options)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert action.shape == self.action_space.shape
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+def box(*shape):
+    return spaces.Box(-1.0, 1.0, shape, np.float32)
+
+
+# Transitions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_the_transition_at_an_episodes_end_is_exact(truncate):
+    handle = make_vector_env(lambda: Counter(truncate=truncate), num_envs=2)
+    assert handle.reset().tolist() == [[0, 1], [0, 1]]
+    zero = np.zeros((2, 2), dtype=np.float32)
+    first, second, third = handle.step(zero), handle.step(zero), handle.step(zero)
+    assert first.next_obs.tolist() == first.obs.tolist() == [[1, 1], [1, 1]]
+    assert second.episode_returns == ()
+    assert third.next_obs.tolist() == [[3, 1], [3, 1]]
+    assert third.obs.tolist() == [[0, 2], [0, 2]]
+    assert third.terminated.tolist() == [not truncate] * 2
+    assert third.truncated.tolist() == [truncate] * 2
+    assert third.reward.tolist() == [30.0, 30.0]
+    assert third.episode_returns == (60.0, 60.0)
+    assert third.episode_lengths == (3, 3)
+    assert handle.step(zero).next_obs.tolist() == [[1, 2], [1, 2]]
+
+
+def test_environments_end_one_by_one():
+    lengths = iter([2, 3])
+    handle = make_vector_env(lambda: Counter(length=next(lengths)), num_envs=2)
+    handle.reset()
+    zero = np.zeros((2, 2), dtype=np.float32)
+    handle.step(zero)
+    second = handle.step(zero)
+    assert second.next_obs[:, 0].tolist() == [2, 2]
+    assert second.obs[:, 0].tolist() == [0, 2]
+    assert second.terminated.tolist() == [True, False]
+    assert (second.episode_returns, second.episode_lengths) == ((30.0,), (2,))
+
+
+def test_arrays_handed_out_are_copies():
+    handle = make_vector_env(Counter)
+    obs = handle.reset()
+    result = handle.step(np.zeros((1, 2)))
+    obs[:] = 99.0
+    result.obs[:] = 99.0
+    assert result.next_obs.tolist() == [[1.0, 1.0]]
+    assert handle.step(np.zeros((1, 2))).next_obs.tolist() == [[2.0, 1.0]]
+    assert result.obs.dtype == result.reward.dtype == np.float32
+
+
+def test_seeds_decide_everything_and_differ_between_environments():
+    rows = [make_vector_env("Pendulum-v1", num_envs=3, seed=s).reset() for s in (5, 5, 6)]
+    assert np.array_equal(rows[0], rows[1])
+    # Not seed + index: neighbouring seeds share no environment.
+    assert len(np.unique(np.concatenate([rows[0], rows[2]]), axis=0)) == 6
+    handle = make_vector_env("Pendulum-v1", num_envs=3, seed=1)
+    assert np.array_equal(handle.reset(seed=5), rows[0])
+
+
+# Actions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-2.0, 6.0), (0.0, 0.5), (-0.4, 0.4)])
+def test_actions_are_scaled_to_any_box(low, high):
+    env = Counter(low=low, high=high)
+    handle = make_vector_env(env)
+    handle.reset()
+    for unit in (-1.0, -0.3, 0.0, 1.0):
+        handle.step(np.full((1, 2), unit, dtype=np.float32))
+        assert env.action == pytest.approx(low + (unit + 1.0) / 2.0 * (high - low), abs=1e-6)
+        assert env.action_space.contains(env.action)
+    handle.step(np.full((1, 2), 1.0 + 1e-6))
+    assert env.action_space.contains(env.action)
+    assert handle.action_low.tolist() == [np.float32(low)] * 2
+    assert handle.action_high.tolist() == [np.float32(high)] * 2
+
+
+def test_unit_box_actions_pass_without_rounding():
+    env = Counter()
+    handle = make_vector_env(env)
+    handle.reset()
+    action = np.random.default_rng(0).uniform(-1, 1, (1, 2)).astype(np.float32)
+    handle.step(action)
+    assert np.array_equal(env.action, action[0])
+
+
+@pytest.mark.parametrize(
+    ("action", "named"),
+    [
+        (np.zeros((2, 2)), r"\(2, 2\)"),
+        (np.zeros(2), r"\(2,\)"),
+        (np.full((1, 2), np.nan), "not finite"),
+    ],
+)
+def test_bad_actions_are_refused(action, named):
+    handle = make_vector_env(Counter)
+    handle.reset()
+    with pytest.raises(ValueError, match=named):
+        handle.step(action)
+
+
+# What can be given ------------------------------------------------------------------------------
+
+
+def test_an_id_an_object_a_vector_and_a_factory_all_work():
+    vector = gymnasium.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync", **SAME_STEP)
+    sources = [
+        ("Pendulum-v1", 2),
+        (lambda: gymnasium.make("Pendulum-v1"), 2),
+        (vector, None),
+        (vector, 2),
+        (gymnasium.make("Pendulum-v1"), None),
+        (gymnasium.make("Pendulum-v1"), 1),
+    ]
+    for source, num_envs in sources:
+        handle = make_vector_env(source, num_envs=num_envs)
+        n = 2 if source is vector else (num_envs or 1)
+        assert (handle.num_envs, handle.obs_dim, handle.action_dim) == (n, 3, 1)
+        assert (handle.max_episode_steps, handle.spec_id) == (200, "Pendulum-v1")
+        assert handle.reset().shape == (n, 3)
+        assert handle.step(np.zeros((n, 1))).obs.shape == (n, 3)
+
+
+def test_a_time_limit_without_a_spec_is_found():
+    env = gymnasium.wrappers.TimeLimit(Counter(length=9), 4)
+    handle = make_vector_env(env)
+    assert (handle.max_episode_steps, handle.spec_id) == (4, None)
+    assert make_vector_env(Counter).max_episode_steps is None
+
+
+def test_worker_processes_give_the_same_episodes():
+    results = []
+    for parallel in (False, True):
+        handle = make_vector_env("Pendulum-v1", num_envs=2, seed=3, parallel=parallel)
+        rows = [handle.reset()]
+        rows += [handle.step(np.full((2, 1), 0.5)).next_obs for _ in range(201)]
+        results.append(np.array(rows))
+        assert handle.max_episode_steps == 200
+        handle.close()
+    assert np.array_equal(*results)
+
+
+def test_dict_observations_are_flattened_also_at_the_end():
+    space = spaces.Dict({"a": box(2), "b": spaces.Tuple((box(1, 2), spaces.Discrete(3)))})
+
+    class DictEnv(Spaced):
+        def step(self, action):
+            obs, reward, _, _, info = super().step(action)
+            self.last = obs
+            return obs, reward, True, False, info
+
+    env = DictEnv(space, box(1))
+    single = make_vector_env(env)
+    vector = SyncVectorEnv(
+        [lambda: DictEnv(space, box(1))] * 2, autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    for handle in (single, make_vector_env(vector)):
+        assert handle.obs_dim == 2 + 2 + 3
+        assert handle.reset().shape == (handle.num_envs, 7)
+        result = handle.step(np.zeros((handle.num_envs, 1)))
+        inner = handle.vector.unwrapped.envs[0].unwrapped
+        assert np.array_equal(result.next_obs[0], spaces.flatten(space, inner.last))
+        assert not np.array_equal(result.next_obs[0], result.obs[0])
+
+
+def test_boxes_of_any_shape_and_type_are_flattened():
+    env = Spaced(spaces.Box(0, 255, (2, 3), np.uint8), box(2, 2))
+    handle = make_vector_env(env)
+    assert (handle.obs_dim, handle.action_dim) == (6, 4)
+    assert handle.reset().dtype == np.float32
+    handle.step(np.zeros((1, 4)))
+
+
+# Refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("observation_space", "action_space", "named"),
+    [
+        (box(3), spaces.Discrete(4), "only continuous actions"),
+        (box(3), spaces.Box(0, 9, (2,), np.int64), "only continuous actions"),
+        (box(3), spaces.Dict({"a": box(1)}), "only continuous actions"),
+        (box(3), spaces.Box(-np.inf, np.inf, (2,), np.float32), "unbounded"),
+        (box(3), spaces.Box(np.array([0, 0.0]), np.array([1, np.inf]), dtype=np.float64), "unbou"),
+        (box(3), box(0), "empty"),
+        (box(0), box(1), "empty"),
+        (spaces.Dict({}), box(1), "empty"),
+        (spaces.Sequence(box(1)), box(1), "fixed size"),
+    ],
+)
+def test_spaces_that_cannot_be_learned_are_refused(observation_space, action_space, named):
+    with pytest.raises(ValueError, match=named):
+        make_vector_env(lambda: Spaced(observation_space, action_space))
+
+
+def test_vector_environments_with_another_autoreset_are_refused():
+    for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
+        vector = SyncVectorEnv([Counter], autoreset_mode=mode)
+        with pytest.raises(ValueError, match=r"SAME_STEP.*gymnasium\.make_vec"):
+            make_vector_env(vector)
+
+
+def test_the_recipe_in_that_refusal_works():
+    with pytest.raises(ValueError, match="Build it so") as caught:
+        make_vector_env(SyncVectorEnv([Counter]))
+    recipe = str(caught.value).partition("for example ")[2].partition(", or pass")[0]
+    vector = eval(recipe.replace("HalfCheetah-v5", "Pendulum-v1"), {"gymnasium": gymnasium})
+    assert make_vector_env(vector).num_envs == 4
+
+
+def test_unknown_ids_are_answered_with_the_nearest_name():
+    with pytest.raises(ValueError, match="did you mean 'Pendulum-v1'"):
+        make_vector_env("Pendulm-v1")
+    with pytest.raises(ValueError, match="did you mean 'flame_ext/MultiGoal-v0'"):
+        make_vector_env("flame/MultiGoal-v0")
+    with pytest.raises(ValueError, match="not a registered"):
+        make_eval_env("zzzzzzzz")
+
+
+def test_an_object_for_several_environments_is_refused():
+    with pytest.raises(ValueError, match=r"num_envs=4.*factory"):
+        make_vector_env(Counter(), num_envs=4)
+    with pytest.raises(ValueError, match="parallel=True"):
+        make_vector_env(Counter(), parallel=True)
+    shared = Counter()
+    with pytest.raises(ValueError, match="same object twice"):
+        make_vector_env(lambda: shared, num_envs=2)
+
+
+def test_other_misuse_is_refused():
+    vector = SyncVectorEnv([Counter] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    with pytest.raises(ValueError, match="num_envs=3"):
+        make_vector_env(vector, num_envs=3)
+    with pytest.raises(ValueError, match="parallel=True"):
+        make_vector_env(vector, parallel=True)
+    with pytest.raises(ValueError, match="num_envs=0"):
+        make_vector_env("Pendulum-v1", num_envs=0)
+    with pytest.raises(TypeError, match="of type int"):
+        make_vector_env(3)
+    with pytest.raises(TypeError, match="returned str"):
+        make_vector_env(lambda: "Pendulum-v1")
+
+
+@pytest.mark.parametrize(
+    ("poison", "step", "named"),
+    [
+        ("obs", 1, r"Environment 1 returned observation\[1\] = nan at step 1"),
+        ("overflow", 1, r"Environment 1 returned observation\[0\] = 1e\+300 at step 1"),
+        ("reward", 1, r"Environment 1 returned reward = inf at step 1"),
+        ("final", 3, r"Environment 1 returned final observation\[0\] = -inf at step 3"),
+    ],
+)
+def test_values_that_are_not_finite_are_named(poison, step, named):
+    poisons = iter([None, poison])
+    handle = make_vector_env(lambda: Counter(poison=next(poisons)), num_envs=2)
+    handle.reset()
+    for _ in range(step - 1):
+        handle.step(np.zeros((2, 2)))
+    with pytest.raises(EnvironmentDataError, match=named):
+        handle.step(np.zeros((2, 2)))
+
+
+def test_a_vector_environment_without_final_obs_is_reported():
+    class Forgetful(gymnasium.vector.VectorWrapper):
+        def step(self, actions):
+            *rest, _ = self.env.step(actions)
+            return (*rest, {})
+
+    vector = SyncVectorEnv([Counter], autoreset_mode=AutoresetMode.SAME_STEP)
+    handle = make_vector_env(Forgetful(vector))
+    handle.reset()
+    handle.step(np.zeros((1, 2)))
+    handle.step(np.zeros((1, 2)))
+    with pytest.raises(EnvironmentDataError, match="without infos"):
+        handle.step(np.zeros((1, 2)))
+
+
+# Evaluation environments ------------------------------------------------------------------------
+
+
+def test_the_evaluation_environment_is_separate():
+    training = MultiGoalEnv(num_goals=3)
+    specced = gymnasium.make("flame_ext/MultiGoal-v0", num_goals=5)
+    vector = gymnasium.make_vec(
+        "flame_ext/MultiGoal-v0", num_envs=2, vectorization_mode="sync", **SAME_STEP
+    )
+    sources = [(training, 3), (specced, 5), (vector, 4), ("flame_ext/MultiGoal-v0", 4)]
+    sources.append((lambda: MultiGoalEnv(num_goals=2), 2))
+    for source, num_goals in sources:
+        evaluation = make_eval_env(source)
+        assert evaluation.num_envs == 1
+        inner = evaluation.vector.unwrapped.envs[0].unwrapped
+        assert len(inner.goals) == num_goals
+        if isinstance(source, gymnasium.Env):
+            assert inner is not source.unwrapped
+            source.reset(seed=0)
+            before = source.unwrapped.position.copy()
+            evaluation.reset()
+            evaluation.step(np.ones((1, 2)))
+            assert np.array_equal(source.unwrapped.position, before)
+
+
+def test_an_object_that_cannot_be_doubled_is_refused():
+    class Single(Counter):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("holds a socket")
+
+    with pytest.raises(ValueError, match=r"holds a socket.*factory"):
+        make_eval_env(Single())
+
+
+def test_pictures_come_from_evaluation_environments():
+    evaluation = make_eval_env("flame_ext/MultiGoal-v0", render_mode="rgb_array")
+    evaluation.reset()
+    assert evaluation.render().shape == (256, 256, 3)
+    silent = make_eval_env("flame_ext/MultiGoal-v0")
+    silent.reset()
+    with pytest.raises(ValueError, match="rgb_array"):
+        silent.render()
+
+
+# Save and restore -------------------------------------------------------------------------------
+
+RESTORABLE = [
+    "flame_ext/MultiGoal-v0",
+    "Pendulum-v1",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Humanoid-v5",
+    "Reacher-v5",
+]
+
+
+@pytest.mark.parametrize("env_id", RESTORABLE)
+def test_a_restored_environment_goes_on_bit_equal(env_id):
+    if "-v5" in env_id:
+        pytest.importorskip("mujoco")
+    handle = make_vector_env(env_id, num_envs=2, seed=3)
+    handle.reset()
+    actions = np.random.default_rng(0).uniform(-1, 1, (120, 2, handle.action_dim))
+    for action in actions[:37]:
+        handle.step(action)
+    state = handle.get_state()
+    other = make_vector_env(env_id, num_envs=2, seed=99)
+    obs = other.set_state(EnvState(state.arrays, json.loads(json.dumps(state.meta))))
+    assert obs.shape == (2, handle.obs_dim)
+    for action in actions[37:]:
+        expected, got = handle.step(action), other.step(action)
+        assert np.array_equal(expected.obs, got.obs)
+        assert np.array_equal(expected.next_obs, got.next_obs)
+        assert np.array_equal(expected.reward, got.reward)
+        assert expected.episode_returns == got.episode_returns
+        assert expected.episode_lengths == got.episode_lengths
+
+
+def test_environments_with_a_hidden_memory_have_no_state():
+    class Listed(Counter):
+        def __init__(self):
+            super().__init__()
+            self.history = []
+
+    class Odd(gymnasium.Wrapper):
+        pass
+
+    for factory in (Listed, lambda: Odd(Counter()), wrapped_normaliser):
+        handle = make_vector_env(factory)
+        handle.reset()
+        assert handle.get_state() is None
+
+
+def wrapped_normaliser():
+    return gymnasium.wrappers.NormalizeObservation(Counter())
+
+
+def test_a_state_of_another_number_of_environments_is_refused():
+    handle = make_vector_env(Counter, num_envs=2)
+    handle.reset()
+    state = handle.get_state()
+    with pytest.raises(ValueError, match="has 2 environments; this handle has 3"):
+        make_vector_env(Counter, num_envs=3).set_state(state)
