@@ -261,7 +261,7 @@ class VectorEnvHandle:
         """The single environments, where they live in this process."""
         base = self.vector.unwrapped
         # A wrapper around the vector environment may hold a memory of its own.
-        if isinstance(base, SyncVectorEnv) and self.vector is base:
+        if self.vector is base and isinstance(base, SyncVectorEnv):
             return tuple(base.envs)
         return ()
 
