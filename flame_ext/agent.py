@@ -1,0 +1,238 @@
+"""Soft actor-critic's loop with the policy as an option (FLAME, Alg. 1)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from flame_ext.backends import Backend
+from flame_ext.config import Config
+from flame_ext.networks import Critics, FlatMLP
+from flame_ext.policies import make_actor
+from flame_ext.policies.base import best_action, normal_like
+from flame_ext.replay import Batch
+
+# Outside these bounds a temperature is a failure to be seen in the log, not followed.
+MIN_ALPHA, MAX_ALPHA = 1e-5, 1e2
+
+
+class Agent:
+    """Twin soft critics, a policy and a temperature.
+
+    Args:
+        config: Options of the algorithm.
+        obs_dim: O.
+        action_dim: A.
+        backend: Computes the whole steps.
+        seed: Seeds the initial weights and every later draw.
+        device: Where networks and draws live.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        obs_dim: int,
+        action_dim: int,
+        backend: Backend,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.backend = config, backend
+        self.obs_dim, self.action_dim = obs_dim, action_dim
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        initial = torch.Generator().manual_seed(seed)
+        self.actor = make_actor(config, obs_dim, action_dim, initial)
+        self.critics = Critics(
+            obs_dim,
+            action_dim,
+            config.hidden_sizes,
+            activation=config.activation,
+            layer_norm=config.critic_layer_norm,
+            generator=initial,
+        )
+        self.actor.network.to(self.device)
+        self.critics.to(self.device)
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.log_alpha = torch.tensor(
+            math.log(config.initial_alpha), device=self.device, requires_grad=True
+        )
+        self.optimizers = {
+            "critics": _adam(self.critics.flat, config.critic_learning_rate),
+            "actor": _adam(self.actor.network.flat, config.policy_learning_rate),
+            "alpha": _adam(self.log_alpha, config.alpha_learning_rate),
+        }
+        self.target_entropy = config.target_entropy_scale * action_dim
+        self.updates = 0
+
+    @property
+    def alpha(self) -> Tensor:
+        """The entropy temperature, a scalar without gradient."""
+        return self.log_alpha.detach().exp()
+
+    def set_progress(self, fraction: float) -> None:
+        """Anneals the policy's learning rate; `fraction` of the run that is done."""
+        final = self.config.final_policy_learning_rate
+        if final is not None:
+            start = self.config.policy_learning_rate
+            rate = start + min(max(fraction, 0.0), 1.0) * (final - start)
+            self.optimizers["actor"].param_groups[0]["lr"] = rate
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Best of N by Qmin: obs ``(B, O)``, noise ``(B, N, A)`` -> ``(B, A)`` in [-1, 1]."""
+        return best_action(self.actor, self.critics, obs, noise)
+
+    def explore(self, obs: Tensor) -> Tensor:
+        """Actions for collecting data: ``(B, O)`` -> ``(B, A)``."""
+        shape = (len(obs), self.config.train_particles, self.action_dim)
+        return self.act(obs, normal_like(obs, shape, self.generator))
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One critic update, and the policy's and temperature's when they are due.
+
+        Returns:
+            Scalars to log.
+        """
+        c = self.config
+        target = self._td_target(batch)
+        metrics = self.backend.critic_step(self.critics, batch.obs, batch.action, target)
+        self.optimizers["critics"].step()
+        self.updates += 1
+        if self.updates % c.policy_delay == 0:
+            metrics |= self._policy_step(batch.obs[: c.policy_batch_size])
+        self.backend.soft_update(self.target_critics.flat, self.critics.flat, c.tau)
+        return metrics
+
+    @torch.no_grad()
+    def _td_target(self, batch: Batch) -> Tensor:
+        """Reward + gamma (1 - terminated) (Qmin'(s', a') - [entropy] alpha log pi(a'|s'))."""
+        c = self.config
+        obs = batch.next_obs
+        shape = (len(obs), c.target_particles, self.action_dim)
+        noise = normal_like(obs, shape, self.generator)
+        if c.entropy_in_target:
+            # The density is the plain sample's: best-of-N has none in closed form.
+            sample = self.actor.sample(obs, noise[:, 0], self.generator)
+            bonus = self.alpha * sample.log_prob
+        if c.entropy_in_target and c.target_particles == 1:
+            next_action = sample.action.clamp(-1, 1)
+        else:
+            next_action = best_action(self.actor, self.target_critics, obs, noise)
+        value = self.target_critics.q_min(obs, next_action)
+        if c.entropy_in_target:
+            value = value - bonus
+        reward = c.reward_scale * batch.reward
+        return reward + c.gamma * (1 - batch.terminated) * value
+
+    def _policy_step(self, obs: Tensor) -> dict[str, float]:
+        with _frozen(self.critics):
+            result = self.backend.actor_step(
+                self.actor, obs, self.critics, self.alpha, self.generator
+            )
+        self.optimizers["actor"].step()
+        metrics = {name: float(value) for name, value in result.metrics.items()}
+        metrics |= {"policy_loss": result.loss.item()}
+        log_prob = result.log_prob
+        alpha_due = (self.updates // self.config.policy_delay) % self.config.alpha_interval == 0
+        if alpha_due and log_prob is None and self.actor.has_log_prob:
+            log_prob = self._mean_log_prob(obs)
+        if log_prob is not None:
+            metrics["entropy"] = -float(log_prob)
+        if result.ess is not None:
+            metrics["ess"] = float(result.ess)
+        if alpha_due:
+            self._temperature_step(log_prob, result.ess)
+        metrics["alpha"] = float(self.alpha)
+        return metrics
+
+    @torch.no_grad()
+    def _mean_log_prob(self, obs: Tensor) -> Tensor:
+        noise = normal_like(obs, (len(obs), self.action_dim), self.generator)
+        return self.actor.sample(obs, noise, self.generator).log_prob.mean()
+
+    def _temperature_step(self, log_prob: Tensor | None, ess: Tensor | None) -> None:
+        """Moves log alpha so that the entropy, or the effective sample size, nears its target."""
+        if self.config.temperature == "entropy" and log_prob is not None:
+            excess = -(log_prob + self.target_entropy)
+        elif self.config.temperature == "ess" and ess is not None:
+            excess = ess - self.config.target_ess
+        else:
+            return
+        # d/d(log alpha) of log_alpha * excess: too much entropy or too even weights lower alpha.
+        self.log_alpha.grad = excess.to(self.log_alpha)
+        self.optimizers["alpha"].step()
+        with torch.no_grad():
+            self.log_alpha.clamp_(math.log(MIN_ALPHA), math.log(MAX_ALPHA))
+
+    def networks(self) -> dict[str, FlatMLP]:
+        """The networks by name, as checkpoints store them."""
+        return {
+            "actor": self.actor.network,
+            "critics": self.critics,
+            "target_critics": self.target_critics,
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that learning depends on, as named tensors."""
+        state = {f"{name}.flat": net.flat.detach() for name, net in self.networks().items()}
+        state["log_alpha"] = self.log_alpha.detach()
+        state["updates"] = torch.tensor(self.updates)
+        state["generator"] = self.generator.get_state()
+        for name, optimizer in self.optimizers.items():
+            for slot, value in _moments(optimizer).items():
+                state[f"optimizer.{name}.{slot}"] = value
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores `state_dict`.
+
+        Raises:
+            ValueError: If a tensor's shape does not fit the configured networks.
+        """
+        for name, net in self.networks().items():
+            saved = state[f"{name}.flat"]
+            if saved.shape != net.flat.shape:
+                raise ValueError(
+                    f"saved {name} has {saved.numel()} parameters, this configuration "
+                    f"{net.flat.numel()}: hidden_sizes or the environment's sizes differ"
+                )
+            net.flat.copy_(saved)
+        self.log_alpha.copy_(state["log_alpha"])
+        self.updates = int(state["updates"])
+        self.generator.set_state(state["generator"].cpu())
+        for name, optimizer in self.optimizers.items():
+            for slot, value in _moments(optimizer).items():
+                value.copy_(state[f"optimizer.{name}.{slot}"])
+
+
+def _adam(parameter: Tensor, learning_rate: float) -> torch.optim.Adam:
+    return torch.optim.Adam([parameter], lr=learning_rate, fused=True)
+
+
+def _moments(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    """Adam's state for its one parameter, created as zeros if no step was taken yet."""
+    parameter = optimizer.param_groups[0]["params"][0]
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+    return {slot: state[slot] for slot in ("step", "exp_avg", "exp_avg_sq")}
+
+
+@contextmanager
+def _frozen(network: FlatMLP) -> Iterator[None]:
+    """Lets gradients pass through the network to its inputs but not into its parameters."""
+    network.flat.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.flat.requires_grad_(True)

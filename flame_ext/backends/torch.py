@@ -1,0 +1,45 @@
+"""The pure-PyTorch backend: runs anywhere and is what the native backends are compared with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flame_ext.networks import Critics
+from flame_ext.policies.base import Actor, ActorLoss
+
+
+class TorchBackend:
+    """Whole steps by autograd; gradients land in each network's flat buffer."""
+
+    name = "torch"
+
+    def critic_step(
+        self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
+    ) -> dict[str, float]:
+        """Gradient of the twin critics' summed mean squared error to `target` ``(B,)``."""
+        critics.flat.grad = None
+        q = critics.q_values(obs, action)
+        loss = F.mse_loss(q, target.expand_as(q), reduction="none").mean(1).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"critic_loss": loss.item(), "q_mean": q.detach().mean().item()}
+
+    def actor_step(
+        self,
+        actor: Actor,
+        obs: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
+    ) -> ActorLoss:
+        """Gradient of the policy's loss on states ``(B, O)``."""
+        actor.network.flat.grad = None
+        result = actor.loss(obs, critics, alpha, generator)
+        result.loss.backward()  # type: ignore[no-untyped-call]
+        return result
+
+    @torch.no_grad()
+    def soft_update(self, target: Tensor, online: Tensor, tau: float) -> None:
+        """Target <- target + tau (online - target), in place."""
+        target.lerp_(online, tau)

@@ -1,0 +1,317 @@
+"""The options of one MaxEnt off-policy algorithm; algorithms and presets are values of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from flame_ext.errors import check_choice
+from flame_ext.networks import Activation
+from flame_ext.reference import Estimator, Flow, Trace
+
+Algorithm = Literal["flame", "flame-r", "sac", "diffusion"]
+Preset = Literal["default", "paper"]
+Proposal = Literal["reverse", "policy"]
+ZSource = Literal["uniform", "policy", "target"]
+Temperature = Literal["entropy", "ess", "fixed"]
+
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+PRESETS: tuple[str, ...] = get_args(Preset)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of a run. Symbols in brackets are those of arXiv 2602.01606.
+
+    Attributes:
+        algorithm: Which policy the loop trains.
+        total_steps: Environment steps of a run (transitions, summed over environments).
+        num_envs: Environments stepped side by side.
+        learning_starts: Uniformly random steps before the first update.
+        updates_per_step: Gradient updates per environment step (UTD); below 1 the fraction is
+            accumulated.
+        batch_size: Transitions per critic update [B].
+        buffer_size: Transitions kept by the replay buffer.
+        gamma: Discount factor per step.
+        tau: Step of the exponential average that target critics follow.
+        reward_scale: Factor on every reward before it is learned from.
+        normalize_observations: Standardise observations by running mean and variance.
+        hidden_sizes: Hidden widths of policy and critics.
+        activation: Hidden activation of policy and critics.
+        critic_layer_norm: LayerNorm in the critics.
+        policy_layer_norm: LayerNorm in the policy.
+        critic_learning_rate: Adam step of the critics.
+        policy_learning_rate: Adam step of the policy.
+        final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
+        policy_delay: Critic updates per policy update.
+        policy_batch_size: States per policy update; at most `batch_size`.
+        policy_output_scale: Initial scale of the policy's output layer.
+        temperature: How alpha is set: ``entropy`` holds the policy's entropy at the target (SAC),
+            ``ess`` holds the effective sample size of the importance weights, ``fixed`` keeps it.
+        initial_alpha: Entropy temperature at the start [alpha].
+        alpha_learning_rate: Adam step of log alpha.
+        alpha_interval: Critic updates per temperature update.
+        target_entropy_scale: Target entropy is this times the action dimension, in nats.
+        target_ess: Effective sample size that ``temperature="ess"`` holds, as a fraction of K.
+        entropy_in_target: Whether the TD target subtracts alpha log pi(a'|s').
+        entropy_estimator: Estimator of log pi, see `flame_ext.reference.log_prob`.
+        entropy_steps: Sub-steps of the ``multi_step`` estimator.
+        entropy_trace: Trace of the estimators that take one.
+        num_candidates: Importance samples per (s, z, t) [K].
+        proposal: Where candidates come from: ``reverse`` truncated-normal reverse samples weighted
+            by exp(Q / alpha); ``policy`` the policy's own samples, weighted by
+            (exp(Q / alpha) / pi)^beta with beta such that the effective sample size is
+            `proposal_ess` (a damped step towards the same target).
+        proposal_ess: Effective sample size of ``proposal="policy"``, as a fraction of K.
+        z_source: Actions that are noised to z: uniform, the policy's own, or samples of the target
+            (one candidate resampled by its weight).
+        instantaneous_fraction: Fraction of the batch with r = t.
+        reweighting_weight: Weight of the Q-reweighted flow-matching loss.
+        reverse_kl_weight: Weight of E[alpha log pi - Qmin] through the exact one-step density.
+        boundary_width: Outside the box the reverse-KL target falls off as a Gaussian of this
+            standard deviation around the clipped action; without it entropy leaks out there.
+        flow: ``mean`` acts along average velocities (MeanFlow), ``instantaneous`` along
+            u(z, t, t, s) (rectified flow).
+        sampling_steps: Network evaluations per action.
+        train_particles: Best-of-N by Qmin while collecting data [N].
+        target_particles: Best-of-N by the target critics in the TD target.
+        eval_particles: Best-of-N by Qmin in evaluation.
+        log_interval: Environment steps between rows of training metrics.
+        eval_interval: Environment steps between evaluations; 0 evaluates only at the end.
+        eval_episodes: Episodes per evaluation.
+        checkpoint_interval: Environment steps between checkpoints; 0 saves only at the end.
+    """
+
+    algorithm: Algorithm = "flame"
+    total_steps: int = 1_000_000
+    num_envs: int = 5
+    learning_starts: int = 5_000
+    updates_per_step: float = 0.2
+    batch_size: int = 256
+    buffer_size: int = 1_000_000
+    gamma: float = 0.99
+    tau: float = 0.005
+    reward_scale: float = 1.0
+    normalize_observations: bool = False
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    activation: Activation = "mish"
+    critic_layer_norm: bool = True
+    policy_layer_norm: bool = False
+    critic_learning_rate: float = 3e-4
+    policy_learning_rate: float = 3e-4
+    final_policy_learning_rate: float | None = None
+    policy_delay: int = 2
+    policy_batch_size: int = 256
+    policy_output_scale: float = 1.0
+    temperature: Temperature = "entropy"
+    initial_alpha: float = 0.2
+    alpha_learning_rate: float = 3e-4
+    alpha_interval: int = 1
+    target_entropy_scale: float = -1.0
+    target_ess: float = 0.25
+    entropy_in_target: bool = True
+    entropy_estimator: Estimator = "exact"
+    entropy_steps: int = 1
+    entropy_trace: Trace = "exact"
+    num_candidates: int = 32
+    proposal: Proposal = "policy"
+    proposal_ess: float = 0.5
+    z_source: ZSource = "target"
+    instantaneous_fraction: float = 0.5
+    reweighting_weight: float = 0.3
+    reverse_kl_weight: float = 1.0
+    boundary_width: float = 0.05
+    flow: Flow = "mean"
+    sampling_steps: int = 1
+    train_particles: int = 1
+    target_particles: int = 1
+    eval_particles: int = 16
+    log_interval: int = 1_000
+    eval_interval: int = 10_000
+    eval_episodes: int = 10
+    checkpoint_interval: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name}={value!r} is out of range; allowed: [{low}, {high}]")
+        if not self.hidden_sizes or min(self.hidden_sizes) < 1:
+            raise ValueError(f"hidden_sizes={self.hidden_sizes!r}: give at least one width >= 1")
+        if self.policy_batch_size > self.batch_size:
+            raise ValueError(
+                f"policy_batch_size={self.policy_batch_size} exceeds "
+                f"batch_size={self.batch_size}; the policy's states come from the same batch"
+            )
+        if self.reverse_kl_weight > 0 and (self.sampling_steps, self.flow) != (1, "mean"):
+            raise ValueError(
+                "reverse_kl_weight > 0 needs the one-step policy (sampling_steps=1, flow='mean'): "
+                "only there the exact density is one Jacobian"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy."""
+        return dataclasses.asdict(self)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "algorithm": ALGORITHMS,
+    "activation": get_args(Activation),
+    "temperature": get_args(Temperature),
+    "entropy_estimator": get_args(Estimator),
+    "entropy_trace": get_args(Trace),
+    "proposal": get_args(Proposal),
+    "z_source": get_args(ZSource),
+    "flow": get_args(Flow),
+}
+
+_INF = float("inf")
+_RANGES: dict[str, tuple[float, float]] = {
+    "total_steps": (1, _INF),
+    "num_envs": (1, _INF),
+    "learning_starts": (0, _INF),
+    "updates_per_step": (0, _INF),
+    "batch_size": (1, _INF),
+    "buffer_size": (1, _INF),
+    "gamma": (0, 1),
+    "tau": (0, 1),
+    "policy_delay": (1, _INF),
+    "policy_batch_size": (1, _INF),
+    "initial_alpha": (1e-12, _INF),
+    "alpha_interval": (1, _INF),
+    "target_ess": (0, 1),
+    "entropy_steps": (1, _INF),
+    "num_candidates": (1, _INF),
+    "proposal_ess": (0, 1),
+    "instantaneous_fraction": (0, 1),
+    "reweighting_weight": (0, _INF),
+    "reverse_kl_weight": (0, _INF),
+    "boundary_width": (1e-6, _INF),
+    "sampling_steps": (1, _INF),
+    "train_particles": (1, _INF),
+    "target_particles": (1, _INF),
+    "eval_particles": (1, _INF),
+    "log_interval": (1, _INF),
+    "eval_interval": (0, _INF),
+    "eval_episodes": (1, _INF),
+    "checkpoint_interval": (0, _INF),
+}
+
+# The settings of the published code (arXiv 2602.01606 and its repository).
+_PAPER: dict[str, Any] = {
+    "learning_starts": 30_000,
+    "hidden_sizes": (256, 256, 256),
+    "critic_layer_norm": False,
+    "reward_scale": 0.2,
+    "final_policy_learning_rate": 3e-5,
+    "initial_alpha": 1.0,
+    "alpha_learning_rate": 5e-3,
+    "alpha_interval": 100,
+    "target_entropy_scale": -3.0,
+    "entropy_in_target": False,
+    "entropy_estimator": "multi_step",
+    "entropy_steps": 4,
+    "entropy_trace": "hutchinson",
+    "num_candidates": 100,
+    "proposal": "reverse",
+    "z_source": "policy",
+    "reweighting_weight": 1.0,
+    "reverse_kl_weight": 0.0,
+    "train_particles": 32,
+    "target_particles": 32,
+    "eval_particles": 32,
+    "eval_episodes": 20,
+}
+
+# What makes an algorithm itself, in every preset. FLAME-R and the diffusion policy sample in
+# several steps, where the exact density of section 4.1 does not apply.
+_MULTI_STEP: dict[str, Any] = {
+    "sampling_steps": 20,
+    "proposal": "reverse",
+    "reweighting_weight": 1.0,
+    "reverse_kl_weight": 0.0,
+    "instantaneous_fraction": 1.0,
+    "entropy_in_target": False,
+}
+_ALGORITHM: dict[str, dict[str, Any]] = {
+    "flame": {},
+    "flame-r": {
+        **_MULTI_STEP,
+        "flow": "instantaneous",
+        "entropy_estimator": "multi_step",
+        "entropy_trace": "hutchinson",
+        "entropy_steps": 4,
+    },
+    "sac": {
+        "sampling_steps": 1,
+        "reweighting_weight": 0.0,
+        "train_particles": 1,
+        "target_particles": 1,
+        "eval_particles": 1,
+        "entropy_in_target": True,
+        "target_entropy_scale": -1.0,
+    },
+    "diffusion": {**_MULTI_STEP, "temperature": "ess"},
+}
+
+
+def make_config(
+    algorithm: str = "flame",
+    preset: str = "default",
+    overrides: Mapping[str, Any] | Config | None = None,
+) -> Config:
+    """Builds a configuration: preset, then what the algorithm is, then `overrides`.
+
+    Args:
+        algorithm: One of `ALGORITHMS`.
+        preset: One of `PRESETS`.
+        overrides: Options by name; a complete `Config` is returned as it is, except that it
+            must name the same algorithm.
+
+    Raises:
+        ValueError: For an unknown name (with the nearest known one) or a value out of range.
+        TypeError: For a value of the wrong type.
+    """
+    check_choice("algorithm", algorithm, ALGORITHMS)
+    check_choice("preset", preset, PRESETS)
+    if isinstance(overrides, Config):
+        if overrides.algorithm != algorithm:
+            raise ValueError(
+                f"algorithm={algorithm!r} but config.algorithm={overrides.algorithm!r}; "
+                "pass the same name to both"
+            )
+        return overrides
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    values: dict[str, Any] = {"algorithm": algorithm}
+    values |= _PAPER if preset == "paper" else {}
+    values |= _ALGORITHM[algorithm]
+    for name, value in (overrides or {}).items():
+        check_choice("option", name, fields)
+        values[name] = _coerce(name, value, getattr(Config, name))
+    return Config(**values)
+
+
+def _coerce(name: str, value: Any, default: Any) -> Any:
+    """Accepts what JSON and the command line hand over: lists for tuples, 1e6 for an int."""
+    if name == "final_policy_learning_rate":
+        return None if value is None else float(value)
+    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+        return tuple(int(v) for v in value)
+    if isinstance(default, bool):
+        good = isinstance(value, bool)
+    elif isinstance(default, int):
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        good = good and value == int(value)
+    elif isinstance(default, float):
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    else:
+        good = isinstance(value, type(default))
+    if not good:
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}, expected {type(default).__name__}"
+        )
+    return type(default)(value)

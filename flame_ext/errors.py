@@ -1,0 +1,39 @@
+"""Errors that say what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FlameError(RuntimeError):
+    """A failure that the user can act on; its text says how."""
+
+
+class BackendUnavailableError(FlameError):
+    """The requested backend is not part of this build or this machine."""
+
+
+class EnvironmentDataError(FlameError):
+    """An environment returned NaN or infinity."""
+
+
+class RunDirectoryError(FlameError):
+    """A run directory exists, is missing or does not hold what is needed."""
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises ValueError with the nearest allowed name unless `value` is one of `allowed`."""
+    choices = list(allowed)
+    if value in choices:
+        return
+    raise ValueError(
+        f"{name}={value!r} is unknown{nearest_hint(str(value), choices)}. "
+        f"Choose one of: {', '.join(choices)}."
+    )
+
+
+def nearest_hint(value: str, choices: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing where no choice is near."""
+    near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,83 @@
+"""What the loop asks of a policy, whatever its distribution."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flame_ext.config import Config
+from flame_ext.networks import Critics, FlatMLP
+from flame_ext.reference import LogProb, best_of
+
+
+@dataclass(frozen=True)
+class ActorLoss:
+    """A policy loss with what its computation learned on the way.
+
+    Attributes:
+        loss: Scalar to minimise.
+        log_prob: Mean log pi(a | s) of fresh samples, or None where the loss draws none.
+        ess: Mean effective sample size as a fraction of the candidates, or None without any.
+        metrics: Further scalars to log.
+    """
+
+    loss: Tensor
+    log_prob: Tensor | None
+    ess: Tensor | None
+    metrics: dict[str, Tensor]
+
+
+class Actor(ABC):
+    """A policy that turns one base-noise vector into one action.
+
+    Attributes:
+        network: Its only trainable parameters.
+        has_log_prob: Whether `sample` can measure log pi.
+    """
+
+    network: FlatMLP
+    has_log_prob: bool
+
+    def __init__(self, config: Config, obs_dim: int, action_dim: int) -> None:
+        self.config = config
+        self.obs_dim, self.action_dim = obs_dim, action_dim
+
+    @abstractmethod
+    def action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The action in [-1, 1]: obs ``(..., O)``, noise ``(..., A)`` -> ``(..., A)``."""
+
+    @abstractmethod
+    def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
+        """A differentiable sample before clipping, with its log-density."""
+
+    @abstractmethod
+    def loss(
+        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+    ) -> ActorLoss:
+        """The policy's loss on states ``(B, O)``; critics and alpha are constants."""
+
+
+def normal_like(reference: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """N(0, 1) draws with the dtype and device of `reference`."""
+    return torch.randn(shape, generator=generator, dtype=reference.dtype, device=reference.device)
+
+
+def uniform_like(reference: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """U(0, 1) draws with the dtype and device of `reference`, never exactly 0."""
+    uniform = torch.rand(shape, generator=generator, dtype=reference.dtype, device=reference.device)
+    return uniform.clamp_(min=torch.finfo(reference.dtype).eps)
+
+
+def reverse_kl(sample: LogProb, q_min: Tensor, alpha: Tensor) -> Tensor:
+    """E[alpha log pi(a | s) - Qmin(s, a)], SAC's policy objective (Haarnoja et al. 2018, Eq. 7)."""
+    return (alpha * sample.log_prob - q_min).mean()
+
+
+def best_action(actor: Actor, critics: Critics, obs: Tensor, noise: Tensor) -> Tensor:
+    """Best of N by Qmin: obs ``(B, O)``, noise ``(B, N, A)`` -> ``(B, A)`` in [-1, 1]."""
+    if noise.shape[1] == 1:
+        return actor.action(obs, noise.squeeze(1))
+    return best_of(critics, obs, actor.action(obs.unsqueeze(1), noise))

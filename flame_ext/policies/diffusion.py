@@ -1,0 +1,93 @@
+"""Multi-step denoising policy with the same Q-reweighting: what FLAME has to match.
+
+A variance-preserving diffusion with a cosine schedule (Nichol and Dhariwal 2021), trained on
+reverse samples weighted by exp(Q / alpha) (reverse-sampling reweighted score matching, Ma et al.
+2025, arXiv 2502.00361) and sampled by DDIM (Song et al. 2021, Eq. 12 with eta = 0), so that an
+action is a function of one base-noise vector as for every other policy here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flame_ext.config import Config
+from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.policies.base import Actor, ActorLoss, normal_like, uniform_like
+from flame_ext.policies.reweighting import reverse_reweighted
+from flame_ext.reference import LogProb
+
+# The cosine schedule's offset; keeps the first step's noise from vanishing.
+_OFFSET = 0.008
+
+
+class DiffusionActor(Actor):
+    """Predicts the noise eps(z, t, s); the network is the flow's, evaluated at r = t."""
+
+    network: MeanVelocityNet
+    has_log_prob = False
+
+    def __init__(
+        self,
+        config: Config,
+        obs_dim: int,
+        action_dim: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(config, obs_dim, action_dim)
+        self.network = MeanVelocityNet(
+            obs_dim,
+            action_dim,
+            config.hidden_sizes,
+            activation=config.activation,
+            layer_norm=config.policy_layer_norm,
+            generator=generator,
+        )
+
+    def action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        steps = self.config.sampling_steps
+        z = noise
+        for i in range(steps):
+            t = noise.new_full((*[1] * (noise.dim() - 1), 1), 1 - i / steps)
+            signal, scale = signal_and_scale(t)
+            next_signal, next_scale = signal_and_scale(t - 1 / steps)
+            eps = self.network.velocity(z, t, t, obs)
+            # Clipping the predicted action keeps the first steps stable: 1 / signal is large.
+            action = ((z - scale * eps) / signal).clamp(-1, 1)
+            z = next_signal * action + next_scale * (z - signal * action) / scale
+        return z.clamp(-1, 1)
+
+    def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
+        raise ValueError(
+            "the diffusion policy has no tractable log-density; use entropy_in_target=False and "
+            "temperature='ess' or 'fixed'"
+        )
+
+    def loss(
+        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+    ) -> ActorLoss:
+        shape = (len(obs), self.action_dim)
+        with torch.no_grad():
+            # Random times of the sampler's own grid, excluding t = 0 where there is no noise.
+            steps = self.config.sampling_steps
+            t = (uniform_like(obs, (len(obs), 1), generator) * steps).ceil() / steps
+            signal, scale = signal_and_scale(t)
+            source = self.action(obs, normal_like(obs, shape, generator))
+            z = signal * source + scale * normal_like(obs, shape, generator)
+            reweighted, _, noise = reverse_reweighted(
+                critics, obs, z, signal, scale, alpha, self.config.num_candidates, generator
+            )
+            target = torch.einsum("bk,bka->ba", reweighted.weights, noise)
+        loss = (self.network.velocity(z, t, t, obs) - target).square().sum(-1).mean()
+        ess = reweighted.ess.mean() / self.config.num_candidates
+        return ActorLoss(loss, None, ess, {"reweighted_loss": loss.detach()})
+
+
+def signal_and_scale(t: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of the cosine schedule at t in [0, 1]."""
+    angle = (t + _OFFSET) / (1 + _OFFSET) * (math.pi / 2)
+    start = math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2)
+    signal = (angle.cos() / start).clamp(min=0.02, max=1.0)
+    return signal, (1 - signal.square()).sqrt()

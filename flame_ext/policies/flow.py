@@ -1,0 +1,175 @@
+"""FLAME's flow policies: MeanFlow (one step) and rectified flow (several steps)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from flame_ext.config import Config
+from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl, uniform_like
+from flame_ext.policies.reweighting import damped_logits, resample, reverse_reweighted
+from flame_ext.reference import (
+    LogProb,
+    Reweighted,
+    log_prob,
+    meanflow_loss,
+    reweighted_velocity,
+    sample_flow,
+)
+
+# Below this time z is its action to within the network's resolution and 1 / t only adds rounding.
+MIN_TIME = 1e-2
+
+
+class FlowActor(Actor):
+    """A flow policy trained by Q-reweighted flow matching, reverse KL, or both."""
+
+    network: MeanVelocityNet
+    has_log_prob = True
+
+    def __init__(
+        self,
+        config: Config,
+        obs_dim: int,
+        action_dim: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(config, obs_dim, action_dim)
+        self.network = MeanVelocityNet(
+            obs_dim,
+            action_dim,
+            config.hidden_sizes,
+            activation=config.activation,
+            layer_norm=config.policy_layer_norm,
+            generator=generator,
+        )
+        self.network.scale_output_layer(config.policy_output_scale)
+
+    def action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        c = self.config
+        return sample_flow(self.network, obs, noise, c.sampling_steps, c.flow).clamp(-1, 1)
+
+    def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
+        c = self.config
+        probe = None
+        if c.entropy_trace == "hutchinson":
+            bits = torch.randint(0, 2, noise.shape, generator=generator, device=noise.device)
+            probe = (2 * bits - 1).to(noise.dtype)
+        return log_prob(
+            self.network,
+            obs,
+            noise,
+            estimator=c.entropy_estimator,
+            steps=c.entropy_steps if c.entropy_estimator == "multi_step" else 1,
+            trace=c.entropy_trace,
+            flow=c.flow,
+            probe=probe,
+        )
+
+    def loss(
+        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+    ) -> ActorLoss:
+        c = self.config
+        loss = torch.zeros((), dtype=obs.dtype, device=obs.device)
+        metrics: dict[str, Tensor] = {}
+        mean_log_prob, ess = None, None
+        if c.reverse_kl_weight > 0:
+            kl, sample = self._reverse_kl(obs, critics, alpha, generator)
+            loss = loss + c.reverse_kl_weight * kl
+            mean_log_prob = sample.log_prob.detach().mean()
+            metrics["fold_rate"] = sample.fold_rate
+            metrics["reverse_kl_loss"] = kl.detach()
+        if c.reweighting_weight > 0:
+            flow_loss, ess = self._reweighted_loss(obs, critics, alpha, generator)
+            loss = loss + c.reweighting_weight * flow_loss
+            metrics["reweighted_loss"] = flow_loss.detach()
+        return ActorLoss(loss, mean_log_prob, ess, metrics)
+
+    def _reverse_kl(
+        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, LogProb]:
+        """E[alpha log pi - Qmin] through the exact one-step density."""
+        noise = normal_like(obs, (len(obs), self.action_dim), generator)
+        sample = self.sample(obs, noise, generator)
+        clipped = sample.action.clamp(-1, 1)
+        # Q is flat outside the box, so entropy would grow there without bound (measured: within a
+        # few hundred updates); the target's density is given Gaussian walls instead.
+        outside = (sample.action - clipped).square().sum(-1) / (2 * self.config.boundary_width**2)
+        walled = dataclasses.replace(sample, log_prob=sample.log_prob + outside)
+        return reverse_kl(walled, critics.q_min(obs, clipped), alpha), sample
+
+    def _reweighted_loss(
+        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The collapsed MeanFlow loss on the reweighted velocity, and the mean ESS fraction."""
+        r, t = self._times(obs, generator)
+        with torch.no_grad():
+            if self.config.proposal == "policy":
+                z, reweighted = self._from_policy(obs, t, critics, alpha, generator)
+            else:
+                z, reweighted = self._from_reverse(obs, t, critics, alpha, generator)
+        loss = meanflow_loss(self.network, z, r, t, obs, reweighted.velocity)
+        return loss, reweighted.ess.mean() / self.config.num_candidates
+
+    def _times(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """T uniform; r = t on a fraction of the batch, else uniform below t."""
+        draws = uniform_like(obs, (len(obs), 3), generator)
+        t = MIN_TIME + (1 - MIN_TIME) * draws[:, :1]
+        instantaneous = draws[:, 1:2] < self.config.instantaneous_fraction
+        return torch.where(instantaneous, t, t * draws[:, 2:]), t
+
+    def _from_reverse(
+        self,
+        obs: Tensor,
+        t: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Reweighted]:
+        shape = (len(obs), self.action_dim)
+        source = self._source_actions(obs, critics, alpha, generator)
+        z = (1 - t) * source + t * normal_like(obs, shape, generator)
+        reweighted, _, _ = reverse_reweighted(
+            critics, obs, z, 1 - t, t, alpha, self.config.num_candidates, generator
+        )
+        return z, reweighted
+
+    def _source_actions(
+        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Actions that are noised to z, `Config.z_source`."""
+        shape = (len(obs), self.action_dim)
+        if self.config.z_source == "policy":
+            return self.action(obs, normal_like(obs, shape, generator))
+        if self.config.z_source == "uniform":
+            return 2 * uniform_like(obs, shape, generator) - 1
+        candidates = (shape[0], self.config.num_candidates, shape[1])
+        actions = 2 * uniform_like(obs, candidates, generator) - 1
+        return resample(actions, critics.candidate_q_min(obs, actions) / alpha, generator)
+
+    def _from_policy(
+        self,
+        obs: Tensor,
+        t: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Reweighted]:
+        """Candidates from the policy itself, weighted towards the target by a damped step."""
+        k = self.config.num_candidates
+        noise = normal_like(obs, (len(obs), k, self.action_dim), generator)
+        own = log_prob(self.network, obs.unsqueeze(1), noise)
+        action = own.action.clamp(-1, 1)
+        q_min = critics.candidate_q_min(obs, action)
+        logits = damped_logits(q_min / alpha - own.log_prob, self.config.proposal_ess)
+        source = resample(action, logits, generator)
+        z = (1 - t) * source + t * normal_like(obs, tuple(source.shape), generator)
+        candidate_noise = (z.unsqueeze(1) - (1 - t.unsqueeze(1)) * action) / t.unsqueeze(1)
+        likelihood = -0.5 * candidate_noise.square().sum(-1)
+        posterior = reweighted_velocity(logits + likelihood, action, candidate_noise)
+        # Reported is how evenly the proposal is weighted, not how many candidates explain one z.
+        weights = torch.softmax(logits, dim=1)
+        return z, Reweighted(posterior.velocity, 1 / weights.square().sum(1), weights)

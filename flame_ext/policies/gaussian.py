@@ -1,0 +1,59 @@
+"""Soft actor-critic's tanh-squashed Gaussian policy (Haarnoja et al. 2018)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flame_ext.config import Config
+from flame_ext.networks import Critics, GaussianPolicyNet
+from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl
+from flame_ext.reference import LogProb, standard_normal_log_prob
+
+
+class GaussianActor(Actor):
+    """a = tanh(mean + std * noise); zero noise gives SAC's deterministic action."""
+
+    network: GaussianPolicyNet
+    has_log_prob = True
+
+    def __init__(
+        self,
+        config: Config,
+        obs_dim: int,
+        action_dim: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(config, obs_dim, action_dim)
+        self.network = GaussianPolicyNet(
+            obs_dim,
+            action_dim,
+            config.hidden_sizes,
+            activation=config.activation,
+            layer_norm=config.policy_layer_norm,
+            generator=generator,
+        )
+
+    def action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        mean, std = self.network.distribution(obs)
+        return torch.tanh(mean + std * noise)
+
+    def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
+        mean, std = self.network.distribution(obs)
+        pre_tanh = mean + std * noise
+        # log(1 - tanh(x)^2) in the form that does not cancel for large |x|.
+        log_slope = 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))
+        log_prob = standard_normal_log_prob(noise) - (std.log() + log_slope).sum(-1)
+        folded = torch.zeros_like(log_prob, dtype=torch.bool)
+        return LogProb(torch.tanh(pre_tanh), log_prob, folded)
+
+    def loss(
+        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+    ) -> ActorLoss:
+        noise = normal_like(obs, (len(obs), self.action_dim), generator)
+        sample = self.sample(obs, noise, generator)
+        loss = reverse_kl(sample, critics.q_min(obs, sample.action), alpha)
+        return ActorLoss(loss, sample.log_prob.detach().mean(), None, {})

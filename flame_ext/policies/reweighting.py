@@ -1,0 +1,76 @@
+"""Q-reweighted regression targets shared by the flow and the diffusion policies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flame_ext.networks import Critics
+from flame_ext.policies.base import uniform_like
+from flame_ext.reference import Reweighted, reverse_candidates, reweighted_velocity
+
+
+@torch.no_grad()
+def reverse_reweighted(
+    critics: Critics,
+    obs: Tensor,
+    z: Tensor,
+    signal: Tensor,
+    scale: Tensor,
+    alpha: Tensor,
+    num_candidates: int,
+    generator: torch.Generator,
+) -> tuple[Reweighted, Tensor, Tensor]:
+    """Reverse samples of z weighted by exp(Qmin / alpha) (FLAME, Sec. 4.1).
+
+    Args:
+        critics: Frozen twin critics.
+        obs: ``(B, O)``.
+        z: ``(B, A)``, equal to signal * action + scale * noise.
+        signal: ``(B, 1)``.
+        scale: ``(B, 1)``.
+        alpha: Temperature, scalar.
+        num_candidates: K.
+        generator: Source of the uniform draws.
+
+    Returns:
+        The reweighted velocity, the candidates and their noise, both ``(B, K, A)``.
+    """
+    uniform = uniform_like(z, (len(z), num_candidates, z.shape[-1]), generator)
+    action, noise = reverse_candidates(z, signal, scale, uniform)
+    logits = critics.candidate_q_min(obs, action) / alpha
+    return reweighted_velocity(logits, action, noise), action, noise
+
+
+def resample(action: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One candidate per state drawn by softmax(logits) (SIR): ``(B, K, A)`` -> ``(B, A)``."""
+    index = torch.multinomial(torch.softmax(logits, dim=1), 1, generator=generator)
+    return action.take_along_dim(index.unsqueeze(-1), dim=1).squeeze(1)
+
+
+def damped_logits(logits: Tensor, ess_fraction: float, bisections: int = 12) -> Tensor:
+    """Beta * logits with the largest beta in [0, 1] whose mean ESS is at least the given fraction.
+
+    With logits = Qmin / alpha - log pi over the policy's own samples this is a damped step from pi
+    towards pi* ~ exp(Q / alpha): its fixed point is pi* for every beta > 0, while the effective
+    sample size no longer depends on alpha.
+
+    Args:
+        logits: ``(B, K)``.
+        ess_fraction: In (0, 1].
+        bisections: Halvings of the interval for beta.
+    """
+    centred = logits - logits.amax(1, keepdim=True)
+
+    def ess(beta: Tensor) -> Tensor:
+        weights = torch.softmax(beta * centred, dim=1)
+        return (1 / weights.square().sum(1)).mean() / logits.shape[1]
+
+    low, high = torch.zeros_like(logits[0, 0]), torch.ones_like(logits[0, 0])
+    if ess(high) >= ess_fraction:
+        return centred
+    for _ in range(bisections):
+        middle = 0.5 * (low + high)
+        enough = ess(middle) >= ess_fraction
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low * centred

@@ -1,0 +1,349 @@
+"""FLAME's mathematics in plain PyTorch: the specification that every kernel is tested against.
+
+Written for reading and for float64, not for speed. Notation of Li et al. 2026 (arXiv 2602.01606)
+and Geng et al. 2025 (MeanFlow, arXiv 2505.13447): flow time t = 0 is the action and t = 1 is
+noise, ``z = (1 - t) action + t noise``, the conditional velocity is ``noise - action`` and
+u(z, r, t, s) is the average velocity over [r, t].
+
+Shapes: B states, K candidates or N particles per state, A action and O observation dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flame_ext.errors import check_choice
+from flame_ext.networks import Critics, MeanVelocityNet
+
+Estimator = Literal["exact", "multi_step", "one_step_trace"]
+Trace = Literal["exact", "hutchinson", "log_det"]
+Flow = Literal["mean", "instantaneous"]
+
+# Beyond this time the reverse posterior over actions is uniform to float32 accuracy, while
+# inverting z = (1 - t) a + t eps divides by 1 - t.
+MAX_CANDIDATE_TIME = 1 - 1e-3
+
+
+# ---------------------------------------------------------------------------------------------
+# Acting: MeanFlow one-step control and multi-step sampling
+# ---------------------------------------------------------------------------------------------
+
+
+def sample_flow(
+    net: MeanVelocityNet, obs: Tensor, noise: Tensor, steps: int = 1, flow: Flow = "mean"
+) -> Tensor:
+    """Carries noise to an action, unclipped (MeanFlow, Alg. 2; rectified flow for FLAME-R).
+
+    Args:
+        net: Mean-velocity network.
+        obs: ``(..., O)``.
+        noise: Base sample eps, ``(..., A)``.
+        steps: Sub-intervals of [0, 1]; 1 is FLAME's one-step control.
+        flow: ``"mean"`` follows u over each interval, ``"instantaneous"`` takes Euler steps
+            of u(z, t, t, s).
+
+    Returns:
+        ``(..., A)``, not clipped to the box.
+    """
+    z = noise
+    for r, t in _intervals(steps):
+        z = z - (t - r) * net.velocity(z, *_times(z, r, t, flow), obs)
+    return z
+
+
+def one_step_action(net: MeanVelocityNet, obs: Tensor, noise: Tensor) -> Tensor:
+    """``clip(eps - u(eps, 0, 1, s), -1, 1)``: obs ``(..., O)``, noise ``(..., A)``."""
+    return sample_flow(net, obs, noise).clamp(-1, 1)
+
+
+def best_of(critics: Critics, obs: Tensor, actions: Tensor) -> Tensor:
+    """The candidate with the highest Qmin: obs ``(B, O)``, actions ``(B, N, A)`` -> ``(B, A)``."""
+    best = critics.candidate_q_min(obs, actions).argmax(dim=1)
+    return actions[torch.arange(len(actions), device=actions.device), best]
+
+
+def _intervals(steps: int) -> list[tuple[float, float]]:
+    """(r, t) of each sub-interval, from noise to action."""
+    return [(1 - (i + 1) / steps, 1 - i / steps) for i in range(steps)]
+
+
+def _times(z: Tensor, r: float, t: float, flow: Flow) -> tuple[Tensor, Tensor]:
+    """The network's r and t, broadcastable with z; r = t selects the instantaneous velocity."""
+    shape = (*[1] * (z.dim() - 1), 1)
+    return z.new_full(shape, r if flow == "mean" else t), z.new_full(shape, t)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reverse sampling: truncated-normal candidates and the Q-reweighted velocity
+# ---------------------------------------------------------------------------------------------
+
+
+def truncated_normal(low: Tensor, high: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF sample of N(0, 1) truncated to [low, high], accurate in both tails.
+
+    Works with log-probabilities of the tail that the interval lies nearer to, so that bounds far
+    out (|bound| up to 30 and beyond) neither overflow nor pile up on a bound.
+
+    Args:
+        low: Lower bounds.
+        high: Upper bounds, same shape, low <= high.
+        uniform: U(0, 1) draws, same shape.
+
+    Returns:
+        Samples in [low, high], same shape.
+    """
+    flip = low + high > 0
+    lower = torch.where(flip, -high, low)
+    upper = torch.where(flip, -low, high)
+    u = torch.where(flip, 1 - uniform, uniform)
+    log_p = torch.logaddexp(
+        torch.special.log_ndtr(lower) + torch.log1p(-u), torch.special.log_ndtr(upper) + u.log()
+    )
+    x = _inverse_log_ndtr(log_p).clamp(lower, upper)
+    return torch.where(flip, -x, x)
+
+
+def _inverse_log_ndtr(log_p: Tensor) -> Tensor:
+    """Solves log Phi(x) = log_p: `ndtri` near the centre, Newton on log Phi in the left tail."""
+    central = torch.special.ndtri(log_p.exp().clamp(max=1 - torch.finfo(log_p.dtype).eps))
+    tail_log_p = log_p.clamp(max=-2.0)
+    # Leading terms of the asymptotic expansion; Newton on a concave function then converges fast.
+    x = -(-2 * (tail_log_p + 0.5 * math.log(2 * math.pi))).clamp(min=0.25).sqrt()
+    for _ in range(6):
+        log_cdf = torch.special.log_ndtr(x)
+        log_density = -0.5 * x * x - 0.5 * math.log(2 * math.pi)
+        x = x - (log_cdf - tail_log_p) * (log_cdf - log_density).exp()
+    return torch.where(log_p < -5.0, x, central)
+
+
+def reverse_candidates(
+    z: Tensor, signal: Tensor, scale: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Candidate actions that could have produced z (Ma et al. 2025, Sec. 4; FLAME, Sec. 4.1).
+
+    Draws noise from N(0, I) truncated such that the implied action lies in the cube, which is the
+    posterior of the action under a uniform prior.
+
+    Args:
+        z: Noised actions ``signal * action + scale * noise``, ``(B, A)``.
+        signal: 1 - t for a flow, sqrt(alpha_bar) for a diffusion, ``(B, 1)``.
+        scale: t, respectively sqrt(1 - alpha_bar), ``(B, 1)``, positive.
+        uniform: U(0, 1) draws, ``(B, K, A)``.
+
+    Returns:
+        Candidate actions in [-1, 1] and their noise, both ``(B, K, A)``.
+    """
+    z, signal, scale = z.unsqueeze(1), signal.unsqueeze(1), scale.unsqueeze(1)
+    safe_signal = signal.clamp(min=1 - MAX_CANDIDATE_TIME)
+    low, high = (z - safe_signal) / scale, (z + safe_signal) / scale
+    noise = truncated_normal(low.expand_as(uniform), high.expand_as(uniform), uniform)
+    action = ((z - scale * noise) / safe_signal).clamp(-1, 1)
+    action = torch.where(signal < safe_signal, 2 * uniform - 1, action)
+    return action, (z - signal * action) / scale
+
+
+@dataclass(frozen=True)
+class Reweighted:
+    """Self-normalised importance estimate of the target policy's marginal velocity.
+
+    Attributes:
+        velocity: ``(B, A)``, sum_k w_k (noise_k - action_k).
+        ess: Effective sample size 1 / sum_k w_k^2, ``(B,)``, between 1 and K.
+        weights: ``(B, K)``, rows sum to one.
+    """
+
+    velocity: Tensor
+    ess: Tensor
+    weights: Tensor
+
+
+def reweighted_velocity(logits: Tensor, action: Tensor, noise: Tensor) -> Reweighted:
+    """v_hat = sum_k softmax_k(logits) (noise_k - action_k) (FLAME, Sec. 4.1).
+
+    For reverse candidates the logits are Qmin(s, a_k) / alpha: the partition function of
+    exp(Q / alpha) cancels.
+
+    Args:
+        logits: Log importance weights up to a constant per row, ``(B, K)``.
+        action: Candidates, ``(B, K, A)``.
+        noise: Their noise, ``(B, K, A)``.
+    """
+    weights = torch.softmax(logits, dim=1)
+    velocity = torch.einsum("bk,bka->ba", weights, noise - action)
+    return Reweighted(velocity, 1 / weights.square().sum(1), weights)
+
+
+# ---------------------------------------------------------------------------------------------
+# The MeanFlow loss
+# ---------------------------------------------------------------------------------------------
+
+
+def meanflow_loss(
+    net: MeanVelocityNet, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
+) -> Tensor:
+    """Mean squared violation of the MeanFlow identity (Geng et al. 2025, Eqs. 9-11).
+
+    ``mean_b || u - sg(v - (t - r) JVP) ||^2`` with JVP = tangent of u along (v, 0, 1). With v the
+    reweighted velocity this is the K-fold objective collapsed: the JVP is linear in its tangent
+    and the weights sum to one, so the gradient is the same from B rows instead of B * K.
+
+    Args:
+        net: Mean-velocity network.
+        z: ``(B, A)``.
+        r: ``(B, 1)``.
+        t: ``(B, 1)``, r <= t.
+        obs: ``(B, O)``.
+        velocity: Marginal velocity at z, ``(B, A)``.
+    """
+    with torch.no_grad():
+        _, tangent = net.velocity_and_jvp(z, r, t, obs, velocity)
+        target = velocity - (t - r) * tangent
+    return (net.velocity(z, r, t, obs) - target).square().sum(-1).mean()
+
+
+def meanflow_loss_k_fold(
+    net: MeanVelocityNet,
+    z: Tensor,
+    r: Tensor,
+    t: Tensor,
+    obs: Tensor,
+    velocities: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """The published form: sum_k w_k || u - sg(v_k - (t - r) JVP_k) ||^2 on all B * K rows.
+
+    Kept to prove that `meanflow_loss` has the same gradient. Its value differs by the weighted
+    variance of the targets, which has none.
+
+    Args:
+        net: Mean-velocity network.
+        z: ``(B, A)``.
+        r: ``(B, 1)``.
+        t: ``(B, 1)``, r <= t.
+        obs: ``(B, O)``.
+        velocities: Conditional velocities noise_k - action_k, ``(B, K, A)``.
+        weights: ``(B, K)``, rows sum to one.
+    """
+    expand = [x.unsqueeze(1) for x in (z, r, t, obs)]
+    z_k, r_k, t_k, obs_k = (x.expand(-1, velocities.shape[1], -1) for x in expand)
+    with torch.no_grad():
+        _, tangents = net.velocity_and_jvp(z_k, r_k, t_k, obs_k, velocities)
+        targets = velocities - (t_k - r_k) * tangents
+    errors = (net.velocity(z_k, r_k, t_k, obs_k) - targets).square().sum(-1)
+    return (weights * errors).sum(1).mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# Log-likelihood
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """Log-density of the flow policy at its own sample.
+
+    Attributes:
+        action: The sample, ``(..., A)``, before clipping.
+        log_prob: log pi(action | s) in nats, ``(...)``.
+        folded: True where det(I - J) < 0, ``(...)``: there the map from noise to action has turned
+            orientation and change of variables bounds the entropy from above. Only `exact`
+            measures it; elsewhere all False.
+    """
+
+    action: Tensor
+    log_prob: Tensor
+    folded: Tensor
+
+    @property
+    def fold_rate(self) -> Tensor:
+        """Fraction of folded samples, a scalar."""
+        return self.folded.to(self.log_prob.dtype).mean()
+
+
+def log_prob(
+    net: MeanVelocityNet,
+    obs: Tensor,
+    noise: Tensor,
+    *,
+    estimator: Estimator = "exact",
+    steps: int = 1,
+    trace: Trace = "exact",
+    flow: Flow = "mean",
+    probe: Tensor | None = None,
+) -> LogProb:
+    """Log pi(a | s) of the sample that `noise` is carried to.
+
+    - ``exact``: log N(noise) - log|det(I - J)| with the full Jacobian J of the one step that acts.
+    - ``multi_step``: the decoupled estimator (FLAME, Sec. 4.2): the number of steps that estimate
+      log pi is separate from the one step that acts; sums the divergence over the steps.
+    - ``one_step_trace``: log|det(I - J)| replaced by -tr J over one step: what a one-step
+      discretisation of the divergence integral gives, one to two nats off.
+
+    Args:
+        net: Mean-velocity network.
+        obs: ``(..., O)``.
+        noise: ``(..., A)``.
+        estimator: See above.
+        steps: Sub-steps of ``multi_step``; the others take one.
+        trace: Divergence of a sub-step, ignored by ``exact``: ``"exact"`` trace by A tangents,
+            ``"hutchinson"`` by one probe, ``"log_det"`` (only ``multi_step``) the sub-step's
+            log-determinant, free of discretisation error for the n-step policy.
+        flow: ``"mean"`` or ``"instantaneous"``, as in `sample_flow`.
+        probe: Hutchinson probe of +-1 (Rademacher), ``(..., A)``; required by ``"hutchinson"``.
+
+    Raises:
+        ValueError: For an unknown option, a missing probe, or a step count that does not fit.
+    """
+    _check_log_prob_options(estimator, steps, trace, probe)
+    use_determinant = estimator == "exact" or trace == "log_det"
+    log_det = torch.zeros_like(noise[..., 0])
+    folded = torch.zeros_like(log_det, dtype=torch.bool)
+    z = noise
+    for r, t in _intervals(steps):
+        times = _times(z, r, t, flow)
+        if use_determinant:
+            u, jacobian = net.velocity_and_jacobian(z, *times, obs)
+            eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+            sign, logabsdet = torch.linalg.slogdet(eye - (t - r) * jacobian)
+            log_det = log_det + logabsdet
+            folded = folded ^ (sign < 0)
+        else:
+            u, divergence = _divergence(net, z, *times, obs, None if trace == "exact" else probe)
+            log_det = log_det - (t - r) * divergence
+        z = z - (t - r) * u
+    return LogProb(z, standard_normal_log_prob(noise) - log_det, folded)
+
+
+def _check_log_prob_options(
+    estimator: Estimator, steps: int, trace: Trace, probe: Tensor | None
+) -> None:
+    check_choice("estimator", estimator, get_args(Estimator))
+    check_choice("trace", trace, get_args(Trace))
+    if steps < 1 or (steps > 1 and estimator != "multi_step"):
+        raise ValueError(f"steps={steps}: multi_step takes steps >= 1, {estimator} exactly 1")
+    if trace == "log_det" and estimator == "one_step_trace":
+        raise ValueError("one_step_trace has no trace='log_det'; choose estimator='exact'")
+    if trace == "hutchinson" and estimator != "exact" and probe is None:
+        raise ValueError("trace='hutchinson' needs a probe of +-1 shaped like noise")
+
+
+def _divergence(
+    net: MeanVelocityNet, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, probe: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """U and tr(du/dz), the latter as probe' J probe where a probe is given."""
+    if probe is None:
+        u, jacobian = net.velocity_and_jacobian(z, r, t, obs)
+        return u, jacobian.diagonal(dim1=-2, dim2=-1).sum(-1)
+    u, tangent = net.directional_derivative(z, r, t, obs, probe)
+    return u, (probe * tangent).sum(-1)
+
+
+def standard_normal_log_prob(noise: Tensor) -> Tensor:
+    """Log N(noise; 0, I), ``(..., A)`` -> ``(...)``."""
+    constant = 0.5 * noise.shape[-1] * math.log(2 * math.pi)
+    return -0.5 * noise.square().sum(-1) - constant

@@ -1,0 +1,98 @@
+"""Uniform replay with one row per transition, so that a batch is one gather."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Transitions; `terminated` is 1.0 where the episode ended by itself (not by a time limit)."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    next_obs: Tensor
+
+
+class ReplayBuffer:
+    """A ring of float32 rows ``[obs | next_obs | action | reward | terminated]``.
+
+    Args:
+        capacity: Rows kept; memory is reserved at once but touched only as it fills.
+        obs_dim: O.
+        action_dim: A.
+        device: Where the rows live.
+    """
+
+    def __init__(
+        self, capacity: int, obs_dim: int, action_dim: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self._columns = (obs_dim, obs_dim, action_dim, 1, 1)
+        self._rows = torch.empty((capacity, sum(self._columns)), device=device)
+        self._next = 0
+        self.size = 0
+
+    @property
+    def capacity(self) -> int:
+        """Rows that fit."""
+        return len(self._rows)
+
+    def add(
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        terminated: np.ndarray,
+        next_obs: np.ndarray,
+    ) -> None:
+        """Appends n transitions, overwriting the oldest when full; arrays ``(n, ...)``."""
+        scalars = np.stack([reward, terminated], axis=1)
+        rows = np.concatenate([obs, next_obs, action, scalars], axis=1, dtype=np.float32)
+        index = (self._next + torch.arange(len(rows))) % self.capacity
+        self._rows[index.to(self._rows.device)] = torch.from_numpy(rows).to(self._rows.device)
+        self._next = (self._next + len(rows)) % self.capacity
+        self.size = min(self.size + len(rows), self.capacity)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """`batch_size` transitions drawn uniformly with replacement.
+
+        Raises:
+            ValueError: If the buffer is empty.
+        """
+        if self.size == 0:
+            raise ValueError("the replay buffer is empty: collect transitions before sampling")
+        index = torch.randint(
+            self.size, (batch_size,), generator=generator, device=self._rows.device
+        )
+        rows = self._rows.index_select(0, index)
+        obs, next_obs, action, reward, terminated = torch.split(rows, list(self._columns), dim=1)
+        return Batch(obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The filled rows and the write position."""
+        return {
+            "rows": self._rows[: self.size],
+            "next": torch.tensor(self._next),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores `state_dict`.
+
+        Raises:
+            ValueError: If the rows do not fit this buffer.
+        """
+        rows = state["rows"]
+        if rows.shape[1:] != self._rows.shape[1:] or len(rows) > self.capacity:
+            raise ValueError(
+                f"saved replay rows have shape {tuple(rows.shape)}, this buffer holds "
+                f"{tuple(self._rows.shape)}: was it made for another environment or buffer_size?"
+            )
+        self.size = len(rows)
+        self._rows[: self.size] = rows.to(self._rows.device)
+        self._next = int(state["next"])

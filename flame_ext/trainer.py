@@ -1,0 +1,445 @@
+"""The loop: collect, update, log, evaluate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from flame_ext.agent import Agent
+from flame_ext.backends import make_backend
+from flame_ext.callbacks import Callback
+from flame_ext.checkpoint import (
+    arrays_to_tensors,
+    read_checkpoint,
+    strip_prefix,
+    with_prefix,
+    write_checkpoint,
+)
+from flame_ext.config import Config, make_config
+from flame_ext.envs import EnvLike, EnvState, VectorEnvHandle, make_eval_env, make_vector_env
+from flame_ext.errors import BackendUnavailableError, RunDirectoryError
+from flame_ext.evaluate import Evaluation, run_episodes
+from flame_ext.loggers import EvaluationLog, MultiLogger, make_loggers
+from flame_ext.normalizer import ObservationNormalizer
+from flame_ext.policies.base import uniform_like
+from flame_ext.policy import POLICY_FILE, PolicySpec, fixed_noise, save_policy
+from flame_ext.progress import Progress
+from flame_ext.replay import Batch, ReplayBuffer
+
+CONFIG_FILE = "config.json"
+# Evaluation and training episodes must not share seeds.
+_EVAL_SEED_OFFSET = 1_000_003
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        evaluations: Every evaluation, the last one after the last step.
+        steps: Environment steps taken, over all processes of a resumed run.
+        wall_time: Seconds, likewise.
+        run_dir: Where everything was written.
+        stopped_by: Name of the callback that ended the run early, or None.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    steps: int
+    wall_time: float
+    run_dir: Path
+    stopped_by: str | None = None
+
+    @property
+    def final_return(self) -> float:
+        """Mean return of the last evaluation."""
+        return self.evaluations[-1].mean_return
+
+    @property
+    def best_return(self) -> float:
+        """Highest mean return of any evaluation."""
+        return max(e.mean_return for e in self.evaluations)
+
+    @property
+    def policy_path(self) -> Path:
+        """The final policy, for `flame_ext.load`."""
+        return self.run_dir / POLICY_FILE
+
+
+class Trainer:
+    """Trains one policy in one kind of environment.
+
+    Args:
+        env: An environment id, a Gymnasium environment, a vector environment
+            (``AutoresetMode.SAME_STEP``) or a function that makes one environment.
+        algorithm: ``flame``, ``flame-r``, ``sac`` or ``diffusion``.
+        preset: ``default`` or ``paper``.
+        config: Options by name that differ from the preset, or a complete `Config`.
+        backend: ``auto``, ``torch``, ``cpu`` or ``cuda``; only ``auto`` chooses by itself.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        run_dir: A new directory; None makes one below ``runs/``.
+        seed: Decides weights, draws and the environments' randomness.
+        callbacks: Called while the run goes on; may stop it.
+
+    Raises:
+        ValueError: For options or spaces that cannot be used.
+        RunDirectoryError: If `run_dir` exists and is not empty.
+        BackendUnavailableError: If this build or machine lacks the backend.
+    """
+
+    def __init__(
+        self,
+        env: EnvLike,
+        *,
+        algorithm: str = "flame",
+        preset: str = "default",
+        config: Mapping[str, Any] | Config | None = None,
+        backend: str = "auto",
+        device: str = "auto",
+        run_dir: str | Path | None = None,
+        seed: int = 0,
+        callbacks: Sequence[Callback] = (),
+        _resuming: bool = False,
+    ) -> None:
+        self.config = make_config(algorithm, preset, config)
+        self.seed, self.callbacks = seed, tuple(callbacks)
+        self.device = _resolve_device(device)
+        self.env = _make_training_env(env, self.config, seed)
+        self.eval_env = make_eval_env(env, seed=seed + _EVAL_SEED_OFFSET)
+        sizes = (self.env.obs_dim, self.env.action_dim)
+        self.backend = make_backend(backend, self.device, self.config)
+        self.agent = Agent(self.config, *sizes, self.backend, seed=seed, device=self.device)
+        self.replay = ReplayBuffer(self.config.buffer_size, *sizes, device=self.device)
+        self.normalizer = (
+            ObservationNormalizer(sizes[0], self.device)
+            if self.config.normalize_observations
+            else None
+        )
+        self.global_step = 0
+        self.evaluations: list[Evaluation] = []
+        self._update_debt = 0.0
+        self._obs: np.ndarray | None = None
+        self._earlier_wall_time, self._start = 0.0, time.perf_counter()
+        self._stopped_by: str | None = None
+        self._tally = _Tally()
+        if _resuming and run_dir is not None:
+            self.run_dir = Path(run_dir)
+        else:
+            self.run_dir = _new_run_dir(run_dir, self.env.spec_id, algorithm, seed)
+        config_json = json.dumps(self.config.to_dict(), indent=1)
+        (self.run_dir / CONFIG_FILE).write_text(config_json + "\n")
+
+    @classmethod
+    def resume(
+        cls,
+        run_dir: str | Path,
+        *,
+        env: EnvLike | None = None,
+        backend: str = "auto",
+        device: str = "auto",
+        callbacks: Sequence[Callback] = (),
+    ) -> Trainer:
+        """Continues a run from its checkpoint, bit-equal to never having stopped.
+
+        Environments whose inner state cannot be saved start new episodes instead.
+
+        Args:
+            run_dir: Directory of the run.
+            env: Needed only if the run was not started from an environment id.
+            backend: As in the constructor.
+            device: As in the constructor.
+            callbacks: As in the constructor; callbacks are not saved.
+
+        Raises:
+            RunDirectoryError: If there is no usable checkpoint.
+        """
+        run_dir = Path(run_dir)
+        tensors, manifest = read_checkpoint(run_dir)
+        env = env if env is not None else manifest["env_id"]
+        if env is None:
+            raise RunDirectoryError(
+                f"the run in {run_dir} used an environment without an id; pass it again: "
+                "Trainer.resume(run_dir, env=...)"
+            )
+        options = Config(**_from_json(manifest["config"]))
+        trainer = cls(
+            env,
+            algorithm=options.algorithm,
+            config=options,
+            backend=backend,
+            device=device,
+            run_dir=run_dir,
+            seed=manifest["seed"],
+            callbacks=callbacks,
+            _resuming=True,
+        )
+        trainer._restore(tensors, manifest)
+        return trainer
+
+    def run(self, total_steps: int | None = None) -> RunResult:
+        """Trains until `total_steps` environment steps, then evaluates and saves.
+
+        An exception or Ctrl-C saves a checkpoint before it is passed on.
+
+        Args:
+            total_steps: Counted from the run's very first step; None takes the configured one.
+        """
+        c = self.config
+        total = c.total_steps if total_steps is None else total_steps
+        if self._obs is None:
+            self._obs = self.env.reset(self.seed)
+        self._start = time.perf_counter()
+        log = make_loggers(self.run_dir)
+        evaluation_log = EvaluationLog(self.run_dir)
+        progress = Progress(total, initial=self.global_step, algorithm=c.algorithm)
+        self._call("on_start")
+        try:
+            while self.global_step < total and self._stopped_by is None:
+                before = self.global_step
+                self.agent.set_progress(before / total)
+                self._collect()
+                self._update(self.global_step - before)
+                progress.update(self.global_step, self.agent.updates)
+                if self._due(before, c.log_interval):
+                    self._log(log, progress)
+                if self._due(before, c.eval_interval) and self.global_step < total:
+                    self._evaluate(log, evaluation_log, progress)
+                if self._due(before, c.checkpoint_interval) and self.global_step < total:
+                    self.save()
+            self._evaluate(log, evaluation_log, progress)
+        finally:
+            self.save()
+            progress.close()
+            log.close()
+        result = RunResult(
+            tuple(self.evaluations),
+            self.global_step,
+            self.wall_time,
+            self.run_dir,
+            self._stopped_by,
+        )
+        self._call("on_end", result)
+        return result
+
+    def stop(self, reason: str = "stop()") -> None:
+        """Ends the run after the current step; it is evaluated and saved as usual."""
+        self._stopped_by = reason
+
+    @property
+    def wall_time(self) -> float:
+        """Seconds of training so far, over all processes of a resumed run."""
+        return self._earlier_wall_time + time.perf_counter() - self._start
+
+    def _due(self, before: int, interval: int) -> bool:
+        """Whether a multiple of `interval` was reached since step `before`."""
+        return interval > 0 and before // interval < self.global_step // interval
+
+    def _collect(self) -> None:
+        """One step of every environment into the replay buffer."""
+        assert self._obs is not None
+        if self.normalizer is not None:
+            self.normalizer.update(self._obs)
+        if self.global_step < self.config.learning_starts:
+            like = torch.empty(0, device=self.device)
+            shape = (self.env.num_envs, self.env.action_dim)
+            action = 2 * uniform_like(like, shape, self.agent.generator) - 1
+        else:
+            action = self.agent.explore(self._to_agent(self._obs))
+        executed = action.cpu().numpy()
+        step = self.env.step(executed)
+        self.replay.add(self._obs, executed, step.reward, step.terminated, step.next_obs)
+        self._obs = step.obs
+        self.global_step += self.env.num_envs
+        for episode_return in step.episode_returns:
+            self._tally.add({"train_return": episode_return})
+
+    def _update(self, new_steps: int) -> None:
+        """As many updates as the new steps owe; fractions are carried on."""
+        if self.global_step < self.config.learning_starts:
+            return
+        self._update_debt += new_steps * self.config.updates_per_step
+        while self._update_debt >= 1:
+            self._update_debt -= 1
+            batch = self.replay.sample(self.config.batch_size, self.agent.generator)
+            self._tally.add(self.agent.update(self._normalize(batch)))
+
+    def _normalize(self, batch: Batch) -> Batch:
+        if self.normalizer is None:
+            return batch
+        return dataclasses.replace(
+            batch, obs=self.normalizer(batch.obs), next_obs=self.normalizer(batch.next_obs)
+        )
+
+    def _to_agent(self, obs: np.ndarray) -> torch.Tensor:
+        rows = torch.from_numpy(obs).to(self.device)
+        return rows if self.normalizer is None else self.normalizer(rows)
+
+    def _log(self, log: MultiLogger, progress: Progress) -> None:
+        metrics = self._tally.pop()
+        metrics |= {"updates": float(self.agent.updates), "wall_time": self.wall_time}
+        log.log(self.global_step, metrics)
+        progress.show(metrics)
+        self._call("on_log", metrics)
+
+    def _evaluate(
+        self, log: MultiLogger, evaluation_log: EvaluationLog, progress: Progress
+    ) -> None:
+        c = self.config
+        noise = torch.from_numpy(fixed_noise(c.eval_particles, self.env.action_dim))
+        noise = noise.to(self.device).unsqueeze(0)
+
+        def act(obs: np.ndarray) -> np.ndarray:
+            rows = self._to_agent(obs)
+            array: np.ndarray = self.agent.act(rows, noise.expand(len(rows), -1, -1)).cpu().numpy()
+            return array
+
+        # The same episodes at every evaluation: their start states do not blur the curve.
+        seed = self.seed + _EVAL_SEED_OFFSET
+        outcome = run_episodes(self.eval_env, act, c.eval_episodes, seed=seed)
+        evaluation = Evaluation(self.global_step, self.wall_time, *outcome)
+        best = all(evaluation.mean_return >= e.mean_return for e in self.evaluations)
+        self.evaluations.append(evaluation)
+        if best:
+            self._save_policy(self.run_dir / "best" / POLICY_FILE)
+        evaluation_log.write(evaluation)
+        log.log(self.global_step, {"eval_return": evaluation.mean_return})
+        progress.evaluated(evaluation)
+        self._call("on_evaluation", evaluation)
+
+    def _call(self, event: str, *args: object) -> None:
+        for callback in self.callbacks:
+            if getattr(callback, event)(self, *args) is False:
+                self.stop(type(callback).__name__)
+
+    def save(self) -> None:
+        """Writes the checkpoint and the policy file."""
+        env_state = self.env.get_state() if self._obs is not None else None
+        tensors = with_prefix("agent", self.agent.state_dict())
+        tensors |= with_prefix("replay", self.replay.state_dict())
+        if self.normalizer is not None:
+            tensors |= with_prefix("normalizer", self.normalizer.state_dict())
+        if env_state is not None:
+            tensors |= arrays_to_tensors("env", env_state.arrays)
+        manifest = {
+            "config": self.config.to_dict(),
+            "env_id": self.env.spec_id,
+            "seed": self.seed,
+            "global_step": self.global_step,
+            "update_debt": self._update_debt,
+            "wall_time": self.wall_time,
+            "evaluations": [dataclasses.asdict(e) for e in self.evaluations],
+            "env_state": None if env_state is None else env_state.meta,
+        }
+        write_checkpoint(self.run_dir, tensors, manifest)
+        self._save_policy(self.run_dir / POLICY_FILE)
+
+    def _restore(self, tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> None:
+        self.agent.load_state_dict(strip_prefix("agent", tensors))
+        self.replay.load_state_dict(strip_prefix("replay", tensors))
+        if self.normalizer is not None:
+            self.normalizer.load_state_dict(strip_prefix("normalizer", tensors))
+        self.global_step = manifest["global_step"]
+        self._update_debt = manifest["update_debt"]
+        self._earlier_wall_time = manifest["wall_time"]
+        self.evaluations = [Evaluation(**_from_json(e)) for e in manifest["evaluations"]]
+        if manifest["env_state"] is None:
+            warnings.warn(
+                "this environment's inner state cannot be saved: the resumed run starts new "
+                "episodes and is not bit-equal to one that never stopped",
+                stacklevel=3,
+            )
+            self._obs = self.env.reset(self.seed + self.global_step)
+            return
+        arrays = {n: t.numpy() for n, t in strip_prefix("env", tensors).items()}
+        self._obs = self.env.set_state(EnvState(arrays, manifest["env_state"]))
+
+    def _save_policy(self, path: Path) -> None:
+        spec = PolicySpec(
+            algorithm=self.config.algorithm,
+            config=self.config.to_dict(),
+            obs_dim=self.env.obs_dim,
+            action_dim=self.env.action_dim,
+            action_low=tuple(self.env.action_low.tolist()),
+            action_high=tuple(self.env.action_high.tolist()),
+            env_id=self.env.spec_id,
+        )
+        networks = self.agent.networks()
+        tensors = {
+            f"{name}.flat": networks[name].flat.detach().cpu().numpy()
+            for name in ("actor", "critics")
+        }
+        if self.normalizer is not None:
+            shift, scale = self.normalizer.shift_and_scale()
+            tensors |= {"normalizer.shift": shift, "normalizer.scale": scale}
+        save_policy(path, spec, tensors)
+
+
+class _Tally:
+    """Means of scalars between two log rows."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self) -> dict[str, float]:
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+
+def _make_training_env(env: EnvLike, config: Config, seed: int) -> VectorEnvHandle:
+    """An id or a factory is run `num_envs` times; objects are taken as they are."""
+    is_object = isinstance(env, (gymnasium.Env, gymnasium.vector.VectorEnv))
+    return make_vector_env(env, num_envs=None if is_object else config.num_envs, seed=seed)
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"device={device!r} was given but PyTorch sees no CUDA device; use device='cpu'"
+        )
+    return resolved
+
+
+def _new_run_dir(run_dir: str | Path | None, env_id: str | None, algorithm: str, seed: int) -> Path:
+    """Creates the run's directory.
+
+    Raises:
+        RunDirectoryError: If it exists and is not empty.
+    """
+    if run_dir is None:
+        task = re.sub(r"[^\w.-]+", "_", env_id or "custom")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        run_dir = Path("runs") / f"{task}-{algorithm}-s{seed}-{stamp}"
+    path = Path(run_dir)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunDirectoryError(
+            f"{path} exists already; give a new run_dir, or continue that run with "
+            f"Trainer.resume({str(path)!r}).run()"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _from_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples; the dataclasses here have no lists."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
