@@ -197,7 +197,7 @@ def plot_multigoal(
     if not run_dirs:
         raise ValueError("no run directory was given; give at least one.")
     policies = [_load_multigoal(run_dir, seed) for run_dir in run_dirs]
-    figure = Figure(figsize=(4.2 * len(policies), 8.0), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(policies), 8.4), layout="compressed")
     grid = figure.subplots(2, len(policies), squeeze=False)
     for column, policy in enumerate(policies):
         rollouts = rollout_goals(policy, episodes, seed=seed)
@@ -256,15 +256,10 @@ def _draw_paths(axes: Axes, rollouts: GoalRollouts, name: str) -> None:
     for index, (goal, fraction) in enumerate(zip(env.goals, rollouts.fractions, strict=True)):
         colour = _COLOURS[index % len(_COLOURS)]
         axes.plot(*goal, marker="o", ms=13, mfc="white", mec=colour, mew=2.5)
-        axes.annotate(
-            f"{fraction:.0%}",
-            goal * 1.26,
-            ha="center",
-            va="center",
-            fontsize=11,
-            fontweight="bold",
-            color="#333333",
-        )
+        # Outwards above and below the centre; above the goal at the sides, where paths come in.
+        sideways = abs(goal[0]) > abs(goal[1])
+        at = goal + (np.array([0.0, 1.1]) if sideways else 1.1 * goal / np.linalg.norm(goal))
+        axes.text(at[0], at[1], f"{fraction:.0%}", ha="center", va="center", fontweight="bold")
     axes.plot(0, 0, marker="+", ms=12, mew=2, color="black")
     shares = " / ".join(f"{100 * fraction:.0f}" for fraction in rollouts.fractions)
     missed = 1.0 - rollouts.fractions.sum()
@@ -272,6 +267,7 @@ def _draw_paths(axes: Axes, rollouts: GoalRollouts, name: str) -> None:
         f"{name}: {len(rollouts.goals)} episodes\nreached {shares} %, none {100 * missed:.0f} %"
     )
     axes.set(xlim=(-7, 7), ylim=(-7, 7), xlabel="position 1", ylabel="position 2", aspect="equal")
+    axes.set(xticks=[-5, 0, 5], yticks=[-5, 0, 5])
     _tidy(axes)
 
 
@@ -283,10 +279,13 @@ def _draw_q(figure: Figure, axes: Axes, policy: Policy) -> None:
     contours = axes.contourf(first, second, q, levels=24, cmap="cividis")
     axes.contour(first, second, q, levels=12, colors="white", linewidths=0.4, alpha=0.5)
     sampled = policy.act(np.zeros((300, 2)))
-    axes.scatter(sampled[:, 0], sampled[:, 1], s=14, color="#F0E442", edgecolor="black", lw=0.5)
-    figure.colorbar(contours, ax=axes, shrink=0.75, label="Q at the origin")
+    # Many samples lie on the box's edge; they must not be cut in half there.
+    style: dict[str, Any] = {"color": "#D55E00", "edgecolor": "white", "lw": 0.5}
+    axes.scatter(sampled[:, 0], sampled[:, 1], s=16, clip_on=False, zorder=3, **style)
+    figure.colorbar(contours, ax=axes, shrink=0.8, format="%.3g")
+    axes.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1])
     axes.set(xlim=(-1, 1), ylim=(-1, 1), xlabel="action 1", ylabel="action 2", aspect="equal")
-    axes.set_title("Q over actions at the origin, 300 samples")
+    axes.set_title("Q at the origin, 300 sampled actions", fontsize=11)
 
 
 def _short_number(value: float, _: float) -> str:
