@@ -8,17 +8,42 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flame_ext import ops
+    from flame_ext.callbacks import Callback
+    from flame_ext.config import Config, make_config
     from flame_ext.native import BackendInfo, backend_info
+    from flame_ext.policy import Policy, load
+    from flame_ext.trainer import RunResult, Trainer
 
 __version__: str
 
 # Public name -> the module that defines it.
 _EXPORTS = {
     "BackendInfo": "flame_ext.native",
+    "Callback": "flame_ext.callbacks",
+    "Config": "flame_ext.config",
+    "Policy": "flame_ext.policy",
+    "RunResult": "flame_ext.trainer",
+    "Trainer": "flame_ext.trainer",
     "backend_info": "flame_ext.native",
+    "load": "flame_ext.policy",
+    "make_config": "flame_ext.config",
 }
+_SUBMODULES = ("ops",)
 
-__all__ = ["BackendInfo", "__version__", "backend_info"]
+__all__ = [
+    "BackendInfo",
+    "Callback",
+    "Config",
+    "Policy",
+    "RunResult",
+    "Trainer",
+    "__version__",
+    "backend_info",
+    "load",
+    "make_config",
+    "ops",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +52,8 @@ def __getattr__(name: str) -> Any:
 
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("flame_ext")
+    if name in _SUBMODULES:
+        return importlib.import_module(f"flame_ext.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'flame_ext' has no attribute {name!r}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -68,6 +68,7 @@ class Config:
         z_source: Actions that are noised to z: uniform, the policy's own, or samples of the target
             (one candidate resampled by its weight).
         instantaneous_fraction: Fraction of the batch with r = t.
+        acting_fraction: Fraction of the batch with (r, t) = (0, 1), the pair that acts.
         reweighting_weight: Weight of the Q-reweighted flow-matching loss.
         reverse_kl_weight: Weight of E[alpha log pi - Qmin] through the exact one-step density.
         boundary_width: Outside the box the reverse-KL target falls off as a Gaussian of this
@@ -120,6 +121,7 @@ class Config:
     proposal_ess: float = 0.5
     z_source: ZSource = "target"
     instantaneous_fraction: float = 0.5
+    acting_fraction: float = 0.0
     reweighting_weight: float = 0.3
     reverse_kl_weight: float = 1.0
     boundary_width: float = 0.05
@@ -142,6 +144,11 @@ class Config:
                 raise ValueError(f"{name}={value!r} is out of range; allowed: [{low}, {high}]")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             raise ValueError(f"hidden_sizes={self.hidden_sizes!r}: give at least one width >= 1")
+        if self.instantaneous_fraction + self.acting_fraction > 1:
+            raise ValueError(
+                f"instantaneous_fraction={self.instantaneous_fraction} and acting_fraction="
+                f"{self.acting_fraction} are parts of one batch; their sum must not exceed 1"
+            )
         if self.policy_batch_size > self.batch_size:
             raise ValueError(
                 f"policy_batch_size={self.policy_batch_size} exceeds "
@@ -188,6 +195,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_candidates": (1, _INF),
     "proposal_ess": (0, 1),
     "instantaneous_fraction": (0, 1),
+    "acting_fraction": (0, 1),
     "reweighting_weight": (0, _INF),
     "reverse_kl_weight": (0, _INF),
     "boundary_width": (1e-6, _INF),

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 
 from flame_ext.backends.torch import TorchBackend
-from flame_ext.config import Config
 from flame_ext.errors import BackendUnavailableError, check_choice
 
-__all__ = ["BACKENDS", "Backend", "BackendName", "make_backend"]
+__all__ = ["BACKENDS", "Backend", "BackendName", "make_backend", "resolve_operator"]
 
 BackendName = Literal["auto", "torch", "cpu", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
@@ -18,15 +16,25 @@ BACKENDS: tuple[str, ...] = get_args(BackendName)
 Backend = TorchBackend
 
 
-def make_backend(name: str, device: torch.device, config: Config) -> Backend:
-    """The backend that trains on `device`; only ``auto`` chooses by itself.
+def make_backend(name: str) -> Backend:
+    """The backend that trains; only ``auto`` chooses by itself.
 
     Raises:
         BackendUnavailableError: If this build or machine lacks the backend.
     """
+    resolve_operator(name, "training step")
+    return TorchBackend()
+
+
+def resolve_operator(name: str, operator: str) -> str:
+    """The backend that computes `operator`.
+
+    Raises:
+        BackendUnavailableError: If this build or machine lacks it; only ``auto`` chooses.
+    """
     check_choice("backend", name, BACKENDS)
     if name in ("auto", "torch"):
-        return TorchBackend()
+        return "torch"
     raise BackendUnavailableError(
-        f"backend={name!r} is not part of this build; use backend='torch' or 'auto'"
+        f"backend={name!r} has no {operator} in this build; use backend='torch' or 'auto'"
     )

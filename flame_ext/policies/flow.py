@@ -115,11 +115,15 @@ class FlowActor(Actor):
         return loss, reweighted.ess.mean() / self.config.num_candidates
 
     def _times(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """T uniform; r = t on a fraction of the batch, else uniform below t."""
+        """Times of the MeanFlow loss: some pairs r = t, some (0, 1), else r < t at random."""
         draws = uniform_like(obs, (len(obs), 3), generator)
         t = MIN_TIME + (1 - MIN_TIME) * draws[:, :1]
-        instantaneous = draws[:, 1:2] < self.config.instantaneous_fraction
-        return torch.where(instantaneous, t, t * draws[:, 2:]), t
+        r = t * draws[:, 2:]
+        kind = draws[:, 1:2]
+        instantaneous = kind < self.config.instantaneous_fraction
+        acting = kind >= 1 - self.config.acting_fraction
+        t = torch.where(acting, 1.0, t)
+        return torch.where(instantaneous, t, torch.where(acting, 0.0, r)), t
 
     def _from_reverse(
         self,

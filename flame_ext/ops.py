@@ -1,0 +1,163 @@
+"""FLAME's three operators as functions, on any backend.
+
+``backend="torch"`` is `flame_ext.reference` and differentiates through autograd. ``"cpu"`` and
+``"cuda"`` are the native kernels, never a silent fallback; ``"auto"`` takes the best that this
+build has for the tensors' device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flame_ext import reference
+from flame_ext.backends import BackendName, resolve_operator
+from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.reference import Estimator, Flow, LogProb, Reweighted, Trace
+
+__all__ = ["log_prob", "meanflow_loss", "one_step_action", "reweighted_velocity"]
+
+
+def one_step_action(
+    net: MeanVelocityNet,
+    obs: Tensor,
+    noise: Tensor,
+    *,
+    critics: Critics | None = None,
+    backend: BackendName = "auto",
+) -> Tensor:
+    """One-step MeanFlow control ``clip(eps - u(eps, 0, 1, s), -1, 1)``, optionally best-of-N.
+
+    Args:
+        net: Mean-velocity network.
+        obs: ``(B, O)``.
+        noise: Base samples ``(B, A)``, or ``(B, N, A)`` with `critics`.
+        critics: Choose the particle with the highest Qmin.
+        backend: See the module.
+
+    Returns:
+        ``(B, A)``.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+        BackendUnavailableError: If the build or machine lacks the backend.
+    """
+    expected = 2 if critics is None else 3
+    if noise.dim() != expected or noise.shape[0] != len(obs):
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}; with {len(obs)} observations "
+            f"{'and no critics (B, A)' if critics is None else 'and critics (B, N, A)'} is expected"
+        )
+    _check_columns(net, obs, noise)
+    resolve_operator(backend, "one_step_action")
+    if critics is None:
+        return reference.one_step_action(net, obs, noise)
+    particles = reference.one_step_action(net, obs.unsqueeze(1), noise)
+    return reference.best_of(critics, obs, particles)
+
+
+def reweighted_velocity(
+    critics: Critics,
+    obs: Tensor,
+    z: Tensor,
+    t: Tensor,
+    *,
+    alpha: float | Tensor,
+    num_candidates: int = 32,
+    generator: torch.Generator | None = None,
+    backend: BackendName = "auto",
+) -> Reweighted:
+    """Marginal velocity of exp(Qmin / alpha) at z from reverse samples (FLAME, Sec. 4.1).
+
+    Args:
+        critics: Twin critics.
+        obs: ``(B, O)``.
+        z: Noised actions ``(1 - t) action + t noise``, ``(B, A)``.
+        t: Flow times in (0, 1], ``(B, 1)``.
+        alpha: Temperature, positive.
+        num_candidates: K importance samples per state.
+        generator: Source of the draws.
+        backend: See the module.
+
+    Raises:
+        ValueError: If the shapes or the temperature do not fit.
+        BackendUnavailableError: If the build or machine lacks the backend.
+    """
+    if t.shape != (len(z), 1) or z.shape[1:] != (critics.action_dim,):
+        raise ValueError(
+            f"z has shape {tuple(z.shape)} and t {tuple(t.shape)}; expected "
+            f"(B, {critics.action_dim}) and (B, 1)"
+        )
+    if not float(alpha) > 0:
+        raise ValueError(f"alpha={float(alpha)} must be positive: weights are exp(Q / alpha)")
+    resolve_operator(backend, "reweighted_velocity")
+    shape = (len(z), num_candidates, z.shape[1])
+    uniform = torch.rand(shape, generator=generator, dtype=z.dtype, device=z.device)
+    uniform = uniform.clamp_(min=torch.finfo(z.dtype).eps)
+    action, noise = reference.reverse_candidates(z, 1 - t, t, uniform)
+    logits = critics.candidate_q_min(obs, action) / alpha
+    return reference.reweighted_velocity(logits, action, noise)
+
+
+def meanflow_loss(
+    net: MeanVelocityNet,
+    z: Tensor,
+    r: Tensor,
+    t: Tensor,
+    obs: Tensor,
+    velocity: Tensor,
+    *,
+    backend: BackendName = "auto",
+) -> Tensor:
+    """Collapsed, reweighted MeanFlow loss; shapes as in `reference.meanflow_loss`.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+        BackendUnavailableError: If the build or machine lacks the backend.
+    """
+    _check_columns(net, obs, z)
+    if z.shape != velocity.shape or r.shape != t.shape or t.shape != (len(z), 1):
+        raise ValueError(
+            f"z {tuple(z.shape)}, velocity {tuple(velocity.shape)}, r {tuple(r.shape)} and "
+            f"t {tuple(t.shape)} must be (B, A), (B, A), (B, 1) and (B, 1)"
+        )
+    resolve_operator(backend, "meanflow_loss")
+    return reference.meanflow_loss(net, z, r, t, obs, velocity)
+
+
+def log_prob(
+    net: MeanVelocityNet,
+    obs: Tensor,
+    noise: Tensor,
+    *,
+    estimator: Estimator = "exact",
+    steps: int = 1,
+    trace: Trace = "exact",
+    flow: Flow = "mean",
+    probe: Tensor | None = None,
+    backend: BackendName = "auto",
+) -> LogProb:
+    """Log-likelihood of the flow policy at its own samples; see `reference.log_prob`.
+
+    Raises:
+        ValueError: If the options or shapes do not fit.
+        BackendUnavailableError: If the build or machine lacks the backend.
+    """
+    _check_columns(net, obs, noise)
+    resolve_operator(backend, "log_prob")
+    return reference.log_prob(
+        net, obs, noise, estimator=estimator, steps=steps, trace=trace, flow=flow, probe=probe
+    )
+
+
+def _check_columns(net: MeanVelocityNet, obs: Tensor, action: Tensor) -> None:
+    if obs.shape[-1] != net.obs_dim or action.shape[-1] != net.action_dim:
+        raise ValueError(
+            f"obs has {obs.shape[-1]} columns and the actions {action.shape[-1]}; this network "
+            f"takes {net.obs_dim} and {net.action_dim}"
+        )
+    if obs.device != action.device or obs.dtype != action.dtype:
+        raise ValueError(
+            f"obs is {obs.dtype} on {obs.device}, the actions {action.dtype} on {action.device}; "
+            "both must match the network"
+        )

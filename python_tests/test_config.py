@@ -1,0 +1,52 @@
+"""Options: presets, algorithms, overrides and what is refused."""
+
+import pytest
+from flame_ext.config import ALGORITHMS, PRESETS, Config, make_config
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_combination_is_valid(algorithm: str, preset: str) -> None:
+    config = make_config(algorithm, preset)
+    assert config.algorithm == algorithm
+    assert make_config(algorithm, overrides=config.to_dict()) == config
+
+
+def test_paper_preset_has_the_published_settings() -> None:
+    config = make_config("flame", "paper")
+    assert (config.num_envs, config.updates_per_step, config.batch_size) == (5, 0.2, 256)
+    assert (config.hidden_sizes, config.activation) == ((256, 256, 256), "mish")
+    assert (config.num_candidates, config.eval_particles) == (100, 32)
+    assert config.target_entropy_scale == -3
+    assert config.reverse_kl_weight == 0
+
+
+def test_overrides_win_over_the_preset() -> None:
+    config = make_config("flame-r", "paper", {"num_candidates": 7, "hidden_sizes": [8, 8]})
+    assert (config.num_candidates, config.hidden_sizes) == (7, (8, 8))
+    assert make_config("sac", overrides={"total_steps": 1e5}).total_steps == 100_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("flam", "default", {}), "did you mean 'flame'"),
+        (("flame", "papper", {}), "did you mean 'paper'"),
+        (("flame", "default", {"batchsize": 3}), "did you mean 'batch_size'"),
+        (("flame", "default", {"activation": "gelu"}), "Choose one of: relu, silu, mish"),
+        (("flame", "default", {"gamma": 1.5}), r"gamma=1.5 is out of range; allowed: \[0, 1\]"),
+        (("flame", "default", {"policy_batch_size": 512}), "exceeds batch_size=256"),
+        (("flame", "default", {"sampling_steps": 4}), "reverse_kl_weight > 0 needs the one-step"),
+        (("flame", "default", {"hidden_sizes": ()}), "at least one width"),
+        (("sac", "default", Config(algorithm="flame")), "pass the same name to both"),
+    ],
+)
+def test_bad_values_are_named(arguments: tuple[str, str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make_config(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["3", 2.5, True])
+def test_wrong_types_are_named(value: object) -> None:
+    with pytest.raises(TypeError, match="num_candidates=.* expected int"):
+        make_config("flame", overrides={"num_candidates": value})

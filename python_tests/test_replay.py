@@ -1,0 +1,66 @@
+"""Replay buffer and observation normaliser."""
+
+import numpy as np
+import pytest
+import torch
+from flame_ext.normalizer import ObservationNormalizer
+from flame_ext.replay import ReplayBuffer
+
+
+def fill(buffer: ReplayBuffer, start: int, count: int) -> None:
+    ids = np.arange(start, start + count, dtype=np.float32)
+    buffer.add(
+        np.stack([ids, ids + 0.25], 1),
+        ids[:, None],
+        -ids,
+        (ids % 2).astype(bool),
+        -ids[:, None] * np.ones((1, 2), np.float32),
+    )
+
+
+def test_rows_come_back_whole_and_the_oldest_are_overwritten() -> None:
+    buffer = ReplayBuffer(10, 2, 1)
+    fill(buffer, 0, 8)
+    fill(buffer, 8, 6)
+    assert buffer.size == 10
+    batch = buffer.sample(500, torch.Generator().manual_seed(0))
+    ids = batch.action[:, 0]
+    assert set(ids.tolist()) == set(range(4, 14))
+    torch.testing.assert_close(batch.obs, torch.stack([ids, ids + 0.25], 1))
+    torch.testing.assert_close(batch.reward, -ids)
+    torch.testing.assert_close(batch.terminated, ids % 2)
+    torch.testing.assert_close(batch.next_obs, -ids.unsqueeze(1).expand(-1, 2))
+
+
+def test_state_continues_exactly() -> None:
+    first = ReplayBuffer(10, 2, 1)
+    fill(first, 0, 13)
+    second = ReplayBuffer(10, 2, 1)
+    second.load_state_dict(first.state_dict())
+    for buffer in (first, second):
+        fill(buffer, 13, 4)
+    batches = [b.sample(64, torch.Generator().manual_seed(1)) for b in (first, second)]
+    assert torch.equal(batches[0].obs, batches[1].obs)
+
+
+def test_refuses_empty_and_foreign_state() -> None:
+    with pytest.raises(ValueError, match="buffer is empty"):
+        ReplayBuffer(10, 2, 1).sample(1, torch.Generator())
+    other = ReplayBuffer(10, 3, 1)
+    with pytest.raises(ValueError, match="another environment"):
+        other.load_state_dict(ReplayBuffer(10, 2, 1).state_dict())
+
+
+def test_normalizer_matches_numpy_in_any_chunks() -> None:
+    data = np.random.default_rng(0).normal(5.0, [1.0, 100.0, 0.01], (1000, 3))
+    normalizer = ObservationNormalizer(3)
+    for chunk in np.split(data.astype(np.float32), [1, 7, 300]):
+        normalizer.update(chunk)
+    shift, scale = normalizer.shift_and_scale()
+    np.testing.assert_allclose(shift, data.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(1 / scale, data.std(0), rtol=1e-3)
+    out = normalizer(torch.from_numpy(data.astype(np.float32)))
+    np.testing.assert_allclose(out.std(0).numpy(), 1, rtol=1e-2)
+    copy = ObservationNormalizer(3)
+    copy.load_state_dict(normalizer.state_dict())
+    assert torch.equal(copy(out), normalizer(out))
