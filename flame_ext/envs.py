@@ -160,9 +160,8 @@ def _check_id(env_id: str) -> None:
     if any(name.rpartition("-v")[0] == env_id for name in names):
         return  # Without a version Gymnasium takes the newest one.
     raise ValueError(
-        f"env={env_id!r} is not a registered Gymnasium id{nearest_hint(env_id, names)}. Allowed: "
-        "any id listed by gymnasium.pprint_registry(), or 'module:Name-v0' to import its module "
-        "first."
+        f"env={env_id!r} is unknown: give an id that gymnasium.pprint_registry() lists, or "
+        f"'module:Name-v0' to import its module first{nearest_hint(env_id, names)}"
     )
 
 

@@ -14,7 +14,7 @@ from flame_ext.evaluate import Evaluation
 # Metric -> short label and format, in the order shown.
 _SHOWN = {
     "train_return": ("train return", ".0f"),
-    "ess": ("ESS", ".1f"),
+    "ess": ("ESS", ".3g"),
     "entropy": ("entropy", ".2f"),
     "alpha": ("alpha", ".3g"),
 }

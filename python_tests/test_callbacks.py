@@ -92,7 +92,7 @@ def test_without_a_terminal_there_is_one_line_per_evaluation():
     assert text.count("\n") == 1
     assert "1,000/2,000" in text
     assert "100.0 +- 1.0" in text
-    for word in ("steps/s", "updates/s", "train return 12", "ESS 7.5", "entropy -1.50", "alpha 0.02"):
+    for word in ("steps/s", "updates/s", "train return 12", "ESS 7.53", "entropy -1.50", "alpha 0.02"):
         assert word in text
     assert "other" not in text
 
@@ -102,4 +102,4 @@ def test_a_terminal_gets_a_bar_and_the_same_line():
     assert "flame" in text
     assert "2000/2000" in text
     assert "100.0 +- 1.0" in text
-    assert "ESS 7.5" in text
+    assert "ESS 7.53" in text

@@ -277,7 +277,7 @@ def test_unknown_ids_are_answered_with_the_nearest_name():
         make_vector_env("Pendulm-v1")
     with pytest.raises(ValueError, match="did you mean 'flame_ext/MultiGoal-v0'"):
         make_vector_env("flame/MultiGoal-v0")
-    with pytest.raises(ValueError, match="not a registered"):
+    with pytest.raises(ValueError, match="is unknown"):
         make_eval_env("zzzzzzzz")
 
 

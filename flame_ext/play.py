@@ -1,0 +1,208 @@
+"""Playing with saved policies: episodes, films and acting latency, behind ``flame-ext``."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flame_ext.envs import VectorEnvHandle, make_eval_env, make_vector_env
+from flame_ext.evaluate import run_episodes
+from flame_ext.policy import Policy, PolicySpec
+
+_FRAMES_PER_SECOND = 30
+# Observation and action sizes of the tasks that latency is quoted for.
+_TASK_SIZES = {"halfcheetah": (17, 6), "humanoid": (348, 17)}
+_BATCHES = (1, 256)
+
+
+@dataclass(frozen=True)
+class Acting:
+    """How a policy is used.
+
+    Attributes:
+        num_particles: Best of N by Qmin.
+        deterministic: Whether equal observations get equal actions.
+    """
+
+    num_particles: int = 1
+    deterministic: bool = True
+
+
+def evaluate_policy(
+    policy: Policy,
+    env_id: str,
+    episodes: int,
+    acting: Acting,
+    *,
+    seed: int = 0,
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Returns and lengths of ``episodes`` episodes, up to ten side by side.
+
+    Args:
+        policy: The policy, for the sizes of this environment.
+        env_id: A registered Gymnasium id.
+        episodes: How many; at least 1.
+        acting: How the policy is used.
+        seed: Decides the episodes.
+
+    Raises:
+        ValueError: If the environment is unknown or its sizes are not the policy's.
+    """
+    env = make_vector_env(env_id, num_envs=min(episodes, 10), seed=seed)
+    try:
+        act = _unit_actions(policy, env, acting)
+        return run_episodes(env, act, episodes, seed=seed)
+    finally:
+        env.close()
+
+
+def film_episode(
+    policy: Policy,
+    env_id: str,
+    path: Path,
+    acting: Acting,
+    *,
+    seed: int = 0,
+) -> None:
+    """Write one episode as a video; arguments as for `evaluate_policy`.
+
+    Raises:
+        ImportError: If the packages for this format are missing.
+        ValueError: If the environment gives no images, or the file's ending is unknown.
+    """
+    require_video_support(path)
+    import imageio
+
+    env = make_eval_env(env_id, seed=seed, render_mode="rgb_array")
+    try:
+        act = _unit_actions(policy, env, acting)
+        obs, done = env.reset(seed), False
+        frames: list[Any] = []
+        while not done:
+            frames.append(env.render())
+            step = env.step(act(obs))
+            obs, done = step.obs, bool(step.terminated[0] or step.truncated[0])
+    finally:
+        env.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    gif = path.suffix.lower() == ".gif"
+    # A GIF counts milliseconds per frame, a film frames per second.
+    timing = {"duration": 1000 / _FRAMES_PER_SECOND} if gif else {"fps": _FRAMES_PER_SECOND}
+    imageio.mimwrite(path, frames, **timing)
+
+
+def require_video_support(path: Path) -> None:
+    """Raise before any episode is played if a video cannot be written to ``path``.
+
+    Raises:
+        ValueError: If the ending is neither .mp4 nor .gif.
+        ImportError: If imageio, or imageio-ffmpeg for .mp4, is not installed.
+    """
+    if path.suffix.lower() not in (".mp4", ".gif"):
+        raise ValueError(f"the video {str(path)!r} has an unknown ending; use .mp4 or .gif.")
+    try:
+        importlib.import_module("imageio")
+        if path.suffix.lower() == ".mp4":
+            importlib.import_module("imageio_ffmpeg")
+    except ImportError as error:
+        raise ImportError(
+            f"writing {path} needs a package that is not installed ({error}); run "
+            "`pip install imageio imageio-ffmpeg`, or write a .gif."
+        ) from error
+
+
+def _unit_actions(
+    policy: Policy, env: VectorEnvHandle, acting: Acting
+) -> Callable[[NDArray[np.float32]], NDArray[np.float64]]:
+    """The policy as a function onto [-1, 1], which is what environment handles take."""
+    sizes = (policy.spec.obs_dim, policy.spec.action_dim)
+    if sizes != (env.obs_dim, env.action_dim):
+        raise ValueError(
+            f"the policy takes {sizes[0]} observations and gives {sizes[1]} actions; "
+            f"{env.spec_id} has {env.obs_dim} and {env.action_dim}. Use the run's environment."
+        )
+    low = np.asarray(policy.spec.action_low, dtype=np.float64)
+    high = np.asarray(policy.spec.action_high, dtype=np.float64)
+
+    def act(obs: NDArray[np.float32]) -> NDArray[np.float64]:
+        action = policy.act(obs, acting.num_particles, acting.deterministic)
+        return np.asarray((2.0 * action - high - low) / (high - low))
+
+    return act
+
+
+def latency_table(task: str = "halfcheetah", *, seconds: float = 0.3) -> str:
+    """Median time of `Policy.act` with untrained networks of the default sizes, as a table.
+
+    Args:
+        task: ``halfcheetah`` (17 observations, 6 actions) or ``humanoid`` (348, 17).
+        seconds: Measuring time per number.
+
+    Raises:
+        ValueError: If ``seconds`` is not positive.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds} was given; it must be positive.")
+    obs_dim, action_dim = _TASK_SIZES[task]
+    cases = [("flame", 1), ("flame", 32), ("flame-r", 1), ("diffusion", 1), ("sac", 1)]
+    head = f"{'policy':<12}{'evaluations':>12}{'best of':>9}"
+    lines = [head + "".join(f"{f'batch {batch}':>14}" for batch in _BATCHES)]
+    rng = np.random.default_rng(0)
+    for algorithm, particles in cases:
+        policy = untrained_policy(algorithm, obs_dim, action_dim)
+        row = f"{algorithm:<12}{policy.spec.config['sampling_steps']:>12}{particles:>9}"
+        for batch in _BATCHES:
+            obs = rng.standard_normal((batch, obs_dim)).astype(np.float32)
+            row += f"{_median_microseconds(policy, obs, particles, seconds):>11.0f} us"
+        lines.append(row)
+    lines.append(f"{task}: {obs_dim} observations, {action_dim} actions; engine {policy.backend}")
+    return "\n".join(lines)
+
+
+def untrained_policy(algorithm: str, obs_dim: int, action_dim: int) -> Policy:
+    """A policy with fresh weights and the default options of ``algorithm``."""
+    from flame_ext.config import make_config
+    from flame_ext.networks import Critics
+    from flame_ext.policies import make_actor
+
+    config = make_config(algorithm)
+    critics = Critics(
+        obs_dim,
+        action_dim,
+        config.hidden_sizes,
+        activation=config.activation,
+        layer_norm=config.critic_layer_norm,
+    )
+    networks = {"actor": make_actor(config, obs_dim, action_dim).network, "critics": critics}
+    spec = PolicySpec(
+        algorithm=algorithm,
+        config=config.to_dict(),
+        obs_dim=obs_dim,
+        action_dim=action_dim,
+        action_low=(-1.0,) * action_dim,
+        action_high=(1.0,) * action_dim,
+        env_id=None,
+    )
+    tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
+    return Policy(spec, tensors, seed=0)
+
+
+def _median_microseconds(
+    policy: Policy, obs: NDArray[np.float32], particles: int, seconds: float
+) -> float:
+    for _ in range(3):  # Caches, lazy initialisation.
+        policy.act(obs, num_particles=particles)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        policy.act(obs, num_particles=particles)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)) * 1e6
