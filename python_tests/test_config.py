@@ -1,6 +1,7 @@
 """Options: presets, algorithms, overrides and what is refused."""
 
 import pytest
+
 from flame_ext.config import ALGORITHMS, PRESETS, Config, make_config
 
 
@@ -48,5 +49,5 @@ def test_bad_values_are_named(arguments: tuple[str, str, object], text: str) -> 
 
 @pytest.mark.parametrize("value", ["3", 2.5, True])
 def test_wrong_types_are_named(value: object) -> None:
-    with pytest.raises(TypeError, match="num_candidates=.* expected int"):
+    with pytest.raises(TypeError, match=r"num_candidates=.* expected int"):
         make_config("flame", overrides={"num_candidates": value})

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from flame_ext.networks import (
     ACTIVATIONS,
     ALIGNMENT,
@@ -14,7 +16,6 @@ from flame_ext.networks import (
     MeanVelocityNet,
     time_features,
 )
-from torch import nn
 
 MODULES = {"relu": nn.ReLU, "silu": nn.SiLU, "mish": nn.Mish}
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from flame_ext.normalizer import ObservationNormalizer
 from flame_ext.replay import ReplayBuffer
 

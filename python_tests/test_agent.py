@@ -1,0 +1,169 @@
+"""One update of every algorithm against what the equations say."""
+
+import math
+
+import pytest
+import torch
+
+from flame_ext.agent import MAX_ALPHA, Agent
+from flame_ext.backends import TorchBackend, make_backend
+from flame_ext.config import ALGORITHMS, make_config
+from flame_ext.errors import BackendUnavailableError
+from flame_ext.policies.reweighting import damped_logits, resample
+from flame_ext.replay import Batch
+
+OBS, ACT = 5, 3
+SMALL = {"hidden_sizes": (16, 16), "batch_size": 32, "policy_batch_size": 16, "num_candidates": 8}
+
+
+def make_agent(algorithm: str = "flame", seed: int = 0, **options: object) -> Agent:
+    config = make_config(algorithm, overrides={**SMALL, **options})
+    return Agent(config, OBS, ACT, TorchBackend(), seed=seed)
+
+
+def make_batch(seed: int = 0, terminated: float = 0.0) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    return Batch(
+        obs=torch.randn(32, OBS, generator=g),
+        action=2 * torch.rand(32, ACT, generator=g) - 1,
+        reward=torch.randn(32, generator=g),
+        terminated=torch.full((32,), terminated),
+        next_obs=torch.randn(32, OBS, generator=g),
+    )
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_updates_move_every_network_and_are_reproducible(algorithm: str) -> None:
+    first, second = make_agent(algorithm), make_agent(algorithm)
+    start = {name: net.flat.detach().clone() for name, net in first.networks().items()}
+    for agent in (first, second):
+        for step in range(4):
+            metrics = agent.update(make_batch(step))
+    assert all(math.isfinite(value) for value in metrics.values())
+    for name, net in first.networks().items():
+        assert not torch.equal(net.flat, start[name]), name
+        assert torch.equal(net.flat, second.networks()[name].flat), name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_actions_stay_in_the_box_for_any_number_of_particles(algorithm: str) -> None:
+    agent = make_agent(algorithm)
+    for particles in (1, 4):
+        action = agent.act(torch.randn(7, OBS), 3 * torch.randn(7, particles, ACT))
+        assert action.shape == (7, ACT)
+        assert action.abs().max() <= 1
+
+
+def test_termination_does_not_bootstrap() -> None:
+    agent = make_agent(reward_scale=0.5)
+    batch = make_batch(terminated=1.0)
+    torch.testing.assert_close(agent._td_target(batch), 0.5 * batch.reward)
+
+
+@pytest.mark.parametrize("entropy_in_target", [False, True])
+def test_td_target_of_sac(entropy_in_target: bool) -> None:
+    """reward + gamma (Qmin' - [entropy] alpha log pi) with the very draw that the agent makes."""
+    agent = make_agent("sac", entropy_in_target=entropy_in_target)
+    batch = make_batch()
+    state = agent.generator.get_state()
+    target = agent._td_target(batch)
+    agent.generator.set_state(state)
+    noise = torch.randn(32, 1, ACT, generator=agent.generator)[:, 0]
+    mean, std = agent.actor.network.distribution(batch.next_obs)  # type: ignore[operator]
+    normal = torch.distributions.Normal(mean, std)
+    squash = torch.distributions.TransformedDistribution(
+        normal, [torch.distributions.TanhTransform()]
+    )
+    action = torch.tanh(mean + std * noise)
+    value = agent.target_critics.q_min(batch.next_obs, action)
+    if entropy_in_target:
+        value = value - agent.alpha * squash.log_prob(action).sum(-1)
+    torch.testing.assert_close(target, batch.reward + 0.99 * value, rtol=1e-4, atol=1e-4)
+
+
+def test_critic_step_is_the_gradient_of_the_summed_squared_errors() -> None:
+    agent, batch = make_agent(), make_batch()
+    target = torch.randn(32)
+    TorchBackend().critic_step(agent.critics, batch.obs, batch.action, target)
+    q = agent.critics.q_values(batch.obs, batch.action)
+    expected = torch.autograd.grad(((q - target) ** 2).mean(1).sum(), agent.critics.flat)[0]
+    torch.testing.assert_close(agent.critics.flat.grad, expected)
+
+
+def test_policy_step_leaves_the_critics_without_gradient() -> None:
+    agent = make_agent(policy_delay=1)
+    agent.update(make_batch())
+    before = agent.critics.flat.grad
+    assert before is not None
+    kept = before.clone()
+    agent._policy_step(make_batch().obs[:16])
+    assert torch.equal(agent.critics.flat.grad, kept)
+    assert agent.critics.flat.requires_grad
+
+
+@pytest.mark.parametrize(("excess", "direction"), [(5.0, -1), (-5.0, 1)])
+def test_temperature_falls_when_entropy_exceeds_its_target(excess: float, direction: int) -> None:
+    agent = make_agent("sac")
+    before = agent.log_alpha.item()
+    agent._temperature_step(-torch.tensor(agent.target_entropy + excess), None)
+    assert (agent.log_alpha.item() - before) * direction > 0
+
+
+def test_temperature_follows_the_effective_sample_size() -> None:
+    agent = make_agent("diffusion", target_ess=0.25)
+    before = agent.log_alpha.item()
+    agent._temperature_step(None, torch.tensor(0.9))
+    assert agent.log_alpha.item() < before
+    agent.log_alpha.data.fill_(50.0)
+    agent._temperature_step(None, torch.tensor(0.1))
+    assert agent.alpha.item() == pytest.approx(MAX_ALPHA)
+
+
+def test_damped_logits_hold_the_effective_sample_size() -> None:
+    logits = 100 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    weights = torch.softmax(damped_logits(logits, 0.5), dim=1)
+    ess = (1 / weights.square().sum(1)).mean() / 32
+    assert ess.item() == pytest.approx(0.5, abs=0.01)
+    gentle = 1e-3 * logits
+    torch.testing.assert_close(
+        torch.softmax(damped_logits(gentle, 0.5), 1), torch.softmax(gentle, 1)
+    )
+
+
+def test_resample_follows_the_weights() -> None:
+    action = torch.arange(4.0).view(1, 4, 1).expand(20000, -1, -1)
+    logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4])).expand(20000, -1)
+    drawn = resample(action, logits, torch.Generator().manual_seed(0)).squeeze(1).long()
+    frequency = torch.bincount(drawn, minlength=4) / 20000
+    torch.testing.assert_close(frequency, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_state_dict_continues_bit_equal(algorithm: str) -> None:
+    agent, copy = make_agent(algorithm), make_agent(algorithm, seed=9)
+    for step in range(3):
+        agent.update(make_batch(step))
+    copy.load_state_dict({k: v.clone() for k, v in agent.state_dict().items()})
+    for step in range(3, 6):
+        agent.update(make_batch(step))
+        copy.update(make_batch(step))
+    for name, tensor in agent.state_dict().items():
+        assert torch.equal(tensor, copy.state_dict()[name]), name
+
+
+def test_foreign_state_is_refused() -> None:
+    with pytest.raises(ValueError, match="hidden_sizes or the environment's sizes differ"):
+        make_agent(hidden_sizes=(8,)).load_state_dict(make_agent().state_dict())
+
+
+def test_backends_do_not_fall_back() -> None:
+    assert make_backend("torch").name == "torch"
+    with pytest.raises(ValueError, match="did you mean 'torch'"):
+        make_backend("torhc")
+    with pytest.raises(BackendUnavailableError, match="cuda"):
+        make_backend("cuda")
+
+
+def test_diffusion_has_no_density() -> None:
+    with pytest.raises(ValueError, match="no tractable log-density"):
+        make_agent("diffusion", entropy_in_target=True).update(make_batch())

@@ -1,0 +1,99 @@
+"""The saved policy: numpy in and out, environment units, determinism, errors."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flame_ext.agent import Agent
+from flame_ext.backends import TorchBackend
+from flame_ext.config import ALGORITHMS, make_config
+from flame_ext.errors import RunDirectoryError
+from flame_ext.policy import Policy, PolicySpec, load, save_policy
+
+OBS, ACT = 5, 3
+LOW, HIGH = (-1.0, 0.0, -2.0), (1.0, 4.0, 3.0)
+
+
+def make_policy(path: Path, algorithm: str, normalized: bool = False) -> tuple[Policy, Agent]:
+    config = make_config(algorithm, overrides={"hidden_sizes": (16, 16)})
+    agent = Agent(config, OBS, ACT, TorchBackend(), seed=3)
+    spec = PolicySpec(algorithm, config.to_dict(), OBS, ACT, LOW, HIGH, "Task-v0")
+    tensors = {
+        "actor.flat": agent.actor.network.flat.detach().numpy(),
+        "critics.flat": agent.critics.flat.detach().numpy(),
+    }
+    if normalized:
+        tensors["normalizer.shift"] = np.full(OBS, 2, np.float32)
+        tensors["normalizer.scale"] = np.full(OBS, 0.5, np.float32)
+    save_policy(path / "policy.safetensors", spec, tensors)
+    return load(path, seed=0), agent
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("particles", [1, 5])
+def test_acts_as_the_agent_in_environment_units(
+    tmp_path: Path, algorithm: str, particles: int
+) -> None:
+    policy, agent = make_policy(tmp_path, algorithm)
+    obs = np.random.default_rng(0).normal(size=(7, OBS)).astype(np.float32)
+    from flame_ext.policy import fixed_noise
+
+    noise = torch.from_numpy(fixed_noise(particles, ACT)).expand(7, -1, -1)
+    unit = agent.act(torch.from_numpy(obs), noise).numpy()
+    low, high = np.array(LOW), np.array(HIGH)
+    expected = low + (unit + 1) / 2 * (high - low)
+    action = policy.act(obs, particles, deterministic=True)
+    assert action.dtype == np.float32
+    np.testing.assert_allclose(action, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(policy.act(obs[0], particles, True), action[0], rtol=1e-4, atol=1e-4)
+
+
+def test_stochastic_actions_vary_and_follow_the_seed(tmp_path: Path) -> None:
+    policy, _ = make_policy(tmp_path, "flame")
+    obs = np.zeros(OBS)
+    first, second = policy.act(obs), policy.act(obs)
+    assert not np.array_equal(first, second)
+    again = load(tmp_path, seed=0)
+    assert np.array_equal(again.act(obs), first)
+    assert np.array_equal(policy.act(obs, deterministic=True), again.act(obs, deterministic=True))
+
+
+def test_normalisation_travels_with_the_policy(tmp_path: Path) -> None:
+    plain, _ = make_policy(tmp_path / "a", "flame")
+    normalized, _ = make_policy(tmp_path / "b", "flame", normalized=True)
+    obs = np.linspace(-1, 1, OBS).astype(np.float32)
+    expected = plain.act((obs - 2) * 0.5, deterministic=True)
+    np.testing.assert_allclose(normalized.act(obs, deterministic=True), expected, atol=1e-6)
+
+
+def test_q_value_takes_environment_units(tmp_path: Path) -> None:
+    policy, agent = make_policy(tmp_path, "sac")
+    obs = np.zeros((2, OBS), np.float32)
+    q = policy.q_value(obs, np.array([LOW, HIGH]))
+    corners = torch.tensor([[-1.0] * ACT, [1.0] * ACT])
+    with torch.no_grad():
+        expected = agent.critics.q_min(torch.zeros(2, OBS), corners).numpy()
+    np.testing.assert_allclose(q, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    policy, _ = make_policy(tmp_path, "flame")
+    with pytest.raises(ValueError, match=r"obs has shape \(4,\), this policy takes \(5,\)"):
+        policy.act(np.zeros(4))
+    with pytest.raises(ValueError, match="num_particles=0"):
+        policy.act(np.zeros(OBS), num_particles=0)
+    with pytest.raises(ValueError, match="action has shape"):
+        policy.q_value(np.zeros((2, OBS)), np.zeros((3, ACT)))
+    with pytest.raises(RunDirectoryError, match="no policy in"):
+        load(tmp_path / "nowhere")
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    policy, _ = make_policy(tmp_path, "flame")
+    broken = dataclasses.replace(policy.spec, algorithm="unheard-of")
+    save_policy(tmp_path / "x" / "policy.safetensors", broken, {})
+    with pytest.raises((RunDirectoryError, ValueError), match=r"unheard-of|not a flame_ext"):
+        load(tmp_path / "x")

@@ -1,0 +1,196 @@
+"""The loop: files it leaves, resume, callbacks, errors, learning."""
+
+import json
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import flame_ext
+from flame_ext.callbacks import Callback
+from flame_ext.checkpoint import read_checkpoint
+from flame_ext.errors import EnvironmentDataError, RunDirectoryError
+from flame_ext.trainer import Trainer
+
+TASK = "flame_ext/MultiGoal-v0"
+TINY = {
+    "hidden_sizes": (16, 16),
+    "batch_size": 16,
+    "policy_batch_size": 8,
+    "num_candidates": 4,
+    "num_envs": 2,
+    "learning_starts": 40,
+    "log_interval": 40,
+    "eval_interval": 80,
+    "eval_episodes": 2,
+    "checkpoint_interval": 0,
+    "buffer_size": 10_000,
+}
+
+
+def tiny(run_dir: Path, algorithm: str = "flame", **options: object) -> Trainer:
+    return Trainer(TASK, algorithm=algorithm, config={**TINY, **options}, run_dir=run_dir)
+
+
+@pytest.mark.parametrize("algorithm", ["flame", "flame-r", "sac", "diffusion"])
+def test_a_run_leaves_everything_a_user_expects(tmp_path: Path, algorithm: str) -> None:
+    result = tiny(tmp_path / "run", algorithm).run(total_steps=160)
+    assert result.steps == 160
+    assert [e.step for e in result.evaluations] == [80, 160]
+    assert all(len(e.returns) == 2 for e in result.evaluations)
+    names = {p.name for p in result.run_dir.iterdir()}
+    assert {"config.json", "progress.csv", "evaluations.csv", "tensorboard", "best"} <= names
+    assert json.loads((result.run_dir / "config.json").read_text())["algorithm"] == algorithm
+    policy = flame_ext.load(result.run_dir)
+    assert policy.algorithm == algorithm
+    assert policy.act(np.zeros(2), num_particles=3).shape == (2,)
+
+
+@pytest.mark.parametrize("task", [TASK, "InvertedPendulum-v5"])
+def test_resuming_is_bit_equal_to_never_stopping(tmp_path: Path, task: str) -> None:
+    """Stopped in the middle of episodes and of an update's debt."""
+    options = {**TINY, "updates_per_step": 0.7, "normalize_observations": True}
+    whole = Trainer(task, config=options, run_dir=tmp_path / "whole")
+    whole.run(total_steps=200)
+    Trainer(task, config=options, run_dir=tmp_path / "parts").run(total_steps=94)
+    parts = Trainer.resume(tmp_path / "parts")
+    parts.run(total_steps=200)
+    expected, _ = read_checkpoint(tmp_path / "whole")
+    found, _ = read_checkpoint(tmp_path / "parts")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    assert parts.evaluations[-1].returns == whole.evaluations[-1].returns
+
+
+def test_same_seed_twice_is_bit_equal_and_another_seed_differs(tmp_path: Path) -> None:
+    def parameters(name: str, seed: int) -> torch.Tensor:
+        trainer = Trainer(TASK, config=TINY, run_dir=tmp_path / name, seed=seed)
+        trainer.run(total_steps=100)
+        return trainer.agent.actor.network.flat.detach()
+
+    first = parameters("a", 0)
+    assert torch.equal(first, parameters("b", 0))
+    assert not torch.equal(first, parameters("c", 1))
+
+
+def test_update_to_data_ratio_above_and_below_one(tmp_path: Path) -> None:
+    for ratio, expected in ((0.25, 25), (3.0, 306)):
+        trainer = tiny(tmp_path / str(ratio), "sac", updates_per_step=ratio, eval_interval=0)
+        trainer.run(total_steps=140)
+        assert trainer.agent.updates == expected
+
+
+def test_callbacks_see_the_run_and_stop_it(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Recorder(Callback):
+        def on_start(self, trainer: Trainer) -> None:
+            seen.append("start")
+
+        def on_evaluation(self, trainer: Trainer, evaluation: object) -> bool:
+            seen.append("evaluation")
+            return False
+
+        def on_end(self, trainer: Trainer, result: object) -> None:
+            seen.append("end")
+
+    trainer = Trainer(TASK, config=TINY, run_dir=tmp_path / "run", callbacks=[Recorder()])
+    result = trainer.run(total_steps=10_000)
+    assert result.steps == 80
+    assert result.stopped_by == "Recorder"
+    assert seen[0] == "start"
+    assert seen[-1] == "end"
+
+
+class Fragile(gymnasium.Env):  # type: ignore[type-arg]
+    """Breaks at its 60th step."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(-3, 1, (1,))
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def reset(self, *, seed=None, options=None):  # type: ignore[no-untyped-def]
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):  # type: ignore[no-untyped-def]
+        self.steps += 1
+        value = np.nan if self.steps == 60 else 0.5
+        return np.full(2, value, np.float32), 0.0, False, self.steps % 7 == 0, {}
+
+
+def test_a_broken_environment_loses_nothing(tmp_path: Path) -> None:
+    trainer = Trainer(Fragile, config={**TINY, "num_envs": 1}, run_dir=tmp_path / "run")
+    with pytest.raises(EnvironmentDataError):
+        trainer.run(total_steps=500)
+    _, manifest = read_checkpoint(tmp_path / "run")
+    assert manifest["global_step"] == 59
+    with pytest.raises(RunDirectoryError, match=r"pass it again: Trainer.resume\(run_dir, env="):
+        Trainer.resume(tmp_path / "run")
+
+
+def test_directories_are_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("x")
+    with pytest.raises(RunDirectoryError, match="exists already"):
+        tiny(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match="no checkpoint"):
+        Trainer.resume(tmp_path / "run")
+
+
+def test_a_hostile_checkpoint_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny(run).run(total_steps=60)
+    (run / "checkpoint" / "state.safetensors").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(RunDirectoryError, match="damaged"):
+        Trainer.resume(run)
+    (run / "policy.safetensors").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(RunDirectoryError, match="not a flame_ext policy"):
+        flame_ext.load(run)
+
+
+def test_a_truncated_episode_bootstraps_from_its_final_observation(tmp_path: Path) -> None:
+    """The row stored at a time limit holds the last observation, not the next episode's first."""
+    trainer = Trainer(
+        "InvertedPendulum-v5",
+        algorithm="sac",
+        config={**TINY, "num_envs": 1},
+        run_dir=tmp_path / "r",
+    )
+    trainer.run(total_steps=120)
+    state = trainer.replay.state_dict()["rows"]
+    obs, next_obs, terminated = state[:-1, :4], state[:, 4:8], state[:, -1]
+    ends = terminated.nonzero().squeeze(1)
+    assert len(ends) > 3
+    following = torch.isclose(next_obs[:-1], state[1:, :4]).all(1)
+    assert not following[ends[ends < len(following)]].any()
+    ordinary = (terminated[:-1] == 0).nonzero().squeeze(1)
+    assert following[ordinary].all()
+    assert obs.shape[1] == 4
+
+
+@pytest.mark.slow
+def test_sac_learns_the_pendulum(tmp_path: Path) -> None:
+    """A known-easy task past a threshold that a random policy (about 6) never reaches."""
+    options = {
+        "num_envs": 2,
+        "learning_starts": 500,
+        "updates_per_step": 1.0,
+        "hidden_sizes": (64, 64),
+        "batch_size": 64,
+        "policy_batch_size": 64,
+        "eval_interval": 0,
+        "eval_episodes": 5,
+        "critic_learning_rate": 1e-3,
+        "policy_learning_rate": 1e-3,
+        "log_interval": 1000,
+    }
+    trainer = Trainer(
+        "InvertedPendulum-v5", algorithm="sac", config=options, run_dir=tmp_path / "run"
+    )
+    assert trainer.run(total_steps=5_000).final_return > 200
