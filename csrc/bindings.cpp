@@ -1,6 +1,7 @@
-// The only file with pybind11: check, release the GIL, call.
+// The only files with pybind11 are this and bindings_*.cpp: check, release the GIL, call.
+#include "bindings.h"
+
 #include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -118,8 +119,10 @@ void cuda_fill(uint64_t seed, uint64_t stream, uint64_t offset, int64_t n, uintp
 #endif
 
 }  // namespace
+}  // namespace flame
 
 PYBIND11_MODULE(_core, m) {
+    using namespace flame;
     m.doc() = "Native kernels of flame_ext; use them through the package's Python functions.";
 
     m.def("build_info", &build_info);
@@ -146,6 +149,6 @@ PYBIND11_MODULE(_core, m) {
           py::arg("stream"), py::arg("offset"), py::arg("n"), py::arg("out"),
           py::arg("cuda_stream"));
 #endif
-}
 
-}  // namespace flame
+    bind_policy(m);
+}

@@ -10,10 +10,13 @@
 //   4. in ordinary code (checks, threads, workspace) call flame::kernels().adam(args).
 #pragma once
 
+#include "cpu/policy_act.h"
+
 namespace flame {
 
 struct CpuKernels {
     int vector_floats;  // lanes of simd.h's vector, for reports
+    void (*policy_act)(const ActTask& task, int64_t begin, int64_t end, float* workspace);
 };
 
 // The table of isa_active().

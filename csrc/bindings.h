@@ -1,0 +1,10 @@
+// One function per bindings_*.cpp; each adds its part to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace flame {
+
+void bind_policy(pybind11::module_& m);
+
+}  // namespace flame

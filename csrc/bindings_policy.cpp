@@ -1,0 +1,181 @@
+// PackedPolicy: numpy in, numpy out, one call per action.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "bindings.h"
+#include "check.h"
+#include "packed_policy.h"
+
+namespace py = pybind11;
+
+namespace flame {
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+Activation parse_activation(const std::string& name) {
+    if (name == "relu") return Activation::kRelu;
+    if (name == "silu") return Activation::kSilu;
+    check(name == "mish", "activation='", name, "' is unknown; choose one of relu, silu, mish");
+    return Activation::kMish;
+}
+
+std::vector<float> to_vector(const std::optional<Floats>& values) {
+    if (!values) return {};
+    return {values->data(), values->data() + values->size()};
+}
+
+NetDesc net_desc(const Floats& flat, const std::vector<int>& hidden, const std::string& activation,
+                 bool layer_norm, int members) {
+    NetDesc net;
+    net.flat = flat.data();
+    net.size = flat.size();
+    net.members = members;
+    net.hidden = hidden;
+    net.activation = parse_activation(activation);
+    net.layer_norm = layer_norm;
+    return net;
+}
+
+std::unique_ptr<PackedPolicy> pack_policy(
+    const std::string& kind, int obs_dim, int action_dim, const Floats& policy,
+    const std::vector<int>& hidden, const std::string& activation, bool layer_norm,
+    const std::optional<Floats>& time_features, const std::optional<Floats>& steps,
+    std::pair<float, float> log_std_range, const std::optional<Floats>& critics,
+    const std::vector<int>& critic_hidden, const std::string& critic_activation,
+    bool critic_layer_norm, int critic_members, const std::string& precision,
+    const std::optional<Floats>& obs_shift, const std::optional<Floats>& obs_scale, float obs_clip,
+    const std::optional<Floats>& action_middle, const std::optional<Floats>& action_half) {
+    check(kind == "flow" || kind == "gaussian", "kind='", kind,
+          "' is unknown; choose flow or gaussian");
+    check(precision == "fp32" || precision == "fp16", "precision='", precision,
+          "' is unknown; choose fp32 or fp16");
+    PolicyDesc d;
+    d.kind = kind == "flow" ? PolicyKind::kFlow : PolicyKind::kGaussian;
+    d.obs_dim = obs_dim;
+    d.action_dim = action_dim;
+    d.policy = net_desc(policy, hidden, activation, layer_norm, 1);
+    if (critics) {
+        check(critic_members >= 1, "critic_members is ", critic_members, "; give at least 1");
+        d.critics =
+            net_desc(*critics, critic_hidden, critic_activation, critic_layer_norm, critic_members);
+    }
+    d.half = precision == "fp16";
+    if (d.kind == PolicyKind::kFlow) {
+        check(time_features && time_features->ndim() == 2 && steps && steps->ndim() == 2 &&
+                  steps->shape(1) == 5 && steps->shape(0) == time_features->shape(0),
+              "a flow policy needs time_features (n, features) and steps (n, 5)");
+        d.time_features = to_vector(time_features);
+        d.num_features = static_cast<int>(time_features->shape(1));
+        const auto rows = steps->unchecked<2>();
+        for (py::ssize_t i = 0; i < steps->shape(0); ++i) {
+            d.steps.push_back({rows(i, 0), rows(i, 1), rows(i, 2), rows(i, 3), rows(i, 4) != 0});
+        }
+    }
+    d.log_std_min = log_std_range.first;
+    d.log_std_max = log_std_range.second;
+    d.obs_shift = to_vector(obs_shift);
+    d.obs_scale = to_vector(obs_scale);
+    d.obs_clip = obs_clip;
+    d.action_middle = to_vector(action_middle);
+    d.action_half = to_vector(action_half);
+    const py::gil_scoped_release release;
+    return std::make_unique<PackedPolicy>(d);
+}
+
+// A view of (O,) or (B, O) float32 or float64 of any strides; other dtypes are converted first.
+MatrixView obs_view(py::array& obs) {
+    const auto is = [&](char code) {
+        return obs.dtype().char_() == code && obs.dtype().byteorder() == '=';
+    };
+    const bool single = is('f');
+    if (!single && !is('d')) {
+        obs = Floats::ensure(obs);
+        if (!obs) throw py::error_already_set();
+        return obs_view(obs);
+    }
+    check(obs.ndim() == 1 || obs.ndim() == 2, "obs has ", obs.ndim(),
+          " axes; give one observation (O,) or a batch (B, O)");
+    const bool batch = obs.ndim() == 2;
+    return {obs.data(),
+            !single,
+            batch ? obs.shape(0) : 1,
+            obs.shape(obs.ndim() - 1),
+            batch ? obs.strides(0) : 0,
+            obs.strides(obs.ndim() - 1)};
+}
+
+// The number of particles that the noise's shape means, checked against the observations.
+int64_t particles_of(const Floats& noise, bool batch, int64_t rows, int64_t action_dim) {
+    const int lead = batch ? 1 : 0;
+    const auto axes = noise.ndim();
+    const bool fits = (axes == lead + 1 || axes == lead + 2) &&
+                      (!batch || noise.shape(0) == rows) && noise.shape(axes - 1) == action_dim;
+    check(fits,
+          "noise does not fit: for obs (O,) give (A,) or (N, A), for obs (B, O) give (B, A) or "
+          "(B, N, A), here with A = ",
+          action_dim, batch ? concat(" and B = ", rows) : "");
+    return axes == lead + 2 ? noise.shape(lead) : 1;
+}
+
+py::array_t<float> act(const PackedPolicy& policy, py::array obs,
+                       const std::optional<Floats>& noise, int64_t num_particles, uint64_t seed,
+                       uint64_t stream, uint64_t offset) {
+    const MatrixView view = obs_view(obs);
+    const bool batch = obs.ndim() == 2;
+    const int64_t action_dim = policy.action_dim();
+    if (noise) num_particles = particles_of(*noise, batch, view.rows, action_dim);
+    auto out = batch ? py::array_t<float>({view.rows, action_dim}) : py::array_t<float>(action_dim);
+    float* action = out.mutable_data();
+    const float* base = noise ? noise->data() : nullptr;
+    {
+        const py::gil_scoped_release release;
+        policy.act(view, num_particles, base, {seed, stream, offset}, action);
+    }
+    return out;
+}
+
+py::array_t<float> q_min(const PackedPolicy& policy, py::array obs, const Floats& action) {
+    const MatrixView view = obs_view(obs);
+    check(obs.ndim() == 2 && action.ndim() == 2 && action.shape(0) == view.rows &&
+              action.shape(1) == policy.action_dim(),
+          "q_min needs obs (B, ", policy.obs_dim(), ") and action (B, ", policy.action_dim(), ")");
+    py::array_t<float> out(view.rows);
+    float* q = out.mutable_data();
+    const float* actions = action.data();
+    {
+        const py::gil_scoped_release release;
+        policy.q_min(view, actions, q);
+    }
+    return out;
+}
+
+}  // namespace
+
+void bind_policy(py::module_& m) {
+    py::class_<PackedPolicy>(m, "PackedPolicy")
+        .def(py::init(&pack_policy), py::kw_only(), py::arg("kind"), py::arg("obs_dim"),
+             py::arg("action_dim"), py::arg("policy"), py::arg("hidden"), py::arg("activation"),
+             py::arg("layer_norm") = false, py::arg("time_features") = py::none(),
+             py::arg("steps") = py::none(), py::arg("log_std_range") = std::pair(-5.0f, 2.0f),
+             py::arg("critics") = py::none(), py::arg("critic_hidden") = std::vector<int>{},
+             py::arg("critic_activation") = "mish", py::arg("critic_layer_norm") = false,
+             py::arg("critic_members") = 2, py::arg("precision") = "fp32",
+             py::arg("obs_shift") = py::none(), py::arg("obs_scale") = py::none(),
+             py::arg("obs_clip") = 10.0f, py::arg("action_middle") = py::none(),
+             py::arg("action_half") = py::none())
+        .def("act", &act, py::arg("obs"), py::arg("noise") = py::none(),
+             py::arg("num_particles") = 1, py::arg("seed") = 0, py::arg("stream") = 0,
+             py::arg("offset") = 0)
+        .def("q_min", &q_min, py::arg("obs"), py::arg("action"))
+        .def_property_readonly("obs_dim", &PackedPolicy::obs_dim)
+        .def_property_readonly("action_dim", &PackedPolicy::action_dim)
+        .def_property_readonly("has_critics", &PackedPolicy::has_critics)
+        .def_property_readonly("weight_bytes", &PackedPolicy::weight_bytes);
+}
+
+}  // namespace flame

@@ -1,0 +1,223 @@
+#include "cpu/pack.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "check.h"
+
+namespace flame {
+namespace {
+
+constexpr int64_t kAlignment = 16;  // floats between the starts of tensors in the flat buffer
+constexpr float kHalfMax = 65504.0f;
+
+int64_t round_up(int64_t n) {
+    return (n + kPanel - 1) / kPanel * kPanel;
+}
+
+int inputs_of(const PackShape& s) {
+    return s.action_dim + s.obs_dim + s.num_features;
+}
+
+// One member's view of one layer in the flat buffer.
+struct FlatLayer {
+    const float* weight;  // (outputs, inputs)
+    const float* bias;
+    const float* gain;
+    const float* offset;
+    int inputs, outputs;
+    int number;
+};
+
+class FlatReader {
+  public:
+    // Reads nothing itself, so that it can also measure a buffer before its size is checked.
+    FlatReader(const NetDesc& net, int member) : net_(net), member_(member) {}
+
+    FlatLayer next(int inputs, int outputs, bool norm) {
+        FlatLayer layer;
+        layer.weight = take(static_cast<int64_t>(outputs) * inputs);
+        layer.bias = take(outputs);
+        layer.gain = norm ? take(outputs) : nullptr;
+        layer.offset = norm ? take(outputs) : nullptr;
+        layer.inputs = inputs;
+        layer.outputs = outputs;
+        layer.number = number_++;
+        return layer;
+    }
+
+    int64_t position() const { return position_; }
+
+  private:
+    const float* take(int64_t floats) {
+        const float* p = net_.flat + position_ + member_ * floats;
+        position_ += (net_.members * floats + kAlignment - 1) / kAlignment * kAlignment;
+        return p;
+    }
+
+    const NetDesc& net_;
+    int member_;
+    int64_t position_ = 0;
+    int number_ = 0;
+};
+
+// Hands out 64-byte aligned pieces of the storage; without storage it only counts.
+class Writer {
+  public:
+    explicit Writer(float* storage) : storage_(storage) {}
+
+    float* take(int64_t floats) {
+        float* p = storage_ == nullptr ? nullptr : storage_ + used_;
+        used_ += round_up(floats);
+        return p;
+    }
+    // Room for weights of either width.
+    float* take_weights(int64_t count, bool half) { return take(half ? (count + 1) / 2 : count); }
+    int64_t used() const { return used_; }
+
+  private:
+    float* storage_;
+    int64_t used_ = 0;
+};
+
+void put(void* to, int64_t index, float value, bool half, int layer) {
+    check(std::isfinite(value), "the parameters hold ", value, " in layer ", layer,
+          "; every weight must be finite");
+    if (!half) {
+        static_cast<float*>(to)[index] = value;
+        return;
+    }
+    check(std::fabs(value) <= kHalfMax, "a weight of layer ", layer, " is ", value,
+          ", outside of fp16's range of +-65504; use precision='fp32'");
+    static_cast<uint16_t*>(to)[index] = to_half(value);
+}
+
+// Input columns [first, first + count) of a layer, as panels.
+PackedLayer pack_panels(const FlatLayer& from, int first, int count, bool half, Writer& writer) {
+    const int64_t panels = round_up(from.outputs) / kPanel;
+    void* weight = writer.take_weights(panels * kPanel * count, half);
+    PackedLayer layer = {count, from.outputs, weight, nullptr, nullptr, nullptr};
+    if (weight == nullptr) return layer;
+    for (int o = 0; o < from.outputs; ++o) {
+        for (int k = 0; k < count; ++k) {
+            const int64_t at = (static_cast<int64_t>(o / kPanel) * count + k) * kPanel + o % kPanel;
+            put(weight, at, from.weight[static_cast<int64_t>(o) * from.inputs + first + k], half,
+                from.number);
+        }
+    }
+    return layer;
+}
+
+const float* pack_vector(const float* from, int count, Writer& writer) {
+    float* to = writer.take(count);
+    if (to != nullptr && from != nullptr) std::memcpy(to, from, sizeof(float) * count);
+    return to;
+}
+
+void pack_norm(const FlatLayer& from, PackedLayer& layer, Writer& writer) {
+    if (from.gain == nullptr) return;
+    layer.gain = pack_vector(from.gain, from.outputs, writer);
+    layer.offset = pack_vector(from.offset, from.outputs, writer);
+}
+
+PackedLayer pack_output(const FlatLayer& from, bool half, Writer& writer) {
+    const int64_t inputs = round_up(from.inputs);
+    void* weight = writer.take_weights(inputs * from.outputs, half);
+    if (weight != nullptr) {
+        for (int o = 0; o < from.outputs; ++o) {
+            for (int k = 0; k < from.inputs; ++k) {
+                put(weight, o * inputs + k, from.weight[static_cast<int64_t>(o) * from.inputs + k],
+                    half, from.number);
+            }
+        }
+    }
+    return {from.inputs, from.outputs, weight, pack_vector(from.bias, from.outputs, writer),
+            nullptr,     nullptr};
+}
+
+// The first bias of each step: the constant time columns are folded in, summed in double.
+const float* pack_first_bias(const FlatLayer& from, const PackShape& shape, const float* features,
+                             int64_t steps, Writer& writer) {
+    const int64_t width = round_up(from.outputs);
+    float* to = writer.take(steps * width);
+    if (to == nullptr) return to;
+    for (int64_t s = 0; s < steps; ++s) {
+        for (int o = 0; o < from.outputs; ++o) {
+            const float* row = from.weight + static_cast<int64_t>(o) * from.inputs +
+                               shape.action_dim + shape.obs_dim;
+            double bias = from.bias[o];
+            for (int k = 0; k < shape.num_features; ++k) {
+                bias += static_cast<double>(row[k]) * features[s * shape.num_features + k];
+            }
+            put(to, s * width + o, static_cast<float>(bias), false, from.number);
+        }
+    }
+    return to;
+}
+
+PackedNet pack(const NetDesc& net, const PackShape& shape, int member, const float* features,
+               int64_t steps, Writer& writer) {
+    FlatReader reader(net, member);
+    PackedNet packed = {};
+    packed.activation = net.activation;
+    packed.num_hidden = static_cast<int32_t>(net.hidden.size()) - 1;
+    const bool half = shape.half;
+    const FlatLayer first = reader.next(inputs_of(shape), net.hidden[0], net.layer_norm);
+    packed.obs = pack_panels(first, shape.action_dim, shape.obs_dim, half, writer);
+    packed.obs.bias = pack_vector(nullptr, first.outputs, writer);
+    packed.first_bias = pack_first_bias(first, shape, features, steps, writer);
+    packed.action = pack_panels(first, 0, shape.action_dim, half, writer);
+    pack_norm(first, packed.action, writer);
+    for (int i = 0; i < packed.num_hidden; ++i) {
+        const FlatLayer layer = reader.next(net.hidden[i], net.hidden[i + 1], net.layer_norm);
+        packed.hidden[i] = pack_panels(layer, 0, layer.inputs, half, writer);
+        packed.hidden[i].bias = pack_vector(layer.bias, layer.outputs, writer);
+        pack_norm(layer, packed.hidden[i], writer);
+    }
+    packed.output = pack_output(reader.next(net.hidden.back(), shape.outputs, false), half, writer);
+    return packed;
+}
+
+}  // namespace
+
+int64_t flat_size(const NetDesc& net, const PackShape& shape) {
+    FlatReader reader(net, 0);
+    int inputs = inputs_of(shape);
+    for (const int width : net.hidden) {
+        reader.next(inputs, width, net.layer_norm);
+        inputs = width;
+    }
+    reader.next(inputs, shape.outputs, false);
+    return reader.position();
+}
+
+int64_t packed_floats(const NetDesc& net, const PackShape& shape, int64_t steps) {
+    Writer counter(nullptr);
+    pack(net, shape, 0, nullptr, steps, counter);
+    return counter.used();
+}
+
+PackedNet pack_net(const NetDesc& net, const PackShape& shape, int member, const float* features,
+                   int64_t steps, float* storage) {
+    Writer writer(storage);
+    return pack(net, shape, member, features, steps, writer);
+}
+
+uint16_t to_half(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+    const float magnitude = std::fabs(x);
+    if (magnitude < 0x1p-14f) {
+        // Subnormal or zero: multiples of 2^-24; adding 0.5 (whose last bit is 2^-24) rounds to
+        // one.
+        const float shifted = magnitude + 0.5f;
+        uint32_t units;
+        std::memcpy(&units, &shifted, sizeof(units));
+        return static_cast<uint16_t>(sign | (units - 0x3F000000u));
+    }
+    const uint32_t rounded = (bits & 0x7FFFFFFFu) + 0x0FFFu + ((bits >> 13) & 1u);
+    return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+}  // namespace flame

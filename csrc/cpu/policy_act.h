@@ -1,0 +1,77 @@
+// Acting: base noise and observations to actions, optionally the best of N by the smallest critic.
+// Plain data shared by policy_act.cpp (packing, checks, threads) and policy_act_kernel.cpp.
+#pragma once
+
+#include <stdint.h>
+
+#include "api.h"
+
+namespace flame {
+
+constexpr int kPanel = 16;           // outputs per weight panel
+constexpr int kMaxHiddenLayers = 8;  // what one PackedNet holds
+constexpr int kActTileRows = 64;     // rows that go through all layers together, so they stay in L2
+
+// Weights of one layer, in the order in which they are read. Hidden layers: panel after panel of 16
+// outputs, in each panel input after input, 16 weights each (`inputs` x 16). Output layer: output
+// after output, `inputs` rounded up to 16. fp32, or IEEE half for the policy's if ActTask::half;
+// missing outputs and inputs are zero.
+struct PackedLayer {
+    int32_t inputs;
+    int32_t outputs;
+    const void* weight;
+    const float* bias;    // outputs rounded up to 16; zero for `obs`, unused for `action`
+    const float* gain;    // LayerNorm, rounded up to 16; null without
+    const float* offset;  // likewise
+};
+
+// The first layer in two column blocks, so that the observation's part is computed once per state.
+struct PackedNet {
+    PackedLayer obs;
+    PackedLayer action;  // carries the first layer's LayerNorm
+    PackedLayer hidden[kMaxHiddenLayers - 1];
+    PackedLayer output;
+    const float* first_bias;  // (steps, width of the first layer rounded up to 16), time folded in
+    int32_t num_hidden;       // layers in `hidden`, one less than the network's hidden layers
+    Activation activation;
+};
+
+// One sampling step with the network's output u at z: a = p z + q u, clipped to [-1, 1] if `clip`;
+// then z becomes m a + n z. A flow's step is (1, -dt, 1, 0), a denoising step uses all four.
+struct ActStep {
+    float p, q, m, n;
+    bool clip;
+};
+
+enum class PolicyKind : int32_t {
+    kFlow = 0,      // z = noise, then `steps`, then clip to [-1, 1]
+    kGaussian = 1,  // the network maps obs to (mean, raw log std); action = tanh(mean + std noise)
+};
+
+struct ActTask {
+    const PackedNet* policy;  // null: `action` is given and only q is computed
+    const PackedNet* critics;
+    int32_t num_critics;
+    PolicyKind kind;
+    int32_t num_steps;
+    const ActStep* steps;
+    float log_std_min, log_std_max;
+    bool half;         // the policy's weights are IEEE half
+    int32_t width;     // widest hidden layer of all networks, rounded up to 16
+    const float* obs;  // (num_states, obs_ld)
+    int64_t obs_ld;
+    int32_t action_dim;
+    int64_t num_states;
+    int64_t num_particles;
+    const float* noise;  // (rows, action_dim), rows = num_states * num_particles; null: use `key`
+    PhiloxKey key;       // draw i is element i of that matrix
+    float* action;       // (rows, action_dim)
+    float* q;            // (rows), smallest critic; null when not wanted
+};
+
+// Floats of workspace that one thread needs: four hidden blocks and the output.
+inline int64_t policy_act_workspace(const ActTask& task) {
+    return static_cast<int64_t>(kActTileRows) * (4 * task.width + 2 * task.action_dim);
+}
+
+}  // namespace flame

@@ -1,0 +1,425 @@
+// Acting on one range of rows, for one instruction set.
+//
+// What it must move and compute, for a 3 x 256 policy at batch 1: every weight once, 4 or 2 bytes
+// each (HalfCheetah 0.56 MB in fp32), 2 operations per weight. So one row is bound by the bandwidth
+// of the cache that holds the weights, and the panels lie in the order in which they are read. For
+// many rows it is bound by the FMA units: panels of 16 outputs stay in L1 while row tiles pass.
+//
+// Numerics: a row's result is the same for every way of cutting the rows into ranges. The only
+// other summation order is that of a single row (gemv_panel), which depends on the call, not the
+// cut.
+#include "cpu/policy_act_kernel.h"
+
+#include <math.h>
+
+#include "cpu/simd.h"
+#include "philox.h"
+
+namespace flame::FLAME_ISA {
+namespace {
+
+constexpr float kLayerNormEps = 1e-5f;
+constexpr int kPanelVecs = kPanel / kLanes;
+#if defined(FLAME_ISA_AVX512)
+constexpr int kTileRows = 8, kTilePanels = 2;  // 16 of 32 registers accumulate
+#elif defined(FLAME_ISA_AVX2)
+constexpr int kTileRows = 6, kTilePanels = 1;  // 12 of 16
+#else
+constexpr int kTileRows = 2, kTilePanels = 1;  // 8 of 16
+#endif
+
+FLAME_INLINE int round_up(int n) {
+    return (n + kPanel - 1) / kPanel * kPanel;
+}
+
+template <bool kHalf>
+FLAME_INLINE vf load_weight(const void* weight, int64_t index) {
+    if constexpr (kHalf) return load_half(static_cast<const uint16_t*>(weight) + index);
+    return load(static_cast<const float*>(weight) + index);
+}
+
+// What happens to a layer's sums before they are stored.
+enum class Finish { kNone, kRelu, kSilu, kMish };
+
+FLAME_INLINE Finish finish_of(const PackedNet& net) {
+    if (net.activation == Activation::kRelu) return Finish::kRelu;
+    return net.activation == Activation::kSilu ? Finish::kSilu : Finish::kMish;
+}
+
+FLAME_INLINE vf apply(Finish finish, vf x) {
+    switch (finish) {
+        case Finish::kRelu:
+            return relu(x);
+        case Finish::kSilu:
+            return silu(x);
+        case Finish::kMish:
+            return mish(x);
+        default:
+            return x;
+    }
+}
+
+// What a row's sums start from. In the first layer that is its state's row, which `share` rows have
+// in common; the tile begins `offset` rows into the first state.
+struct Rows {
+    const float* data;
+    int64_t ld;
+    int32_t offset;
+    int32_t share;
+
+    const float* row(int64_t i) const {
+        return share == 1 ? data + i * ld : data + (offset + static_cast<int32_t>(i)) / share * ld;
+    }
+};
+
+FLAME_INLINE Rows same_row(const float* data) {
+    return {data, 0, 0, 1};
+}
+
+// --- Hidden layers
+// --------------------------------------------------------------------------------
+
+// One row, one panel. The sum is split in kSplit so that the FMA latency does not show.
+template <bool kHalf>
+FLAME_INLINE void gemv_panel(const PackedLayer& layer, int panel, const float* x, const float* init,
+                             float* y, Finish finish) {
+    constexpr int kSplit = 8 / kPanelVecs;
+    const int inputs = layer.inputs;
+    const int64_t base = static_cast<int64_t>(panel) * inputs * kPanel;
+    vf acc[kSplit][kPanelVecs];
+    for (int v = 0; v < kPanelVecs; ++v) {
+        acc[0][v] = load(init + panel * kPanel + v * kLanes);
+        for (int s = 1; s < kSplit; ++s) acc[s][v] = zero();
+    }
+    int k = 0;
+    for (; k + kSplit <= inputs; k += kSplit) {
+        for (int s = 0; s < kSplit; ++s) {
+            const vf a = splat(x[k + s]);
+            for (int v = 0; v < kPanelVecs; ++v) {
+                const int64_t at = base + (k + s) * kPanel + v * kLanes;
+                acc[s][v] = fma(a, load_weight<kHalf>(layer.weight, at), acc[s][v]);
+            }
+        }
+    }
+    for (; k < inputs; ++k) {
+        const vf a = splat(x[k]);
+        for (int v = 0; v < kPanelVecs; ++v) {
+            const int64_t at = base + k * kPanel + v * kLanes;
+            acc[0][v] = fma(a, load_weight<kHalf>(layer.weight, at), acc[0][v]);
+        }
+    }
+    for (int v = 0; v < kPanelVecs; ++v) {
+        for (int half = kSplit / 2; half > 0; half /= 2) {
+            for (int s = 0; s < half; ++s) acc[s][v] += acc[s + half][v];
+        }
+        store(y + panel * kPanel + v * kLanes, apply(finish, acc[0][v]));
+    }
+}
+
+// kRows rows, kPanels neighbouring panels.
+template <int kRows, int kPanels, bool kHalf>
+void gemm_tile(const PackedLayer& layer, int panel, const float* x, int64_t ldx, const Rows& init,
+               int64_t row, float* y, int64_t ldy, Finish finish) {
+    constexpr int kVecs = kPanels * kPanelVecs;
+    const int inputs = layer.inputs;
+    const int64_t base = static_cast<int64_t>(panel) * inputs * kPanel;
+    vf acc[kRows][kVecs];
+    for (int r = 0; r < kRows; ++r) {
+        const float* from = init.row(row + r) + panel * kPanel;
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = load(from + v * kLanes);
+    }
+    x += row * ldx;
+    for (int k = 0; k < inputs; ++k) {
+        vf b[kVecs];
+        for (int v = 0; v < kVecs; ++v) {
+            const int64_t at = base + static_cast<int64_t>(v / kPanelVecs) * inputs * kPanel +
+                               k * kPanel + v % kPanelVecs * kLanes;
+            b[v] = load_weight<kHalf>(layer.weight, at);
+        }
+        for (int r = 0; r < kRows; ++r) {
+            const vf a = splat(x[r * ldx + k]);
+            for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+        }
+    }
+    for (int r = 0; r < kRows; ++r) {
+        float* to = y + (row + r) * ldy + panel * kPanel;
+        for (int v = 0; v < kVecs; ++v) store(to + v * kLanes, apply(finish, acc[r][v]));
+    }
+}
+
+template <int kRows, int kPanels, bool kHalf>
+FLAME_INLINE void dispatch_tile(int rows, const PackedLayer& layer, int panel, const float* x,
+                                int64_t ldx, const Rows& init, int64_t row, float* y, int64_t ldy,
+                                Finish finish) {
+    if (rows == kRows) {
+        gemm_tile<kRows, kPanels, kHalf>(layer, panel, x, ldx, init, row, y, ldy, finish);
+    } else if constexpr (kRows > 1) {
+        dispatch_tile<kRows - 1, kPanels, kHalf>(rows, layer, panel, x, ldx, init, row, y, ldy,
+                                                 finish);
+    }
+}
+
+// Row tiles of nearly equal height: 32 rows are 6 6 5 5 5 5, not 6 6 6 6 6 2.
+template <int kPanels, bool kHalf>
+FLAME_INLINE void panel_rows(const PackedLayer& layer, int panel, int rows, const float* x,
+                             int64_t ldx, const Rows& init, float* y, int64_t ldy, Finish finish) {
+    const int tiles = (rows + kTileRows - 1) / kTileRows;
+    for (int t = 0; t < tiles; ++t) {
+        const int begin = rows * t / tiles;
+        const int end = rows * (t + 1) / tiles;
+        dispatch_tile<kTileRows, kPanels, kHalf>(end - begin, layer, panel, x, ldx, init, begin, y,
+                                                 ldy, finish);
+    }
+}
+
+template <bool kHalf>
+void layer_rows(const PackedLayer& layer, bool single, int rows, const float* x, int64_t ldx,
+                const Rows& init, float* y, int64_t ldy, Finish finish) {
+    const int panels = round_up(layer.outputs) / kPanel;
+    if (single) {
+        const float* from = init.row(0);
+        for (int p = 0; p < panels; ++p) gemv_panel<kHalf>(layer, p, x, from, y, finish);
+        return;
+    }
+    int p = 0;
+    for (; p + kTilePanels <= panels; p += kTilePanels) {
+        panel_rows<kTilePanels, kHalf>(layer, p, rows, x, ldx, init, y, ldy, finish);
+    }
+    for (; p < panels; ++p) panel_rows<1, kHalf>(layer, p, rows, x, ldx, init, y, ldy, finish);
+}
+
+// LayerNorm of each row's `layer.outputs` columns, then the activation; padding columns become 0.
+void normalise_rows(const PackedLayer& layer, int rows, float* y, int64_t ldy, Finish finish) {
+    const int width = layer.outputs;
+    const int vec_end = width / kLanes * kLanes;
+    for (int r = 0; r < rows; ++r) {
+        float* row = y + r * ldy;
+        vf sums = zero();
+        for (int j = 0; j < vec_end; j += kLanes) sums += load(row + j);
+        float mean = sum(sums);
+        for (int j = vec_end; j < width; ++j) mean += row[j];
+        mean /= static_cast<float>(width);
+        vf squares = zero();
+        for (int j = 0; j < vec_end; j += kLanes) {
+            const vf d = load(row + j) - mean;
+            squares = fma(d, d, squares);
+        }
+        float variance = sum(squares);
+        for (int j = vec_end; j < width; ++j) variance += (row[j] - mean) * (row[j] - mean);
+        variance /= static_cast<float>(width);
+        const float scale = 1.0f / __builtin_sqrtf(variance + kLayerNormEps);
+        for (int j = 0; j < round_up(width); j += kLanes) {
+            const vf normed = (load(row + j) - mean) * scale;
+            const vf z = fma(normed, load(layer.gain + j), load(layer.offset + j));
+            store(row + j, apply(finish, z));
+        }
+    }
+}
+
+// --- Output layer
+// ---------------------------------------------------------------------------------
+
+// y = x W^T + bias, row by row, four outputs at a time; x is zero up to round_up(inputs).
+template <bool kHalf>
+void output_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, float* y,
+                 int64_t ldy) {
+    constexpr int kGroup = 4;
+    const int inputs = round_up(layer.inputs);
+    for (int r = 0; r < rows; ++r) {
+        const float* row = x + r * ldx;
+        for (int o = 0; o < layer.outputs; o += kGroup) {
+            const int count = layer.outputs - o < kGroup ? layer.outputs - o : kGroup;
+            int64_t base[kGroup];
+            vf acc[kGroup];
+            for (int j = 0; j < kGroup; ++j) {
+                base[j] = static_cast<int64_t>(o + (j < count ? j : 0)) * inputs;
+                acc[j] = zero();
+            }
+            for (int k = 0; k < inputs; k += kLanes) {
+                const vf a = load(row + k);
+                for (int j = 0; j < kGroup; ++j) {
+                    acc[j] = fma(a, load_weight<kHalf>(layer.weight, base[j] + k), acc[j]);
+                }
+            }
+            for (int j = 0; j < count; ++j) y[r * ldy + o + j] = sum(acc[j]) + layer.bias[o + j];
+        }
+    }
+}
+
+// --- Whole networks
+// -------------------------------------------------------------------------------
+
+// Rows [row, row + rows) of the call and the states that they belong to.
+struct Range {
+    int64_t row, state;
+    int rows, states;
+    bool single_row, single_state;  // the whole call has one
+};
+
+struct Workspace {
+    int64_t ld;    // task.width
+    float* pre;    // (states of the tile, ld): observation part of the first layer
+    float* first;  // the same plus the step's bias
+    float* h0;     // (tile, ld)
+    float* h1;     // (tile, ld)
+    float* out;    // (tile, outputs)
+};
+
+// The observation part of the first layer for the range's states.
+template <bool kHalf>
+FLAME_INLINE void observe(const PackedNet& net, const ActTask& task, const Range& range,
+                          const Workspace& w) {
+    layer_rows<kHalf>(net.obs, range.single_state, range.states,
+                      task.obs + range.state * task.obs_ld, task.obs_ld, same_row(net.obs.bias),
+                      w.pre, w.ld, Finish::kNone);
+}
+
+// Everything behind the observation part: z (rows, ldz) to out (rows, ldo).
+template <bool kHalf>
+void evaluate(const PackedNet& net, bool single, int rows, const float* z, int64_t ldz,
+              const Rows& pre, const Workspace& w, float* out, int64_t ldo) {
+    const Finish finish = finish_of(net);
+    const bool norm = net.action.gain != nullptr;
+    const Finish direct = norm ? Finish::kNone : finish;
+    layer_rows<kHalf>(net.action, single, rows, z, ldz, pre, w.h0, w.ld, direct);
+    if (norm) normalise_rows(net.action, rows, w.h0, w.ld, finish);
+    float* x = w.h0;
+    float* y = w.h1;
+    for (int i = 0; i < net.num_hidden; ++i) {
+        const PackedLayer& layer = net.hidden[i];
+        layer_rows<kHalf>(layer, single, rows, x, w.ld, same_row(layer.bias), y, w.ld, direct);
+        if (norm) normalise_rows(layer, rows, y, w.ld, finish);
+        float* swap = x;
+        x = y;
+        y = swap;
+    }
+    output_rows<kHalf>(net.output, rows, x, w.ld, out, ldo);
+}
+
+FLAME_INLINE Rows state_rows(const ActTask& task, const Range& range, const Workspace& w) {
+    return {w.first, w.ld, static_cast<int32_t>(range.row % task.num_particles),
+            static_cast<int32_t>(task.num_particles)};
+}
+
+FLAME_INLINE void add_bias(const PackedNet& net, int step, int states, const Workspace& w) {
+    const int width = round_up(net.obs.outputs);
+    const float* bias = net.first_bias + static_cast<int64_t>(step) * width;
+    for (int s = 0; s < states; ++s) {
+        for (int j = 0; j < width; j += kLanes) {
+            store(w.first + s * w.ld + j, load(w.pre + s * w.ld + j) + load(bias + j));
+        }
+    }
+}
+
+// NaN passes through, as in torch.clamp.
+FLAME_INLINE float clip_unit(float x) {
+    return x < -1.0f ? -1.0f : (x > 1.0f ? 1.0f : x);
+}
+
+template <bool kHalf>
+void flow_actions(const ActTask& task, const Range& range, const Workspace& w, float* z) {
+    const PackedNet& net = *task.policy;
+    const int dim = task.action_dim;
+    for (int step = 0; step < task.num_steps; ++step) {
+        add_bias(net, step, range.states, w);
+        const Rows pre = state_rows(task, range, w);
+        evaluate<kHalf>(net, range.single_row, range.rows, z, dim, pre, w, w.out, dim);
+        const ActStep s = task.steps[step];
+        for (int i = 0; i < range.rows * dim; ++i) {
+            float a = s.p * z[i] + s.q * w.out[i];
+            if (s.clip) a = clip_unit(a);
+            z[i] = s.n == 0.0f ? s.m * a : s.m * a + s.n * z[i];
+        }
+    }
+    for (int i = 0; i < range.rows * dim; ++i) z[i] = clip_unit(z[i]);
+}
+
+// The network sees states only; every particle of a state shares its mean and deviation.
+template <bool kHalf>
+void gaussian_actions(const ActTask& task, const Range& range, const Workspace& w, float* z) {
+    const PackedNet& net = *task.policy;
+    const int dim = task.action_dim;
+    add_bias(net, 0, range.states, w);
+    const Rows pre = {w.first, w.ld, 0, 1};  // here a row is a state
+    evaluate<kHalf>(net, range.single_state, range.states, nullptr, 0, pre, w, w.out, 2 * dim);
+    const float span = 0.5f * (task.log_std_max - task.log_std_min);
+    for (int r = 0; r < range.rows; ++r) {
+        const int64_t state = (range.row + r) / task.num_particles - range.state;
+        const float* mean = w.out + state * 2 * dim;
+        for (int j = 0; j < dim; ++j) {
+            const float log_std = task.log_std_min + span * (tanhf(mean[dim + j]) + 1.0f);
+            z[r * dim + j] = tanhf(mean[j] + expf(log_std) * z[r * dim + j]);
+        }
+    }
+}
+
+template <bool kHalf>
+void policy_actions(const ActTask& task, const Range& range, const Workspace& w, float* z) {
+    const int64_t first = range.row * task.action_dim;
+    const int64_t count = static_cast<int64_t>(range.rows) * task.action_dim;
+    if (task.noise != nullptr) {
+        for (int64_t i = 0; i < count; ++i) z[i] = task.noise[first + i];
+    } else {
+        fill_normal(task.key.seed, task.key.stream, task.key.offset, static_cast<uint64_t>(first),
+                    static_cast<uint64_t>(count), z);
+    }
+    observe<kHalf>(*task.policy, task, range, w);
+    if (task.kind == PolicyKind::kFlow) {
+        flow_actions<kHalf>(task, range, w, z);
+    } else {
+        gaussian_actions<kHalf>(task, range, w, z);
+    }
+}
+
+// Always fp32: best-of-N compares values that lie close together, and N rows are not
+// bandwidth-bound.
+void critic_values(const ActTask& task, const Range& range, const Workspace& w,
+                   const float* action) {
+    float* q = task.q + range.row;
+    for (int c = 0; c < task.num_critics; ++c) {
+        const PackedNet& net = task.critics[c];
+        observe<false>(net, task, range, w);
+        add_bias(net, 0, range.states, w);
+        const Rows pre = state_rows(task, range, w);
+        evaluate<false>(net, range.single_row, range.rows, action, task.action_dim, pre, w, w.out,
+                        1);
+        for (int r = 0; r < range.rows; ++r) q[r] = c == 0 || w.out[r] < q[r] ? w.out[r] : q[r];
+    }
+}
+
+void act_tile(const ActTask& task, const Range& range, const Workspace& w) {
+    float* z = task.action + range.row * task.action_dim;
+    if (task.policy != nullptr) {
+        if (task.half) {
+            policy_actions<true>(task, range, w, z);
+        } else {
+            policy_actions<false>(task, range, w, z);
+        }
+    }
+    if (task.q != nullptr) critic_values(task, range, w, z);
+}
+
+}  // namespace
+
+void policy_act(const ActTask& task, int64_t begin, int64_t end, float* workspace) {
+    const int64_t block = static_cast<int64_t>(kActTileRows) * task.width;
+    const Workspace w = {task.width,
+                         workspace,
+                         workspace + block,
+                         workspace + 2 * block,
+                         workspace + 3 * block,
+                         workspace + 4 * block};
+    for (int64_t row = begin; row < end; row += kActTileRows) {
+        Range range;
+        range.row = row;
+        range.rows = static_cast<int>(end - row < kActTileRows ? end - row : kActTileRows);
+        range.state = row / task.num_particles;
+        range.states =
+            static_cast<int>((row + range.rows - 1) / task.num_particles - range.state + 1);
+        range.single_state = task.num_states == 1;
+        range.single_row = range.single_state && task.num_particles == 1;
+        act_tile(task, range, w);
+    }
+}
+
+}  // namespace flame::FLAME_ISA

@@ -1,0 +1,230 @@
+#include "packed_policy.h"
+
+#include <algorithm>
+
+#include "check.h"
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+#include "thread_pool.h"
+
+namespace flame {
+namespace {
+
+// Rows per thread that are worth waking a thread for (about 50 us of a 3 x 256 policy).
+constexpr int64_t kGrain = 16;
+
+// Kept between calls by each thread that acts: no allocation at acting time.
+struct Scratch {
+    AlignedBuffer workspace, obs, actions, q;
+};
+
+Scratch& scratch() {
+    thread_local Scratch s;
+    return s;
+}
+
+void check_net(const NetDesc& net, const PackShape& shape, const char* name) {
+    const auto layers = net.hidden.size();
+    check(layers >= 1 && layers <= kMaxHiddenLayers, "the ", name, " has ", layers,
+          " hidden layers; native acting takes 1 to ", kMaxHiddenLayers);
+    for (const int width : net.hidden) {
+        check(width >= 1, "the ", name, " has a hidden layer of width ", width,
+              "; give at least 1");
+    }
+    const int64_t expected = flat_size(net, shape);
+    check(net.size == expected, "the flat buffer of the ", name, " holds ", net.size,
+          " floats, but its layer sizes need ", expected);
+}
+
+void check_length(const std::vector<float>& values, int expected, const char* name) {
+    check(values.empty() || static_cast<int>(values.size()) == expected, name, " has ",
+          values.size(), " elements, expected ", expected, " or none");
+}
+
+int32_t widest(const PackedNet& net) {
+    int32_t width = net.obs.outputs;
+    for (int i = 0; i < net.num_hidden; ++i) width = std::max(width, net.hidden[i].outputs);
+    return (width + kPanel - 1) / kPanel * kPanel;
+}
+
+template <typename Real>
+void gather(const MatrixView& from, float* to) {
+    const char* row = static_cast<const char*>(from.data);
+    for (int64_t i = 0; i < from.rows; ++i, row += from.row_stride) {
+        if (from.column_stride == static_cast<int64_t>(sizeof(Real))) {
+            const Real* values = reinterpret_cast<const Real*>(row);
+            for (int64_t j = 0; j < from.columns; ++j) to[j] = static_cast<float>(values[j]);
+        } else {
+            for (int64_t j = 0; j < from.columns; ++j) {
+                to[j] = static_cast<float>(
+                    *reinterpret_cast<const Real*>(row + j * from.column_stride));
+            }
+        }
+        to += from.columns;
+    }
+}
+
+}  // namespace
+
+PackedPolicy::PackedPolicy(const PolicyDesc& d)
+    : obs_dim_(d.obs_dim),
+      action_dim_(d.action_dim),
+      kind_(d.kind),
+      half_(d.half),
+      log_std_min_(d.log_std_min),
+      log_std_max_(d.log_std_max),
+      obs_clip_(d.obs_clip),
+      steps_(d.steps),
+      obs_shift_(d.obs_shift),
+      obs_scale_(d.obs_scale),
+      action_middle_(d.action_middle),
+      action_half_(d.action_half) {
+    check(obs_dim_ >= 0, "obs_dim is ", obs_dim_, "; it must not be negative");
+    check(action_dim_ >= 1, "action_dim is ", action_dim_, "; it must be at least 1");
+    const bool flow = kind_ == PolicyKind::kFlow;
+    check(!flow || !steps_.empty(), "a flow policy needs at least one sampling step");
+    const int64_t steps = flow ? static_cast<int64_t>(steps_.size()) : 1;
+    check(static_cast<int64_t>(d.time_features.size()) == (flow ? steps * d.num_features : 0),
+          "time_features holds ", d.time_features.size(),
+          " values, expected steps x features = ", steps, " x ", flow ? d.num_features : 0);
+    check_length(obs_shift_, obs_dim_, "obs_shift");
+    check_length(obs_scale_, obs_dim_, "obs_scale");
+    check_length(action_middle_, action_dim_, "action_middle");
+    check_length(action_half_, action_dim_, "action_half");
+    check(obs_shift_.size() == obs_scale_.size() && action_middle_.size() == action_half_.size(),
+          "obs_shift comes with obs_scale, and action_middle with action_half");
+
+    const PackShape shape =
+        flow ? PackShape{action_dim_, obs_dim_, d.num_features, action_dim_, half_}
+             : PackShape{0, obs_dim_, 0, 2 * action_dim_, half_};
+    check_net(d.policy, shape, "policy");
+    const PackShape critic_shape = {action_dim_, obs_dim_, 0, 1, false};
+    const int members = d.critics.flat == nullptr ? 0 : d.critics.members;
+    if (members > 0) check_net(d.critics, critic_shape, "critics");
+
+    const int64_t policy_floats = packed_floats(d.policy, shape, steps);
+    const int64_t critic_floats = members > 0 ? packed_floats(d.critics, critic_shape, 1) : 0;
+    weight_bytes_ = policy_floats * static_cast<int64_t>(sizeof(float));
+    storage_.resize(policy_floats + members * critic_floats);
+    policy_ = pack_net(d.policy, shape, 0, d.time_features.data(), steps, storage_.data());
+    width_ = widest(policy_);
+    for (int i = 0; i < members; ++i) {
+        float* place = storage_.data() + policy_floats + i * critic_floats;
+        critics_.push_back(pack_net(d.critics, critic_shape, i, nullptr, 1, place));
+        width_ = std::max(width_, widest(critics_.back()));
+    }
+}
+
+const float* PackedPolicy::prepare_obs(const MatrixView& obs, int64_t* ld) const {
+    const bool dense = obs.column_stride == static_cast<int64_t>(sizeof(float)) &&
+                       obs.row_stride % static_cast<int64_t>(sizeof(float)) == 0;
+    if (!obs.is_double && dense && obs_shift_.empty()) {
+        *ld = obs.row_stride / static_cast<int64_t>(sizeof(float));
+        return static_cast<const float*>(obs.data);
+    }
+    float* to = scratch().obs.at_least(obs.rows * obs.columns);
+    if (obs.is_double) {
+        gather<double>(obs, to);
+    } else {
+        gather<float>(obs, to);
+    }
+    *ld = obs.columns;
+    if (obs_shift_.empty()) return to;
+    for (float* row = to; row < to + obs.rows * obs.columns; row += obs.columns) {
+        for (int64_t j = 0; j < obs.columns; ++j) {
+            const float x = (row[j] - obs_shift_[j]) * obs_scale_[j];
+            row[j] = x < -obs_clip_ ? -obs_clip_ : (x > obs_clip_ ? obs_clip_ : x);
+        }
+    }
+    return to;
+}
+
+ActTask PackedPolicy::task(const float* obs, int64_t ld, int64_t states, int64_t particles) const {
+    ActTask t = {};
+    t.policy = &policy_;
+    t.critics = critics_.data();
+    t.num_critics = static_cast<int32_t>(critics_.size());
+    t.kind = kind_;
+    t.num_steps = static_cast<int32_t>(steps_.size());
+    t.steps = steps_.data();
+    t.log_std_min = log_std_min_;
+    t.log_std_max = log_std_max_;
+    t.half = half_;
+    t.width = width_;
+    t.obs = obs;
+    t.obs_ld = ld;
+    t.action_dim = action_dim_;
+    t.num_states = states;
+    t.num_particles = particles;
+    return t;
+}
+
+namespace {
+
+void run(const ActTask& task) {
+    const auto kernel = kernels().policy_act;
+    parallel_for(task.num_states * task.num_particles, kGrain, [&](int64_t begin, int64_t end) {
+        kernel(task, begin, end, scratch().workspace.at_least(policy_act_workspace(task)));
+    });
+}
+
+// The particle with the largest q; NaN never wins against a number.
+int64_t best_of(const float* q, int64_t count) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < count; ++i) {
+        if (q[i] > q[best] || (q[best] != q[best] && q[i] == q[i])) best = i;
+    }
+    return best;
+}
+
+}  // namespace
+
+void PackedPolicy::act(const MatrixView& obs, int64_t num_particles, const float* noise,
+                       PhiloxKey key, float* action) const {
+    check(obs.columns == obs_dim_, "obs has ", obs.columns, " columns, this policy takes ",
+          obs_dim_);
+    check(num_particles >= 1 && num_particles <= (1 << 24), "num_particles is ", num_particles,
+          "; give 1 to ", 1 << 24);
+    check(num_particles == 1 || has_critics(), "num_particles is ", num_particles,
+          ", but the policy was packed without critics");
+    if (obs.rows == 0) return;
+    int64_t ld = 0;
+    const float* prepared = prepare_obs(obs, &ld);
+    ActTask t = task(prepared, ld, obs.rows, num_particles);
+    t.noise = noise;
+    t.key = key;
+    t.action = action;
+    if (num_particles == 1) {
+        run(t);
+    } else {
+        const int64_t rows = obs.rows * num_particles;
+        t.action = scratch().actions.at_least(rows * action_dim_);
+        t.q = scratch().q.at_least(rows);
+        run(t);
+        for (int64_t s = 0; s < obs.rows; ++s) {
+            const int64_t best =
+                s * num_particles + best_of(t.q + s * num_particles, num_particles);
+            std::copy_n(t.action + best * action_dim_, action_dim_, action + s * action_dim_);
+        }
+    }
+    if (action_half_.empty()) return;
+    for (float* row = action; row < action + obs.rows * action_dim_; row += action_dim_) {
+        for (int j = 0; j < action_dim_; ++j) row[j] = action_middle_[j] + action_half_[j] * row[j];
+    }
+}
+
+void PackedPolicy::q_min(const MatrixView& obs, const float* action, float* q) const {
+    check(obs.columns == obs_dim_, "obs has ", obs.columns, " columns, this policy takes ",
+          obs_dim_);
+    check(has_critics(), "this policy was packed without critics, so it has no Q");
+    if (obs.rows == 0) return;
+    int64_t ld = 0;
+    const float* prepared = prepare_obs(obs, &ld);
+    ActTask t = task(prepared, ld, obs.rows, 1);
+    t.policy = nullptr;
+    t.action = const_cast<float*>(action);  // only read without a policy
+    t.q = q;
+    run(t);
+}
+
+}  // namespace flame

@@ -1,0 +1,479 @@
+"""The native acting policy against a float64 numpy reference, at odd sizes and on every ISA."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from flame_ext import _core
+
+# The last step of a flow clips; denoising steps clip inside: rows (p, q, m, n, clip).
+ONE_STEP = ((1.0, -1.0, 1.0, 0.0, 0.0),)
+
+
+@dataclass(frozen=True)
+class Net:
+    """An ensemble of MLPs in the flat layout of flame_ext.networks, with its float64 forward."""
+
+    inputs: int
+    hidden: tuple[int, ...]
+    outputs: int
+    activation: str
+    layer_norm: bool
+    members: int
+    tensors: tuple[np.ndarray, ...]
+
+    @staticmethod
+    def random(rng, inputs, hidden, outputs, activation="mish", layer_norm=False, members=1):
+        tensors = []
+        sizes = [inputs, *hidden, outputs]
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+            # A small output keeps most actions off the bounds, where clipping would hide errors.
+            scale = (1.5 if i < len(hidden) else 0.4) / np.sqrt(max(fan_in, 1))
+            tensors.append(scale * rng.standard_normal((members, fan_out, fan_in)))
+            tensors.append(0.1 * rng.standard_normal((members, fan_out)))
+            if layer_norm and i < len(hidden):
+                tensors.append(1 + 0.1 * rng.standard_normal((members, fan_out)))
+                tensors.append(0.1 * rng.standard_normal((members, fan_out)))
+        tensors = tuple(t.astype(np.float32) for t in tensors)
+        return Net(inputs, tuple(hidden), outputs, activation, layer_norm, members, tensors)
+
+    @property
+    def flat(self) -> np.ndarray:
+        return np.concatenate([np.pad(t.ravel(), (0, -t.size % 16)) for t in self.tensors])
+
+    def __call__(self, x: np.ndarray, dtype=np.float64) -> np.ndarray:
+        """x (rows, inputs) -> (members, rows, outputs)."""
+        tensors = iter(self.tensors)
+        h = np.broadcast_to(x.astype(dtype), (self.members, *x.shape))
+        for i in range(len(self.hidden) + 1):
+            weight, bias = (next(tensors).astype(dtype) for _ in range(2))
+            h = h @ weight.swapaxes(1, 2) + bias[:, None]
+            if i == len(self.hidden):
+                return h
+            if self.layer_norm:
+                gain, offset = (next(tensors).astype(dtype)[:, None] for _ in range(2))
+                h = h - h.mean(-1, keepdims=True)
+                h = gain * h / np.sqrt((h * h).mean(-1, keepdims=True) + dtype(1e-5)) + offset
+            h = activate(self.activation, h)
+        raise AssertionError
+
+
+def activate(name: str, x: np.ndarray) -> np.ndarray:
+    if name == "relu":
+        return np.maximum(x, 0)
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    return x * np.tanh(np.logaddexp(0, x))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A flow policy with critics: packed, and the same in numpy."""
+
+    obs_dim: int
+    action_dim: int
+    policy: Net
+    critics: Net
+    features: np.ndarray
+    steps: tuple[tuple[float, ...], ...]
+
+    @staticmethod
+    def random(
+        seed, obs_dim, action_dim, hidden=(64, 48), steps=ONE_STEP, critic_norm=True, **options
+    ):
+        rng = np.random.default_rng(seed)
+        policy = Net.random(rng, action_dim + obs_dim + 32, hidden, action_dim, **options)
+        critics = Net.random(
+            rng, action_dim + obs_dim, hidden, 1, layer_norm=critic_norm, members=2
+        )
+        features = rng.uniform(-1, 1, (len(steps), 32)).astype(np.float32)
+        return Case(obs_dim, action_dim, policy, critics, features, steps)
+
+    def pack(self, **options) -> _core.PackedPolicy:
+        return _core.PackedPolicy(
+            kind="flow",
+            obs_dim=self.obs_dim,
+            action_dim=self.action_dim,
+            policy=self.policy.flat,
+            hidden=list(self.policy.hidden),
+            activation=self.policy.activation,
+            layer_norm=self.policy.layer_norm,
+            time_features=self.features,
+            steps=np.array(self.steps, np.float32),
+            critics=self.critics.flat,
+            critic_hidden=list(self.critics.hidden),
+            critic_activation=self.critics.activation,
+            critic_layer_norm=self.critics.layer_norm,
+            **options,
+        )
+
+    def actions(self, obs, noise, dtype=np.float64) -> np.ndarray:
+        """obs (B, O), noise (B, N, A) -> (B, N, A)."""
+        rows = np.repeat(obs, noise.shape[1], axis=0).astype(dtype)
+        z = noise.reshape(len(rows), self.action_dim).astype(dtype)
+        for features, (p, q, m, n, clip) in zip(self.features, self.steps, strict=True):
+            time = np.broadcast_to(features, (len(rows), 32)).astype(dtype)
+            u = self.policy(np.concatenate([z, rows, time], axis=1), dtype)[0]
+            a = p * z + q * u
+            if clip:
+                a = a.clip(-1, 1)
+            z = m * a + n * z
+        return z.clip(-1, 1).reshape(noise.shape)
+
+    def q_min(self, obs, action, dtype=np.float64) -> np.ndarray:
+        return self.critics(np.concatenate([action, obs], axis=1), dtype)[..., 0].min(0)
+
+    def inputs(self, batch, particles=1, seed=1):
+        rng = np.random.default_rng(seed)
+        obs = rng.standard_normal((batch, self.obs_dim)).astype(np.float32)
+        noise = 0.4 * rng.standard_normal((batch, particles, self.action_dim))
+        return obs, noise.astype(np.float32)
+
+
+def assert_as_good_as_float32(got, exact, float32):
+    """The kernel's error is at most twice that of the same formula in float32 numpy."""
+    assert np.isfinite(got).all()
+    error = np.abs(got - exact).max()
+    assert error <= 2 * np.abs(float32 - exact).max() + 4e-7, error
+
+
+@pytest.mark.parametrize("batch", [1, 2, 31, 33, 257])
+@pytest.mark.parametrize("obs_dim", [1, 3, 17, 376])
+@pytest.mark.parametrize("action_dim", [1, 6, 17])
+def test_one_step_action(isa, batch, obs_dim, action_dim):
+    case = Case.random(batch + obs_dim, obs_dim, action_dim)
+    obs, noise = case.inputs(batch)
+    got = case.pack().act(obs, noise[:, 0])
+    assert got.dtype == np.float32
+    assert got.shape == (batch, action_dim)
+    exact = case.actions(obs, noise)[:, 0]
+    assert_as_good_as_float32(got, exact, case.actions(obs, noise, np.float32)[:, 0])
+    assert (np.abs(exact) < 1).mean() > 0.5
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "mish"])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("hidden", [(256, 256, 256), (33,), (7, 100, 16)])
+def test_architectures(isa, activation, layer_norm, hidden):
+    case = Case.random(5, 11, 4, hidden, activation=activation, layer_norm=layer_norm)
+    packed = case.pack()
+    for batch in (1, 13):
+        obs, noise = case.inputs(batch)
+        exact, single = (case.actions(obs, noise, t)[:, 0] for t in (np.float64, np.float32))
+        assert_as_good_as_float32(packed.act(obs, noise[:, 0]), exact, single)
+
+
+@pytest.mark.parametrize(("batch", "particles"), [(1, 32), (3, 7), (33, 5), (2, 150)])
+@pytest.mark.parametrize("critic_norm", [False, True])
+def test_best_of_n(isa, batch, particles, critic_norm):
+    case = Case.random(7, 17, 6, critic_norm=critic_norm)
+    packed = case.pack()
+    obs, noise = case.inputs(batch, particles)
+    got = packed.act(obs, noise)
+    actions = case.actions(obs, noise)
+    q = case.q_min(np.repeat(obs, particles, axis=0), actions.reshape(-1, case.action_dim)).reshape(
+        batch, particles
+    )
+    distance = np.abs(actions - got[:, None]).max(-1)
+    chosen = distance.argmin(1)
+    assert distance.min(1).max() < 1e-5
+    # The winner in float32 may differ from float64's only where they tie to rounding.
+    assert (q.max(1) - q[np.arange(batch), chosen] < 1e-4 * (1 + np.abs(q).max())).all()
+    assert (q.max(1) - q.min(1)).min() > 1e-2
+
+
+def test_q_min(isa):
+    case = Case.random(8, 17, 6)
+    obs, noise = case.inputs(33)
+    action = noise[:, 0].clip(-1, 1)
+    got = case.pack().q_min(obs, action)
+    exact, single = (case.q_min(obs, action, t) for t in (np.float64, np.float32))
+    assert_as_good_as_float32(got, exact, single)
+
+
+def test_several_euler_steps(isa):
+    steps = tuple((1.0, -0.125, 1.0, 0.0, 0.0) for _ in range(8))
+    case = Case.random(9, 5, 3, steps=steps)
+    obs, noise = case.inputs(17)
+    exact, single = (case.actions(obs, noise, t)[:, 0] for t in (np.float64, np.float32))
+    assert_as_good_as_float32(case.pack().act(obs, noise[:, 0]), exact, single)
+
+
+def test_denoising_steps(isa):
+    steps = ((3.0, -2.5, 0.6, 0.3, 1.0), (1.5, -1.0, 0.8, 0.2, 1.0), (1.1, -0.3, 1.0, 0.0, 1.0))
+    case = Case.random(10, 5, 3, steps=steps)
+    obs, noise = case.inputs(17, particles=2)
+    got = np.stack([case.pack().act(obs, noise[:, i]) for i in range(2)], axis=1)
+    exact, single = (case.actions(obs, noise, t) for t in (np.float64, np.float32))
+    assert_as_good_as_float32(got, exact, single)
+
+
+@pytest.mark.parametrize("particles", [1, 5])
+def test_gaussian_policy(isa, particles):
+    rng = np.random.default_rng(11)
+    net = Net.random(rng, 9, (40, 24), 2 * 4)
+    critics = Net.random(rng, 4 + 9, (20,), 1, members=2)
+    packed = _core.PackedPolicy(
+        kind="gaussian",
+        obs_dim=9,
+        action_dim=4,
+        policy=net.flat,
+        hidden=[40, 24],
+        activation="mish",
+        log_std_range=(-5.0, 2.0),
+        critics=critics.flat,
+        critic_hidden=[20],
+    )
+    obs = rng.standard_normal((33, 9)).astype(np.float32)
+    noise = rng.standard_normal((33, particles, 4)).astype(np.float32)
+    mean, raw = np.split(net(obs)[0], 2, axis=1)
+    std = np.exp(-5 + 3.5 * (np.tanh(raw) + 1))
+    actions = np.tanh(mean[:, None] + std[:, None] * noise)
+    q = np.stack([critics(np.concatenate([actions[:, i], obs], axis=1)) for i in range(particles)])[
+        ..., 0
+    ].min(1)
+    expected = actions[np.arange(33), q.argmax(0)]
+    np.testing.assert_allclose(packed.act(obs, noise), expected, atol=2e-6)
+
+
+def test_half_weights_are_rounded_once(isa):
+    """With weights that fp16 holds exactly, fp16 storage gives the fp32 result; else its error."""
+    case = Case.random(12, 17, 6, hidden=(64, 48))
+    obs, noise = case.inputs(33)
+    rounded = [
+        t.astype(np.float16).astype(np.float32) if t.ndim == 3 else t for t in case.policy.tensors
+    ]
+    rounded[0][:, :, -32:] = case.policy.tensors[0][:, :, -32:]  # time is folded in fp32
+    net = dataclasses.replace(case.policy, tensors=tuple(rounded))
+    exact_case = dataclasses.replace(case, policy=net)
+    for rows in (slice(None), slice(0, 1)):
+        half = case.pack(precision="fp16").act(obs[rows], noise[rows, 0])
+        np.testing.assert_array_equal(half, exact_case.pack().act(obs[rows], noise[rows, 0]))
+        assert np.abs(half - case.actions(obs[rows], noise[rows])[:, 0]).max() < 1e-2
+
+
+def test_half_conversion_matches_numpy(isa):
+    """One input column, one hidden unit per value: the weights come back through the output."""
+    values = np.concatenate(
+        [
+            np.float32([0, -0.0, 1, 65504, -65504, 2**-14, 2**-24, 2**-25, 1.5 * 2**-25]),
+            np.float32([1 + 2**-11, 1 + 3 * 2**-11, 2**-14 - 2**-26, 0.1, -1e-7]),
+            np.random.default_rng(0).standard_normal(50).astype(np.float32),
+        ]
+    )
+    width = len(values)
+    tensors = (
+        values.reshape(1, width, 1),
+        np.zeros((1, width), np.float32),
+        np.eye(width, dtype=np.float32)[None],
+        np.zeros((1, width), np.float32),
+    )
+    net = Net(1, (width,), width, "relu", False, 1, tensors)
+    packed = _core.PackedPolicy(
+        kind="flow",
+        obs_dim=1,
+        action_dim=width,
+        policy=np.concatenate(
+            [
+                np.pad(t.ravel(), (0, -t.size % 16))
+                for t in (
+                    np.concatenate([np.zeros((1, width, width), np.float32), tensors[0]], axis=2),
+                    *tensors[1:],
+                )
+            ]
+        ),
+        hidden=[width],
+        activation=net.activation,
+        time_features=np.zeros((1, 0), np.float32),
+        steps=np.float32([[0, 2.0**-16, 1, 0, 0]]),
+        precision="fp16",
+    )
+    expected = values.astype(np.float16).astype(np.float32) * np.float32(2.0**-16)
+    for sign in (1, -1):
+        got = packed.act(np.float32([sign]), np.zeros(width, np.float32))
+        np.testing.assert_array_equal(got, np.maximum(sign * expected, 0))
+
+
+def test_half_refuses_weights_out_of_range():
+    case = Case.random(13, 3, 2)
+    case.policy.tensors[2][0, 5, 7] = 7e4
+    with pytest.raises(ValueError, match=r"layer 1 is 70000, outside of fp16's range.*fp32"):
+        case.pack(precision="fp16")
+    case.pack()
+
+
+def test_isas_agree():
+    case = Case.random(14, 17, 6, hidden=(256, 256, 256))
+    obs, noise = case.inputs(33)
+    packed = case.pack()
+    before = _core.isa_active()
+    results = []
+    for name in _core.isa_supported():
+        _core.set_isa(name)
+        results.append(packed.act(obs, noise[:, 0]))
+    _core.set_isa(before)
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], atol=3e-6)
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+def test_thread_count_does_not_change_a_bit(particles):
+    case = Case.random(15, 17, 6)
+    obs, noise = case.inputs(257, particles)
+    packed = case.pack()
+    before = _core.num_threads()
+    results = []
+    for threads in (1, 2, 3, 7):
+        _core.set_num_threads(threads)
+        results.append(packed.act(obs, noise))
+    _core.set_num_threads(before)
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+def test_callers_in_several_threads():
+    case = Case.random(16, 17, 6)
+    packed = case.pack()
+    before = _core.num_threads()
+    _core.set_num_threads(2)
+    inputs = [case.inputs(1 + 40 * (i % 2), 1 + i % 3, seed=i) for i in range(12)]
+    expected = [packed.act(obs, noise) for obs, noise in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            got = list(pool.map(lambda pair: packed.act(*pair), inputs))
+            for one, other in zip(got, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+    _core.set_num_threads(before)
+
+
+def test_native_noise_is_the_documented_stream(isa):
+    case = Case.random(17, 17, 6)
+    packed = case.pack()
+    for batch, particles in ((1, 1), (33, 1), (5, 4)):
+        obs, _ = case.inputs(batch)
+        noise = _core.philox_normal(21, 22, 23, batch * particles * 6)
+        expected = packed.act(obs, noise.reshape(batch, particles, 6))
+        got = packed.act(obs, num_particles=particles, seed=21, stream=22, offset=23)
+        np.testing.assert_array_equal(got, expected)
+        other = packed.act(obs, num_particles=particles, seed=22, stream=22, offset=23)
+        assert (other != got).any()
+
+
+def test_layouts_and_dtypes_of_observations():
+    case = Case.random(18, 17, 6)
+    packed = case.pack()
+    obs, noise = case.inputs(9)
+    expected = packed.act(obs, noise[:, 0])
+    wide = np.zeros((9, 40), np.float32)
+    wide[:, 3:37:2] = obs
+    shifted = np.frombuffer(b"\0" + obs.tobytes(), np.float32, obs.size, 1)  # misaligned
+    for view in (
+        np.asfortranarray(obs),
+        wide[:, 3:37:2],
+        obs.astype(np.float64),
+        np.asfortranarray(obs.astype(np.float64)),
+        obs[::-1][::-1],
+        obs.astype(">f4"),
+        shifted.reshape(obs.shape),
+    ):
+        np.testing.assert_array_equal(packed.act(view, noise[:, 0]), expected)
+    np.testing.assert_array_equal(packed.act(np.repeat(obs, 2, 0)[::2], noise[:, 0]), expected)
+    strided_noise = np.repeat(noise[:, 0], 2, axis=1)[:, ::2]
+    np.testing.assert_array_equal(packed.act(obs, strided_noise), expected)
+
+
+def test_one_observation_gives_one_action():
+    case = Case.random(19, 17, 6)
+    packed = case.pack()
+    obs, noise = case.inputs(1, 4)
+    one = packed.act(obs[0], noise[0, 0])
+    assert one.shape == (6,)
+    np.testing.assert_array_equal(one, packed.act(obs, noise[:, 0])[0])
+    np.testing.assert_array_equal(packed.act(obs[0], noise[0]), packed.act(obs, noise)[0])
+    assert packed.act(np.zeros((0, 17)), np.zeros((0, 6))).shape == (0, 6)
+
+
+def test_normalisation_and_action_box():
+    case = Case.random(20, 17, 6)
+    rng = np.random.default_rng(0)
+    shift, scale = rng.standard_normal(17), rng.uniform(0.1, 3, 17)
+    middle, half = rng.standard_normal(6), rng.uniform(0.1, 3, 6)
+    packed = case.pack(
+        obs_shift=shift, obs_scale=scale, obs_clip=2.0, action_middle=middle, action_half=half
+    )
+    obs, noise = case.inputs(9)
+    normalised = ((obs - shift) * scale).clip(-2, 2)
+    assert (np.abs(normalised) == 2).any()
+    expected = middle + half * case.actions(normalised, noise)[:, 0]
+    np.testing.assert_allclose(packed.act(obs, noise[:, 0]), expected, atol=1e-4)
+
+
+def test_extreme_inputs(isa):
+    case = Case.random(21, 3, 2)
+    packed = case.pack()
+    obs, noise = case.inputs(7)
+    obs[0], obs[1], obs[2] = 1e6, -1e6, 1e30
+    noise[3] = 1e4
+    exact = case.actions(obs[[0, 1, 3]], noise[[0, 1, 3]])[:, 0]
+    got = packed.act(obs, noise[:, 0])
+    np.testing.assert_allclose(got[[0, 1, 3]], exact, atol=1e-3)
+    assert (np.abs(got) <= 1).all()
+    assert not np.isnan(got).any()
+    obs[4, 1] = np.nan
+    poisoned = packed.act(obs, noise[:, 0])
+    assert np.isnan(poisoned[4]).all()
+    np.testing.assert_array_equal(np.delete(poisoned, 4, 0), np.delete(got, 4, 0))
+
+
+def test_nan_never_wins_best_of_n():
+    case = Case.random(22, 3, 2)
+    obs, noise = case.inputs(1, 3)
+    expected = case.pack().act(obs, noise[:, 1:])
+    noise[0, 0, 0] = np.nan
+    np.testing.assert_array_equal(case.pack().act(obs, noise), expected)
+
+
+def test_bad_arguments_are_named():
+    case = Case.random(23, 17, 6)
+    packed = case.pack()
+    obs, noise = case.inputs(2, 3)
+    with pytest.raises(ValueError, match="obs has 16 columns, this policy takes 17"):
+        packed.act(obs[:, 1:], noise)
+    with pytest.raises(ValueError, match=r"noise does not fit.*A = 6 and B = 2"):
+        packed.act(obs, noise[:1])
+    with pytest.raises(ValueError, match="num_particles is 0"):
+        packed.act(obs, num_particles=0)
+    with pytest.raises(ValueError, match="obs has 3 axes"):
+        packed.act(obs[None], noise)
+    with pytest.raises(ValueError, match=r"holds \d+ floats, but its layer sizes need \d+"):
+        dataclasses.replace(case, obs_dim=18).pack()
+    with pytest.raises(ValueError, match="activation='gelu' is unknown; choose one of relu"):
+        _core.PackedPolicy(
+            kind="gaussian",
+            obs_dim=1,
+            action_dim=1,
+            policy=np.zeros(64, np.float32),
+            hidden=[2],
+            activation="gelu",
+        )
+    case.policy.tensors[0][0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="parameters hold nan in layer 0"):
+        case.pack()
+
+
+def test_best_of_n_needs_critics():
+    net = Net.random(np.random.default_rng(0), 3, (8,), 2)
+    packed = _core.PackedPolicy(
+        kind="gaussian", obs_dim=3, action_dim=1, policy=net.flat, hidden=[8], activation="relu"
+    )
+    assert not packed.has_critics
+    with pytest.raises(ValueError, match="packed without critics"):
+        packed.act(np.zeros(3, np.float32), num_particles=2)
+    with pytest.raises(ValueError, match="has no Q"):
+        packed.q_min(np.zeros((1, 3), np.float32), np.zeros((1, 1), np.float32))
