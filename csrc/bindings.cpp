@@ -77,9 +77,7 @@ py::array_t<uint32_t> philox4x32(const Words& counter, const Words& key) {
     return out;
 }
 
-void check_draws(int64_t n) {
-    check(n >= 0, "n is ", n, "; it must not be negative");
-}
+void check_draws(int64_t n) { check(n >= 0, "n is ", n, "; it must not be negative"); }
 
 py::array_t<uint32_t> philox_bits(uint64_t seed, uint64_t stream, uint64_t offset, int64_t n) {
     check_draws(n);

@@ -54,31 +54,15 @@ FLAME_HD PhiloxBlock philox_block(uint64_t seed, uint64_t stream, uint64_t block
 // -------------------------------------
 
 #if defined(__CUDA_ARCH__)
-FLAME_HD float add_rn(float a, float b) {
-    return __fadd_rn(a, b);
-}
-FLAME_HD float mul_rn(float a, float b) {
-    return __fmul_rn(a, b);
-}
-FLAME_HD float sqrt_rn(float a) {
-    return __fsqrt_rn(a);
-}
-FLAME_HD float bits_to_float(uint32_t b) {
-    return __uint_as_float(b);
-}
-FLAME_HD uint32_t float_to_bits(float a) {
-    return __float_as_uint(a);
-}
+FLAME_HD float add_rn(float a, float b) { return __fadd_rn(a, b); }
+FLAME_HD float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+FLAME_HD float sqrt_rn(float a) { return __fsqrt_rn(a); }
+FLAME_HD float bits_to_float(uint32_t b) { return __uint_as_float(b); }
+FLAME_HD uint32_t float_to_bits(float a) { return __float_as_uint(a); }
 #else
-FLAME_HD float add_rn(float a, float b) {
-    return a + b;
-}
-FLAME_HD float mul_rn(float a, float b) {
-    return a * b;
-}
-FLAME_HD float sqrt_rn(float a) {
-    return __builtin_sqrtf(a);
-}
+FLAME_HD float add_rn(float a, float b) { return a + b; }
+FLAME_HD float mul_rn(float a, float b) { return a * b; }
+FLAME_HD float sqrt_rn(float a) { return __builtin_sqrtf(a); }
 FLAME_HD float bits_to_float(uint32_t b) {
     float a;
     __builtin_memcpy(&a, &b, sizeof(a));

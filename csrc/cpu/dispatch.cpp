@@ -112,26 +112,18 @@ void choose_once() {
 
 }  // namespace
 
-const char* isa_name(Isa isa) {
-    return kNames[static_cast<int>(isa)];
-}
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-bool isa_compiled(Isa isa) {
-    return table(isa) != nullptr;
-}
+bool isa_compiled(Isa isa) { return table(isa) != nullptr; }
 
-bool isa_supported(Isa isa) {
-    return isa_compiled(isa) && cpu_has(isa);
-}
+bool isa_supported(Isa isa) { return isa_compiled(isa) && cpu_has(isa); }
 
 Isa isa_active() {
     choose_once();
     return active_isa.load();
 }
 
-void set_isa(const char* name) {
-    activate(parse(name, "the instruction set"));
-}
+void set_isa(const char* name) { activate(parse(name, "the instruction set")); }
 
 const CpuKernels& kernels() {
     choose_once();

@@ -11,13 +11,9 @@ namespace {
 constexpr int64_t kAlignment = 16;  // floats between the starts of tensors in the flat buffer
 constexpr float kHalfMax = 65504.0f;
 
-int64_t round_up(int64_t n) {
-    return (n + kPanel - 1) / kPanel * kPanel;
-}
+int64_t round_up(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
-int inputs_of(const PackShape& s) {
-    return s.action_dim + s.obs_dim + s.num_features;
-}
+int inputs_of(const PackShape& s) { return s.action_dim + s.obs_dim + s.num_features; }
 
 // One member's view of one layer in the flat buffer.
 struct FlatLayer {

@@ -28,9 +28,7 @@ constexpr int kTileRows = 6, kTilePanels = 1;  // 12 of 16
 constexpr int kTileRows = 2, kTilePanels = 1;  // 8 of 16
 #endif
 
-FLAME_INLINE int round_up(int n) {
-    return (n + kPanel - 1) / kPanel * kPanel;
-}
+FLAME_INLINE int round_up(int n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
 template <bool kHalf>
 FLAME_INLINE vf load_weight(const void* weight, int64_t index) {
@@ -72,9 +70,7 @@ struct Rows {
     }
 };
 
-FLAME_INLINE Rows same_row(const float* data) {
-    return {data, 0, 0, 1};
-}
+FLAME_INLINE Rows same_row(const float* data) { return {data, 0, 0, 1}; }
 
 // --- Hidden layers
 // --------------------------------------------------------------------------------
@@ -118,8 +114,9 @@ FLAME_INLINE void gemv_panel(const PackedLayer& layer, int panel, const float* x
 
 // kRows rows, kPanels neighbouring panels.
 template <int kRows, int kPanels, bool kHalf>
-void gemm_tile(const PackedLayer& layer, int panel, const float* x, int64_t ldx, const Rows& init,
-               int64_t row, float* y, int64_t ldy, Finish finish) {
+__attribute__((noinline)) void gemm_tile(const PackedLayer& layer, int panel, const float* x,
+                                         int64_t ldx, const Rows& init, int64_t row, float* y,
+                                         int64_t ldy, Finish finish) {
     constexpr int kVecs = kPanels * kPanelVecs;
     const int inputs = layer.inputs;
     const int64_t base = static_cast<int64_t>(panel) * inputs * kPanel;
@@ -312,9 +309,7 @@ FLAME_INLINE void add_bias(const PackedNet& net, int step, int states, const Wor
 }
 
 // NaN passes through, as in torch.clamp.
-FLAME_INLINE float clip_unit(float x) {
-    return x < -1.0f ? -1.0f : (x > 1.0f ? 1.0f : x);
-}
+FLAME_INLINE float clip_unit(float x) { return x < -1.0f ? -1.0f : (x > 1.0f ? 1.0f : x); }
 
 template <bool kHalf>
 void flow_actions(const ActTask& task, const Range& range, const Workspace& w, float* z) {

@@ -35,18 +35,11 @@ typedef float vf_unaligned __attribute__((vector_size(kLanes * 4), aligned(4), m
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t vh_unaligned __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
-FLAME_INLINE vf load(const float* p) {
-    return *reinterpret_cast<const vf_unaligned*>(p);
-}
-FLAME_INLINE void store(float* p, vf a) {
-    *reinterpret_cast<vf_unaligned*>(p) = a;
-}
-FLAME_INLINE vf splat(float a) {
-    return vf{} + a;
-}
-FLAME_INLINE vf zero() {
-    return vf{};
-}
+FLAME_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+FLAME_INLINE void store(float* p, vf a) { *reinterpret_cast<vf_unaligned*>(p) = a; }
+// Minus, not plus: x - 0 folds into one broadcast, x + 0 does not (x may be -0).
+FLAME_INLINE vf splat(float a) { return a - vf{}; }
+FLAME_INLINE vf zero() { return vf{}; }
 
 // a * b + c, rounded once where the set has FMA.
 FLAME_INLINE vf fma(vf a, vf b, vf c) {
@@ -60,12 +53,8 @@ FLAME_INLINE vf fma(vf a, vf b, vf c) {
 }
 
 // A NaN in `a` gives `b` (as minps and maxps do).
-FLAME_INLINE vf min(vf a, vf b) {
-    return a < b ? a : b;
-}
-FLAME_INLINE vf max(vf a, vf b) {
-    return a > b ? a : b;
-}
+FLAME_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+FLAME_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 
 FLAME_INLINE vf sqrt(vf a) {
 #if defined(FLAME_ISA_AVX512)
@@ -159,13 +148,9 @@ FLAME_INLINE ValueGrad mish_grad(vf x) {
     return {x * t, fma(x * q, (4.0f * e) * ((e + 1.0f) * q), t)};
 }
 
-FLAME_INLINE vf sigmoid(vf x) {
-    return 1.0f / (1.0f + exp(-x));
-}
+FLAME_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
-FLAME_INLINE vf silu(vf x) {
-    return x * (x < -87.0f ? zero() : sigmoid(x));
-}
+FLAME_INLINE vf silu(vf x) { return x * (x < -87.0f ? zero() : sigmoid(x)); }
 
 FLAME_INLINE ValueGrad silu_grad(vf x) {
     const vf s = x < -87.0f ? zero() : sigmoid(x);
@@ -174,9 +159,7 @@ FLAME_INLINE ValueGrad silu_grad(vf x) {
 }
 
 // NaN stays NaN, as in PyTorch.
-FLAME_INLINE vf relu(vf x) {
-    return x < 0.0f ? zero() : x;
-}
+FLAME_INLINE vf relu(vf x) { return x < 0.0f ? zero() : x; }
 
 template <Activation kind>
 FLAME_INLINE vf activate(vf x) {
