@@ -50,7 +50,7 @@ def fit(seed: int, updates: int, **options: object) -> FlowActor:
     obs, alpha = torch.zeros(config.batch_size, 0), torch.tensor(ALPHA)
     for _ in range(updates):
         optimizer.zero_grad()
-        actor.loss(obs, BanditQ(), alpha, generator).loss.backward()  # type: ignore[arg-type]
+        actor.loss(obs, obs, BanditQ(), alpha, generator).loss.backward()  # type: ignore[arg-type]
         optimizer.step()
         schedule.step()
     return actor

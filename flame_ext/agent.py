@@ -92,7 +92,11 @@ class Agent:
     def explore(self, obs: Tensor) -> Tensor:
         """Actions for collecting data: ``(B, O)`` -> ``(B, A)``."""
         shape = (len(obs), self.config.train_particles, self.action_dim)
-        return self.act(obs, normal_like(obs, shape, self.generator))
+        action = self.act(obs, normal_like(obs, shape, self.generator))
+        if self.config.exploration_noise > 0:
+            noise = normal_like(obs, tuple(action.shape), self.generator)
+            action = (action + self.config.exploration_noise * noise).clamp(-1, 1)
+        return action
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One critic update, and the policy's and temperature's when they are due.
@@ -106,7 +110,9 @@ class Agent:
         self.optimizers["critics"].step()
         self.updates += 1
         if self.updates % c.policy_delay == 0:
-            metrics |= self._policy_step(batch.obs[: c.policy_batch_size])
+            metrics |= self._policy_step(
+                batch.obs[: c.policy_batch_size], batch.action[: c.policy_batch_size]
+            )
         self.backend.soft_update(self.target_critics.flat, self.critics.flat, c.tau)
         return metrics
 
@@ -131,10 +137,10 @@ class Agent:
         reward = c.reward_scale * batch.reward
         return reward + c.gamma * (1 - batch.terminated) * value
 
-    def _policy_step(self, obs: Tensor) -> dict[str, float]:
+    def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
         with _frozen(self.critics):
             result = self.backend.actor_step(
-                self.actor, obs, self.critics, self.alpha, self.generator
+                self.actor, obs, action, self.critics, self.alpha, self.generator
             )
         self.optimizers["actor"].step()
         metrics = {name: float(value) for name, value in result.metrics.items()}

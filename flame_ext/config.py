@@ -14,7 +14,7 @@ from flame_ext.reference import Estimator, Flow, Trace
 Algorithm = Literal["flame", "flame-r", "sac", "diffusion"]
 Preset = Literal["default", "paper"]
 Proposal = Literal["reverse", "policy"]
-ZSource = Literal["uniform", "policy", "target"]
+ZSource = Literal["uniform", "policy", "replay", "target"]
 Temperature = Literal["entropy", "ess", "fixed"]
 
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
@@ -65,18 +65,22 @@ class Config:
             (exp(Q / alpha) / pi)^beta with beta such that the effective sample size is
             `proposal_ess` (a damped step towards the same target).
         proposal_ess: Effective sample size of ``proposal="policy"``, as a fraction of K.
-        z_source: Actions that are noised to z: uniform, the policy's own, or samples of the target
-            (one candidate resampled by its weight).
+        z_source: Actions that are noised to z: uniform, the policy's own, those of the replay
+            buffer, or samples of the target (one candidate resampled by its weight).
         instantaneous_fraction: Fraction of the batch with r = t.
         acting_fraction: Fraction of the batch with (r, t) = (0, 1), the pair that acts.
         reweighting_weight: Weight of the Q-reweighted flow-matching loss.
         reverse_kl_weight: Weight of E[alpha log pi - Qmin] through the exact one-step density.
+        reverse_kl_entropy: Whether that term keeps its entropy part; without, it is -E[Qmin].
+        normalize_q: Divide that term by the batch's mean |Qmin|, which makes its weight comparable
+            across tasks (Fujimoto and Gu 2021).
         boundary_width: Outside the box the reverse-KL target falls off as a Gaussian of this
             standard deviation around the clipped action; without it entropy leaks out there.
         flow: ``mean`` acts along average velocities (MeanFlow), ``instantaneous`` along
             u(z, t, t, s) (rectified flow).
         sampling_steps: Network evaluations per action.
         train_particles: Best-of-N by Qmin while collecting data [N].
+        exploration_noise: Standard deviation of Gaussian noise on collected actions.
         target_particles: Best-of-N by the target critics in the TD target.
         eval_particles: Best-of-N by Qmin in evaluation.
         log_interval: Environment steps between rows of training metrics.
@@ -124,10 +128,13 @@ class Config:
     acting_fraction: float = 0.0
     reweighting_weight: float = 0.3
     reverse_kl_weight: float = 1.0
+    reverse_kl_entropy: bool = True
+    normalize_q: bool = False
     boundary_width: float = 0.05
     flow: Flow = "mean"
     sampling_steps: int = 1
     train_particles: int = 1
+    exploration_noise: float = 0.0
     target_particles: int = 1
     eval_particles: int = 16
     log_interval: int = 1_000
@@ -201,6 +208,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "boundary_width": (1e-6, _INF),
     "sampling_steps": (1, _INF),
     "train_particles": (1, _INF),
+    "exploration_noise": (0, 1),
     "target_particles": (1, _INF),
     "eval_particles": (1, _INF),
     "log_interval": (1, _INF),

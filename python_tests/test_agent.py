@@ -96,7 +96,8 @@ def test_policy_step_leaves_the_critics_without_gradient() -> None:
     before = agent.critics.flat.grad
     assert before is not None
     kept = before.clone()
-    agent._policy_step(make_batch().obs[:16])
+    batch = make_batch()
+    agent._policy_step(batch.obs[:16], batch.action[:16])
     assert torch.equal(agent.critics.flat.grad, kept)
     assert agent.critics.flat.requires_grad
 

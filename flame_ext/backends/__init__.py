@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-
 from flame_ext.backends.torch import TorchBackend
 from flame_ext.errors import BackendUnavailableError, check_choice
 

@@ -29,13 +29,14 @@ class TorchBackend:
         self,
         actor: Actor,
         obs: Tensor,
+        action: Tensor,
         critics: Critics,
         alpha: Tensor,
         generator: torch.Generator,
     ) -> ActorLoss:
-        """Gradient of the policy's loss on states ``(B, O)``."""
+        """Gradient of the policy's loss on states ``(B, O)`` and actions ``(B, A)``."""
         actor.network.flat.grad = None
-        result = actor.loss(obs, critics, alpha, generator)
+        result = actor.loss(obs, action, critics, alpha, generator)
         result.loss.backward()  # type: ignore[no-untyped-call]
         return result
 

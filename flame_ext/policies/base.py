@@ -55,9 +55,22 @@ class Actor(ABC):
 
     @abstractmethod
     def loss(
-        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+        self,
+        obs: Tensor,
+        action: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
     ) -> ActorLoss:
-        """The policy's loss on states ``(B, O)``; critics and alpha are constants."""
+        """The policy's loss; critics and alpha are constants.
+
+        Args:
+            obs: States ``(B, O)``.
+            action: What was done there, ``(B, A)`` in [-1, 1].
+            critics: Frozen twin critics.
+            alpha: Temperature, scalar.
+            generator: Source of the draws.
+        """
 
 
 def normal_like(reference: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

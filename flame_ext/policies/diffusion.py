@@ -66,7 +66,12 @@ class DiffusionActor(Actor):
         )
 
     def loss(
-        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+        self,
+        obs: Tensor,
+        action: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
     ) -> ActorLoss:
         shape = (len(obs), self.action_dim)
         with torch.no_grad():

@@ -70,7 +70,12 @@ class FlowActor(Actor):
         )
 
     def loss(
-        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+        self,
+        obs: Tensor,
+        action: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
     ) -> ActorLoss:
         c = self.config
         loss = torch.zeros((), dtype=obs.dtype, device=obs.device)
@@ -83,7 +88,7 @@ class FlowActor(Actor):
             metrics["fold_rate"] = sample.fold_rate
             metrics["reverse_kl_loss"] = kl.detach()
         if c.reweighting_weight > 0:
-            flow_loss, ess = self._reweighted_loss(obs, critics, alpha, generator)
+            flow_loss, ess = self._reweighted_loss(obs, action, critics, alpha, generator)
             loss = loss + c.reweighting_weight * flow_loss
             metrics["reweighted_loss"] = flow_loss.detach()
         return ActorLoss(loss, mean_log_prob, ess, metrics)
@@ -98,11 +103,23 @@ class FlowActor(Actor):
         # Q is flat outside the box, so entropy would grow there without bound (measured: within a
         # few hundred updates); the target's density is given Gaussian walls instead.
         outside = (sample.action - clipped).square().sum(-1) / (2 * self.config.boundary_width**2)
-        walled = dataclasses.replace(sample, log_prob=sample.log_prob + outside)
-        return reverse_kl(walled, critics.q_min(obs, clipped), alpha), sample
+        q_min = critics.q_min(obs, clipped)
+        if self.config.reverse_kl_entropy:
+            walled = dataclasses.replace(sample, log_prob=sample.log_prob + outside)
+            loss = reverse_kl(walled, q_min, alpha)
+        else:
+            loss = outside.mean() - q_min.mean()
+        if self.config.normalize_q:
+            loss = loss / q_min.detach().abs().mean()
+        return loss, sample
 
     def _reweighted_loss(
-        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+        self,
+        obs: Tensor,
+        action: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """The collapsed MeanFlow loss on the reweighted velocity, and the mean ESS fraction."""
         r, t = self._times(obs, generator)
@@ -110,7 +127,7 @@ class FlowActor(Actor):
             if self.config.proposal == "policy":
                 z, reweighted = self._from_policy(obs, t, critics, alpha, generator)
             else:
-                z, reweighted = self._from_reverse(obs, t, critics, alpha, generator)
+                z, reweighted = self._from_reverse(obs, action, t, critics, alpha, generator)
         loss = meanflow_loss(self.network, z, r, t, obs, reweighted.velocity)
         return loss, reweighted.ess.mean() / self.config.num_candidates
 
@@ -128,13 +145,14 @@ class FlowActor(Actor):
     def _from_reverse(
         self,
         obs: Tensor,
+        action: Tensor,
         t: Tensor,
         critics: Critics,
         alpha: Tensor,
         generator: torch.Generator,
     ) -> tuple[Tensor, Reweighted]:
         shape = (len(obs), self.action_dim)
-        source = self._source_actions(obs, critics, alpha, generator)
+        source = self._source_actions(obs, action, critics, alpha, generator)
         z = (1 - t) * source + t * normal_like(obs, shape, generator)
         reweighted, _, _ = reverse_reweighted(
             critics, obs, z, 1 - t, t, alpha, self.config.num_candidates, generator
@@ -142,10 +160,17 @@ class FlowActor(Actor):
         return z, reweighted
 
     def _source_actions(
-        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+        self,
+        obs: Tensor,
+        action: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
         """Actions that are noised to z, `Config.z_source`."""
         shape = (len(obs), self.action_dim)
+        if self.config.z_source == "replay":
+            return action
         if self.config.z_source == "policy":
             return self.action(obs, normal_like(obs, shape, generator))
         if self.config.z_source == "uniform":

@@ -51,7 +51,12 @@ class GaussianActor(Actor):
         return LogProb(torch.tanh(pre_tanh), log_prob, folded)
 
     def loss(
-        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+        self,
+        obs: Tensor,
+        action: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
     ) -> ActorLoss:
         noise = normal_like(obs, (len(obs), self.action_dim), generator)
         sample = self.sample(obs, noise, generator)
