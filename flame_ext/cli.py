@@ -95,8 +95,11 @@ def _build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flame-ext", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Formatter
     )
-    version = f"flame-ext {importlib.metadata.version('flame_ext')}"
-    parser.add_argument("--version", action="version", version=version)
+    if "--version" in arguments:
+        version = f"flame-ext {importlib.metadata.version('flame_ext')}"
+        parser.add_argument("--version", action="version", version=version)
+    else:
+        parser.add_argument("--version", action="store_true", help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     for name, (summary, epilog, fill, command) in _COMMANDS.items():
@@ -186,11 +189,12 @@ def _count(text: str) -> int:
     """A positive whole number; 1e6 and 1_000_000 are understood."""
     try:
         value = float(text)
-    except ValueError:
-        value = 0.0
-    if value < 1 or value != int(value):
+        whole = int(value)
+    except (ValueError, OverflowError):
+        value, whole = 0.0, 0
+    if whole < 1 or whole != value:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(value)
+    return whole
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -199,12 +203,17 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: If a text has no ``=``.
     """
+    from flame_ext.config import Config
+
     overrides: dict[str, Any] = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator or not key:
             raise ValueError(f"--set {pair!r} is not of the form KEY=VALUE, as in --set gamma=0.98")
-        overrides[key.strip()] = _parse_value(text.strip())
+        key, value = key.strip(), _parse_value(text.strip())
+        if isinstance(getattr(Config, key, None), tuple) and not isinstance(value, list):
+            value = [value]  # One hidden layer: hidden_sizes=256.
+        overrides[key] = value
     return overrides
 
 

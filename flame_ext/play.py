@@ -86,7 +86,7 @@ def film_episode(
         obs, done = env.reset(seed), False
         frames: list[Any] = []
         while not done:
-            frames.append(env.render())
+            frames.append(_render(env))
             step = env.step(act(obs))
             obs, done = step.obs, bool(step.terminated[0] or step.truncated[0])
     finally:
@@ -96,6 +96,16 @@ def film_episode(
     # A GIF counts milliseconds per frame, a film frames per second.
     timing = {"duration": 1000 / _FRAMES_PER_SECOND} if gif else {"fps": _FRAMES_PER_SECOND}
     imageio.mimwrite(path, frames, **timing)
+
+
+def _render(env: VectorEnvHandle) -> NDArray[np.uint8]:
+    try:
+        return env.render()
+    except Exception as error:  # Drivers and simulators raise what they like.
+        raise ValueError(
+            f"{env.spec_id} cannot be rendered here: {error}. Without a display, MuJoCo needs "
+            "MUJOCO_GL=egl (with a GPU) or MUJOCO_GL=osmesa (without) in the environment."
+        ) from error
 
 
 def require_video_support(path: Path) -> None:

@@ -1,0 +1,293 @@
+"""The command line, end to end on small runs."""
+
+import csv
+import importlib
+import re
+
+import pytest
+
+from flame_ext import cli, play
+from flame_ext.config import ALGORITHMS, Config, make_config
+from flame_ext.plots import run_facts
+
+SMALL = {
+    "hidden_sizes": "16",
+    "learning_starts": "20",
+    "batch_size": "8",
+    "policy_batch_size": "8",
+    "log_interval": "20",
+    "eval_interval": "40",
+    "eval_episodes": "2",
+    "num_envs": "2",
+}
+
+
+def flags(**options):
+    return [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+
+
+def train(run_dir, env="flame_ext/MultiGoal-v0", algorithm="sac", steps=80):
+    words = ["train", env, "--algorithm", algorithm, "--steps", str(steps)]
+    return [*words, "--run-dir", str(run_dir), *flags(**SMALL)]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "goals"
+    assert cli.main(train(path)) == 0
+    return path
+
+
+def error_line(capsys, *words):
+    """The one line that a wrong use prints; nothing else, and exit code 2."""
+    assert cli.main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("flame-ext: error: ")
+    assert "Traceback" not in captured.err + captured.out
+    return captured.err
+
+
+# Help -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--help"], ["train", "eval", "plot", "bench", "info", "first steps"]),
+        (["train", "--help"], ["ENV", "--steps", "--set", "--resume", "examples", *ALGORITHMS]),
+        (["eval", "--help"], ["RUN_DIR", "--episodes", "(default: 20)", "--video", "examples"]),
+        (["plot", "--help"], ["RUN_DIR", "--output", "examples"]),
+        (["bench", "--help"], ["--task"]),
+        (["info", "--help"], ["installation"]),
+    ],
+)
+def test_help_of_every_command(capsys, words, named):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for word in named:
+        assert word in text
+    assert "None" not in text
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    version = importlib.import_module("importlib.metadata").version("flame_ext")
+    assert capsys.readouterr().out == f"flame-ext {version}\n"
+
+
+def test_every_option_is_listed_with_its_meaning():
+    lines = cli.describe_config(make_config("sac")).splitlines()
+    assert [line.split()[0] for line in lines] == list(Config.__dataclass_fields__)
+    assert all(len(line.split()) > 4 for line in lines)
+    assert re.search(r"^gamma +0\.99 +Discount factor", "\n".join(lines), re.MULTILINE)
+
+
+def test_show_config_applies_overrides(capsys):
+    assert cli.main(["train", "--show-config", "--set", "gamma=0.5", "--num-envs", "7"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^gamma +0\.5 ", text, re.MULTILINE)
+    assert re.search(r"^num_envs +7 ", text, re.MULTILINE)
+
+
+# Overrides --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("3e-4", 3e-4),
+        ("true", True),
+        ("False", False),
+        ("none", None),
+        ("mish", "mish"),
+        ("400,300", [400, 300]),
+        ("[256]", [256]),
+        ("a=b", "a=b"),
+    ],
+)
+def test_values_of_set(text, value):
+    parsed = cli.parse_overrides([f"key={text}"])["key"]
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_one_value_is_a_list_of_one_where_a_list_is_needed():
+    assert cli.parse_overrides(["hidden_sizes=16"]) == {"hidden_sizes": [16]}
+
+
+@pytest.mark.parametrize("text", ["gamma", "=3"])
+def test_malformed_set_is_named(text):
+    with pytest.raises(ValueError, match="not of the form KEY=VALUE"):
+        cli.parse_overrides([text])
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "many", "nan", "inf"])
+def test_steps_must_be_a_positive_whole_number(capsys, text):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "Pendulum-v1", f"--steps={text}"])
+    assert caught.value.code == 2
+    assert "not a positive whole number" in capsys.readouterr().err
+
+
+# Training ---------------------------------------------------------------------------------------
+
+
+def test_training_leaves_a_complete_run_directory(run_dir):
+    names = {path.name for path in run_dir.iterdir()}
+    wanted = {"config.json", "progress.csv", "evaluations.csv", "tensorboard", "checkpoint"}
+    assert wanted | {"best", "learning_curve.png"} <= names
+    with (run_dir / "evaluations.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["40", "80"]
+    assert run_facts(run_dir) == ("sac", "flame_ext/MultiGoal-v0")
+
+
+def test_training_ends_with_the_result_and_the_picture(tmp_path, capsys):
+    assert cli.main(train(tmp_path / "run", steps=1e2)) == 0
+    captured = capsys.readouterr()
+    assert re.search(r"final evaluation +return -?\d+\.\d \+- \d+\.\d over 2 epis", captured.out)
+    assert f"{tmp_path / 'run'}/learning_curve.png" in captured.out
+    assert "100/100" in captured.err
+
+
+def test_a_run_can_be_stopped_by_its_return(tmp_path, capsys):
+    words = train(tmp_path / "run", steps=400)
+    assert cli.main([*words, "--stop-on-return=-1000000", "--stop-after-seconds", "1000"]) == 0
+    assert "StopOnReturn" in capsys.readouterr().out
+    with (tmp_path / "run" / "evaluations.csv").open(newline="") as file:
+        assert max(int(row["step"]) for row in csv.DictReader(file)) < 400
+
+
+def test_a_run_can_be_resumed(tmp_path):
+    path = tmp_path / "run"
+    assert cli.main(train(path)) == 0
+    assert cli.main(["train", "--resume", str(path), "--steps", "120"]) == 0
+    with (path / "evaluations.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["40", "80", "120"]
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    trainer = importlib.import_module("flame_ext.trainer")
+
+    def interrupt(self, total_steps=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "run", interrupt)
+    path = tmp_path / "run"
+    assert cli.main(train(path)) == 130
+    assert f"flame-ext train --resume {path} --steps 80" in capsys.readouterr().err
+
+
+# Wrong use --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["train"], "no environment was given"),
+        (["train", "Pendulm-v1"], "did you mean 'Pendulum-v1'"),
+        (["train", "CartPole-v1"], "only continuous actions"),
+        (["train", "Pendulum-v1", "--algorithm", "sacc"], "did you mean 'sac'"),
+        (["train", "Pendulum-v1", "--preset", "papr"], "did you mean 'paper'"),
+        (["train", "Pendulum-v1", "--backend", "gpu"], "gpu"),
+        (["train", "Pendulum-v1", "--set", "gama=0.9"], "did you mean 'gamma'"),
+        (["train", "Pendulum-v1", "--set", "gamma=2"], "gamma=2"),
+        (["train", "Pendulum-v1", "--set", "gamma=high"], "gamma='high'"),
+        (["train", "--resume", "nowhere"], "nowhere"),
+        (["train", "--resume", "nowhere", "--set", "gamma=1"], "--set cannot be used with"),
+        (["train", "--resume", "nowhere", "--seed", "3"], "--seed cannot be used with"),
+        (["eval", "nowhere"], "nowhere"),
+        (["eval", "nowhere", "--video", "film.avi"], "use .mp4 or .gif"),
+        (["plot", "nowhere"], "nowhere"),
+        (["bench", "--seconds", "0"], "must be positive"),
+    ],
+)
+def test_wrong_use_gets_one_clear_line(tmp_path, monkeypatch, capsys, words, named):
+    monkeypatch.chdir(tmp_path)
+    assert named in error_line(capsys, *words)
+
+
+def test_an_existing_run_is_not_overwritten(run_dir, capsys):
+    before = (run_dir / "evaluations.csv").read_bytes()
+    line = error_line(capsys, *train(run_dir))
+    assert "exists already" in line
+    assert (run_dir / "evaluations.csv").read_bytes() == before
+
+
+def test_the_traceback_is_shown_on_request(capsys):
+    assert cli.main(["eval", "nowhere", "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+# After training ---------------------------------------------------------------------------------
+
+
+def test_eval_reports_the_episodes(run_dir, capsys):
+    words = ["eval", str(run_dir), "--episodes", "12", "--num-particles", "2"]
+    assert cli.main(words) == 0
+    first = capsys.readouterr().out
+    assert "sac on flame_ext/MultiGoal-v0, best of 2" in first
+    assert re.search(r"return +-?\d+\.\d \+- \d+\.\d over 12 episodes", first)
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == first
+    assert cli.main([*words, "--stochastic", "--seed", "1"]) == 0
+    assert capsys.readouterr().out != first
+
+
+def test_eval_in_an_environment_of_other_sizes_is_refused(run_dir, capsys):
+    line = error_line(capsys, "eval", str(run_dir), "--env", "Pendulum-v1")
+    assert "takes 2 observations and gives 2 actions; Pendulum-v1 has 3 and 1" in line
+
+
+def test_eval_films_an_episode(run_dir, tmp_path, capsys):
+    imageio = pytest.importorskip("imageio")
+    film = tmp_path / "new" / "film.gif"
+    words = ["eval", str(run_dir), "--episodes", "1", "--video", str(film)]
+    assert cli.main(words) == 0
+    assert str(film) in capsys.readouterr().out
+    frames = imageio.mimread(film)
+    assert 1 < len(frames) <= 30
+    assert frames[0].shape[:2] == (256, 256)
+
+
+def test_a_missing_video_package_is_named_before_playing(run_dir, capsys, monkeypatch):
+    real = importlib.import_module
+
+    def without(name, *args):
+        if name == "imageio_ffmpeg":
+            raise ImportError("No module named 'imageio_ffmpeg'")
+        return real(name, *args)
+
+    monkeypatch.setattr(play.importlib, "import_module", without)
+    line = error_line(capsys, "eval", str(run_dir), "--video", "film.mp4")
+    assert "pip install imageio imageio-ffmpeg" in line
+
+
+def test_plot_chooses_the_picture(run_dir, tmp_path, capsys):
+    assert cli.main(["plot", str(run_dir), "--episodes", "3"]) == 0
+    assert capsys.readouterr().out == f"{run_dir / 'multigoal.png'}\n"
+    output = tmp_path / "curve.pdf"
+    assert cli.main(["plot", str(run_dir), "--kind", "curves", "--output", str(output)]) == 0
+    assert output.read_bytes().startswith(b"%PDF")
+
+
+def test_bench_has_a_row_per_policy(capsys, monkeypatch):
+    monkeypatch.setattr(play, "_BATCHES", (1,))
+    assert cli.main(["bench", "--seconds", "0.001"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[1:-1]]
+    assert [row[0] for row in rows] == ["flame", "flame", "flame-r", "diffusion", "sac"]
+    assert all(float(row[3]) > 0 for row in rows)
+    assert "17 observations, 6 actions" in lines[-1]
+
+
+def test_info_reports_the_installation(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "native module" in text
+    assert "auto backend" in text
