@@ -149,4 +149,5 @@ PYBIND11_MODULE(_core, m) {
 #endif
 
     bind_policy(m);
+    bind_training(m);
 }

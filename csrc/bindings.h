@@ -6,5 +6,6 @@
 namespace flame {
 
 void bind_policy(pybind11::module_& m);
+void bind_training(pybind11::module_& m);
 
 }  // namespace flame

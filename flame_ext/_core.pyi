@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,3 +71,54 @@ class PackedPolicy:
     def has_critics(self) -> bool: ...
     @property
     def weight_bytes(self) -> int: ...
+
+# --- Training kernels. Arrays are float32 and used in place; `gradients` is added to.
+
+class MlpSpec:
+    def __init__(
+        self, sizes: Sequence[int], *, members: int, activation: str, layer_norm: bool
+    ) -> None: ...
+    @property
+    def parameter_count(self) -> int: ...
+
+def mlp_forward(
+    spec: MlpSpec,
+    parameters: _Array,
+    input: _Array,  # noqa: A002
+) -> _Array: ...
+@overload
+def twin_q(
+    spec: MlpSpec,
+    parameters: _Array,
+    obs: _Array,
+    actions: _Array,
+    each: Literal[False] = False,
+) -> _Array: ...
+@overload
+def twin_q(
+    spec: MlpSpec,
+    parameters: _Array,
+    obs: _Array,
+    actions: _Array,
+    each: Literal[True],
+) -> tuple[_Array, _Array]: ...
+def critic_step(
+    spec: MlpSpec,
+    parameters: _Array,
+    gradients: _Array,
+    obs: _Array,
+    action: _Array,
+    target: _Array,
+) -> tuple[list[float], list[float], _Array]: ...
+def adam(
+    parameters: _Array,
+    gradients: _Array,
+    first_moment: _Array,
+    second_moment: _Array,
+    step: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+) -> None: ...
+def soft_update(target: _Array, online: _Array, tau: float) -> None: ...

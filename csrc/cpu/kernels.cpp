@@ -2,6 +2,7 @@
 
 #include "cpu/policy_act_kernel.h"
 #include "cpu/simd.h"
+#include "cpu/training_kernels.h"
 
 namespace flame::FLAME_ISA {
 
@@ -9,6 +10,11 @@ extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
     kLanes,
     policy_act,
+    mlp_forward,
+    twin_q,
+    critic_step,
+    adam,
+    soft_update,
 };
 
 }  // namespace flame::FLAME_ISA

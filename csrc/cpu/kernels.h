@@ -11,12 +11,18 @@
 #pragma once
 
 #include "cpu/policy_act.h"
+#include "cpu/training.h"
 
 namespace flame {
 
 struct CpuKernels {
     int vector_floats;  // lanes of simd.h's vector, for reports
     void (*policy_act)(const ActTask& task, int64_t begin, int64_t end, float* workspace);
+    void (*mlp_forward)(const MlpForwardArgs& args);
+    void (*twin_q)(const TwinQArgs& args);
+    void (*critic_step)(const CriticStepArgs& args);
+    void (*adam)(const AdamArgs& args);
+    void (*soft_update)(const SoftUpdateArgs& args);
 };
 
 // The table of isa_active().

@@ -1,0 +1,143 @@
+// Matrix products on row tiles, the inner loop of every training kernel.
+//
+// C (rows x n) = init + A (rows x k) B (k x n), accumulated in registers in ascending k, so an
+// element's bits do not depend on how rows are cut into tiles or spread over threads.
+//
+// The microkernel holds kGemmRows x kGemmCols accumulators in registers (6 x 16 floats with AVX2:
+// 12 accumulators, 2 vectors of B, 1 broadcast of A out of 16 registers; per k it issues 12 FMAs
+// and 8 loads, so two FMAs per cycle are sustained from L1). A is read by broadcasts, straight from
+// row-major storage; B is either packed into panels of kGemmCols columns or read in place.
+#pragma once
+
+#include <cstddef>
+
+#include "cpu/simd.h"
+
+namespace flame::FLAME_ISA {
+
+constexpr int kGemmCols = 2 * kLanes;
+#if defined(FLAME_ISA_AVX512)
+constexpr int kGemmRows = 12;
+#else
+constexpr int kGemmRows = 6;
+#endif
+
+// Leading dimension of activation rows: whole panels plus one cache line, which keeps rows of
+// 2^n floats from competing for the same L1 sets.
+static inline int padded_columns(int n) { return (n + 31) / 32 * 32 + 16; }
+
+static inline int panel_count(int n) { return (n + kGemmCols - 1) / kGemmCols; }
+
+static inline size_t packed_size(int n, int k) {
+    return static_cast<size_t>(panel_count(n)) * kGemmCols * k;
+}
+
+// Where an operand's element (row i, depth k) lives: data[i * row_stride + k * depth_stride].
+struct GemmA {
+    const float* data;
+    ptrdiff_t row_stride;
+    ptrdiff_t depth_stride;
+};
+
+// One register tile. `init` are per-row pointers to the starting values, null for zeros; they may
+// be the rows of C themselves (accumulation).
+template <int kRows>
+static inline void gemm_micro(int depth, const GemmA& a, const float* b, ptrdiff_t ldb,
+                              const float* const* init, ptrdiff_t column, float* c, ptrdiff_t ldc) {
+    vf acc[kRows][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+        acc[i][0] = init ? load(init[i] + column) : zero();
+        acc[i][1] = init ? load(init[i] + column + kLanes) : zero();
+    }
+    const float* ak = a.data;
+    const ptrdiff_t stride = a.row_stride;
+    for (int k = 0; k < depth; ++k, ak += a.depth_stride, b += ldb) {
+        const vf b0 = load(b);
+        const vf b1 = load(b + kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            const vf x = splat(ak[i * stride]);
+            acc[i][0] = fma(x, b0, acc[i][0]);
+            acc[i][1] = fma(x, b1, acc[i][1]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+        store(c + i * ldc, acc[i][0]);
+        store(c + i * ldc + kLanes, acc[i][1]);
+    }
+}
+
+// The last, partial row block: picks the instantiation with exactly `rows` rows.
+template <int kRows>
+static inline void gemm_micro_rows(int rows, int depth, const GemmA& a, const float* b,
+                                   ptrdiff_t ldb, const float* const* init, ptrdiff_t column,
+                                   float* c, ptrdiff_t ldc) {
+    if (rows == kRows) {
+        gemm_micro<kRows>(depth, a, b, ldb, init, column, c, ldc);
+    } else if constexpr (kRows > 1) {
+        gemm_micro_rows<kRows - 1>(rows, depth, a, b, ldb, init, column, c, ldc);
+    }
+}
+
+// C (rows x n, written in whole panels: ldc >= panel_count(n) * kGemmCols).
+// `b` panel p starts at b + p * panel_stride and has row stride ldb. `init` holds `rows` pointers
+// to at least as many columns as C has, or is null.
+static inline void gemm(int rows, int n, int depth, GemmA a, const float* b, ptrdiff_t ldb,
+                        ptrdiff_t panel_stride, const float* const* init, float* c, ptrdiff_t ldc) {
+    const int panels = panel_count(n);
+    for (int p = 0; p < panels; ++p) {
+        const ptrdiff_t column = static_cast<ptrdiff_t>(p) * kGemmCols;
+        const float* panel = b + p * panel_stride;
+        for (int i = 0; i < rows; i += kGemmRows) {
+            const GemmA block{a.data + i * a.row_stride, a.row_stride, a.depth_stride};
+            const float* const* start = init ? init + i : nullptr;
+            const int left = rows - i < kGemmRows ? rows - i : kGemmRows;
+            gemm_micro_rows<kGemmRows>(left, depth, block, panel, ldb, start, column,
+                                       c + i * ldc + column, ldc);
+        }
+    }
+}
+
+// The same with B packed by pack_rows or pack_columns; `first` and `depth` select a range of B's
+// `packed_depth` rows (an MLP's first layer multiplies its input blocks separately).
+static inline void gemm_packed(int rows, int n, int first, int depth, int packed_depth,
+                               const float* a, ptrdiff_t lda, const float* packed,
+                               const float* const* init, float* c, ptrdiff_t ldc) {
+    gemm(rows, n, depth, GemmA{a, lda, 1}, packed + static_cast<ptrdiff_t>(first) * kGemmCols,
+         kGemmCols, static_cast<ptrdiff_t>(packed_depth) * kGemmCols, init, c, ldc);
+}
+
+// Packs W (out x in, row-major) as B = W^T: panels of kGemmCols outputs, depth `in`, zero padded.
+static inline void pack_transposed(const float* w, int out, int in, float* packed) {
+    for (int p = 0; p < panel_count(out); ++p) {
+        const int first = p * kGemmCols;
+        const int valid = out - first < kGemmCols ? out - first : kGemmCols;
+        for (int j = 0; j < valid; ++j) {
+            const float* row = w + static_cast<ptrdiff_t>(first + j) * in;
+            for (int k = 0; k < in; ++k) packed[k * kGemmCols + j] = row[k];
+        }
+        for (int j = valid; j < kGemmCols; ++j) {
+            for (int k = 0; k < in; ++k) packed[k * kGemmCols + j] = 0.0f;
+        }
+        packed += static_cast<ptrdiff_t>(in) * kGemmCols;
+    }
+}
+
+// Packs the first `columns` columns of W (out x in) as B = W: panels of kGemmCols inputs, depth
+// `out`, zero padded. Used to carry gradients back through a layer.
+static inline void pack_plain(const float* w, int out, int in, int columns, float* packed) {
+    for (int p = 0; p < panel_count(columns); ++p) {
+        const int first = p * kGemmCols;
+        const int valid = columns - first < kGemmCols ? columns - first : kGemmCols;
+        for (int o = 0; o < out; ++o) {
+            const float* row = w + static_cast<ptrdiff_t>(o) * in + first;
+            for (int j = 0; j < valid; ++j) packed[j] = row[j];
+            for (int j = valid; j < kGemmCols; ++j) packed[j] = 0.0f;
+            packed += kGemmCols;
+        }
+    }
+}
+
+}  // namespace flame::FLAME_ISA

@@ -1,0 +1,356 @@
+// Forward pass that keeps what the backward pass needs, and the backward pass itself, for one
+// member of an ensemble on B rows.
+//
+// Rows are processed in fixed chunks (the same for any number of threads). The backward pass writes
+// each layer's delta (gradient with respect to the linear output) to memory; weight gradients are
+// then products over the whole batch, one task per block of output rows, so there are no per-thread
+// gradient buffers to reduce and every element is summed in the same order on any machine layout.
+#pragma once
+
+#include "cpu/mlp_tile.h"
+
+namespace flame::FLAME_ISA {
+
+constexpr int kTapeRows = 48;
+constexpr int kGradientRows = 48;    // output rows per weight-gradient task
+constexpr int kGradientDepth = 128;  // batch rows per pass: both operands' lines fit in L1
+
+struct TapeLayer {
+    ptrdiff_t ld;
+    float* h;            // (B, ld) activations
+    float* slope;        // (B, ld) f'(pre-activation)
+    float* delta;        // (B, ld) gradient with respect to the linear output
+    float* normed;       // (B, ld) LayerNorm's normalised values, null without
+    float* inverse_std;  // (B)
+    float* partial;      // (chunks, 2, ld): gain and offset gradients of each chunk
+};
+
+struct Tape {
+    int64_t rows;
+    int chunk;
+    int64_t chunks;
+    int num_layers;
+    TapeLayer hidden[kMaxLayers];
+    ptrdiff_t output_ld;
+    float* output;        // (B, output_ld)
+    float* output_delta;  // (B, output_ld), filled by the loss
+};
+
+struct ChunkRange {
+    int64_t first;
+    int rows;
+};
+
+FLAME_INLINE ChunkRange chunk_range(const Tape& tape, int64_t c) {
+    const int64_t first = c * tape.chunk;
+    const int64_t left = tape.rows - first;
+    return {first, static_cast<int>(left < tape.chunk ? left : tape.chunk)};
+}
+
+static inline Tape make_tape(const MlpSpec& spec, int64_t rows, Workspace& workspace) {
+    Tape tape{};
+    tape.rows = rows;
+    tape.chunk = even_chunk(rows, kTapeRows);
+    tape.chunks = rows > 0 ? (rows + tape.chunk - 1) / tape.chunk : 0;
+    tape.num_layers = spec.num_layers;
+    for (int l = 0; l + 1 < spec.num_layers; ++l) {
+        TapeLayer& layer = tape.hidden[l];
+        layer.ld = padded_columns(spec.sizes[l + 1]);
+        const size_t size = static_cast<size_t>(rows) * layer.ld;
+        layer.h = workspace.floats(size);
+        layer.slope = workspace.floats(size);
+        layer.delta = workspace.floats(size);
+        if (!spec.layer_norm) continue;
+        layer.normed = workspace.floats(size);
+        layer.inverse_std = workspace.floats(rows);
+        layer.partial = workspace.floats(tape.chunks * 2 * layer.ld);
+    }
+    tape.output_ld = padded_columns(spec.sizes[spec.num_layers]);
+    tape.output = workspace.floats(static_cast<size_t>(rows) * tape.output_ld);
+    tape.output_delta = workspace.floats(static_cast<size_t>(rows) * tape.output_ld);
+    return tape;
+}
+
+// --- Forward
+// --------------------------------------------------------------------------------------
+
+// layer.h holds linear outputs and receives activations; slope, normed and inverse_std are kept.
+template <typename Act>
+static inline void activate_and_record(const PackedLayer& weights, const TapeLayer& layer,
+                                       const ChunkRange& range) {
+    const int n = weights.out;
+    for (int64_t i = range.first; i < range.first + range.rows; ++i) {
+        float* h = layer.h + i * layer.ld;
+        float* slope = layer.slope + i * layer.ld;
+        vf d;
+        if (!weights.gain) {
+            for (int c = 0; c < n; c += kLanes) {
+                store(h + c, Act::first(load(h + c), d));
+                store(slope + c, d);
+            }
+            continue;
+        }
+        const RowMoments m = row_moments(h, n);
+        layer.inverse_std[i] = m.inverse_std;
+        float* normed = layer.normed + i * layer.ld;
+        for (int c = 0; c < n; c += kLanes) {
+            const vf x = (load(h + c) - splat(m.mean)) * splat(m.inverse_std);
+            store(normed + c, x);
+            store(h + c, Act::first(fma(x, load(weights.gain + c), load(weights.offset + c)), d));
+            store(slope + c, d);
+        }
+    }
+}
+
+// Linear outputs of the first layer must be in hidden[0].h (or in `output` without hidden layers).
+template <typename Act>
+static inline void record_forward(const PackedLayer* layers, const Tape& tape,
+                                  const ChunkRange& range) {
+    const float* init[kTapeRows];
+    for (int l = 0; l + 1 < tape.num_layers; ++l) {
+        const TapeLayer& layer = tape.hidden[l];
+        activate_and_record<Act>(layers[l], layer, range);
+        const bool last = l + 2 == tape.num_layers;
+        const ptrdiff_t ld = last ? tape.output_ld : tape.hidden[l + 1].ld;
+        float* next = last ? tape.output : tape.hidden[l + 1].h;
+        const PackedLayer& weights = layers[l + 1];
+        fill_rows(init, range.rows, weights.bias, 0);
+        gemm_packed(range.rows, weights.out, 0, weights.in, weights.in,
+                    layer.h + range.first * layer.ld, layer.ld, weights.forward, init,
+                    next + range.first * ld, ld);
+    }
+}
+
+FLAME_INLINE float* first_linear(const Tape& tape) {
+    return tape.num_layers > 1 ? tape.hidden[0].h : tape.output;
+}
+
+FLAME_INLINE ptrdiff_t first_linear_ld(const Tape& tape) {
+    return tape.num_layers > 1 ? tape.hidden[0].ld : tape.output_ld;
+}
+
+// The whole forward pass of one chunk from input rows (B, ldx).
+template <typename Act>
+static inline void record_rows(const PackedLayer* layers, const Tape& tape, const ChunkRange& range,
+                               const float* input, ptrdiff_t ldx) {
+    const float* init[kTapeRows];
+    fill_rows(init, range.rows, layers[0].bias, 0);
+    const ptrdiff_t ld = first_linear_ld(tape);
+    gemm_packed(range.rows, layers[0].out, 0, layers[0].in, layers[0].in, input + range.first * ldx,
+                ldx, layers[0].forward, init, first_linear(tape) + range.first * ld, ld);
+    record_forward<Act>(layers, tape, range);
+}
+
+// --- Backward
+// -------------------------------------------------------------------------------------
+
+// delta <- gradient with respect to LayerNorm's input, from that with respect to its output:
+// with d = delta * gain, dx = inverse_std (d - mean(d) - normed mean(d normed)).
+static inline void norm_backward(const PackedLayer& weights, const TapeLayer& layer,
+                                 const ChunkRange& range, float* partial) {
+    const int n = weights.out;
+    float* gain_sum = partial;
+    float* offset_sum = partial + layer.ld;
+    __builtin_memset(partial, 0, 2 * layer.ld * sizeof(float));
+    for (int64_t i = range.first; i < range.first + range.rows; ++i) {
+        float* delta = layer.delta + i * layer.ld;
+        const float* normed = layer.normed + i * layer.ld;
+        // Columns from n to the padded end must not enter the sums.
+        for (int c = n; c < (n + kLanes - 1) / kLanes * kLanes; ++c) delta[c] = 0.0f;
+        vf mean = zero();
+        vf along = zero();
+        for (int c = 0; c < n; c += kLanes) {
+            const vf d = load(delta + c);
+            const vf x = load(normed + c);
+            store(gain_sum + c, fma(d, x, load(gain_sum + c)));
+            store(offset_sum + c, load(offset_sum + c) + d);
+            const vf scaled = d * load(weights.gain + c);
+            mean = mean + scaled;
+            along = fma(scaled, x, along);
+            store(delta + c, scaled);
+        }
+        const float scale = 1.0f / static_cast<float>(n);
+        const vf shift = splat(sum(mean) * scale);
+        const vf slope = splat(sum(along) * scale);
+        const vf inverse_std = splat(layer.inverse_std[i]);
+        for (int c = 0; c < n; c += kLanes) {
+            const vf d = load(delta + c) - shift - load(normed + c) * slope;
+            store(delta + c, d * inverse_std);
+        }
+    }
+}
+
+// Fills every hidden layer's delta of chunk c from output_delta.
+static inline void backward_rows(const PackedLayer* layers, const Tape& tape, int64_t c) {
+    const ChunkRange range = chunk_range(tape, c);
+    for (int l = tape.num_layers - 2; l >= 0; --l) {
+        const TapeLayer& layer = tape.hidden[l];
+        const bool last = l + 2 == tape.num_layers;
+        const ptrdiff_t ld = last ? tape.output_ld : tape.hidden[l + 1].ld;
+        const float* from =
+            (last ? tape.output_delta : tape.hidden[l + 1].delta) + range.first * ld;
+        float* delta = layer.delta + range.first * layer.ld;
+        const PackedLayer& weights = layers[l + 1];
+        gemm_packed(range.rows, weights.in, 0, weights.out, weights.out, from, ld, weights.backward,
+                    nullptr, delta, layer.ld);
+        const float* slope = layer.slope + range.first * layer.ld;
+        for (int i = 0; i < range.rows; ++i) {
+            for (int k = 0; k < weights.in; k += kLanes) {
+                const ptrdiff_t at = i * layer.ld + k;
+                store(delta + at, load(delta + at) * load(slope + at));
+            }
+        }
+        if (layers[l].gain)
+            norm_backward(layers[l], layer, range, layer.partial + c * 2 * layer.ld);
+    }
+}
+
+// Gradient with respect to the first layers[0].backward_columns inputs, written to
+// input_gradient (B, ld) in whole panels.
+static inline void input_gradient_rows(const PackedLayer* layers, const Tape& tape,
+                                       const ChunkRange& range, float* input_gradient,
+                                       ptrdiff_t ld) {
+    const ptrdiff_t ldd = first_linear_ld(tape);
+    const float* delta = tape.num_layers > 1 ? tape.hidden[0].delta : tape.output_delta;
+    const PackedLayer& weights = layers[0];
+    gemm_packed(range.rows, weights.backward_columns, 0, weights.out, weights.out,
+                delta + range.first * ldd, ldd, weights.backward, nullptr,
+                input_gradient + range.first * ld, ld);
+}
+
+// --- Weight gradients
+// -----------------------------------------------------------------------------
+
+// gradient (out, in) rows [first, first + count) += delta^T x over all B rows.
+static inline void weight_gradient_block(int64_t rows, int first, int count, int in,
+                                         const float* delta, ptrdiff_t ldd, const float* x,
+                                         ptrdiff_t ldx, float* gradient, float* scratch) {
+    const ptrdiff_t ld = panel_count(in) * kGemmCols;
+    const float* init[kGradientRows];
+    fill_rows(init, count, scratch, ld);
+    for (int64_t r = 0; r < rows; r += kGradientDepth) {
+        const int depth = static_cast<int>(rows - r < kGradientDepth ? rows - r : kGradientDepth);
+        gemm(count, in, depth, GemmA{delta + r * ldd + first, 1, ldd}, x + r * ldx, ldx, kGemmCols,
+             r > 0 ? init : nullptr, scratch, ld);
+    }
+    for (int i = 0; i < count; ++i) {
+        float* to = gradient + static_cast<ptrdiff_t>(first + i) * in;
+        const float* from = scratch + i * ld;
+        int k = 0;
+        for (; k + kLanes <= in; k += kLanes) store(to + k, load(to + k) + load(from + k));
+        for (; k < in; ++k) to[k] += from[k];
+    }
+}
+
+// gradient[first + i] += sum over rows of delta, in four interleaved partial sums.
+static inline void bias_gradient_block(int64_t rows, int first, int count, const float* delta,
+                                       ptrdiff_t ldd, float* gradient) {
+    float partial[4][kGradientRows] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+        float* into = partial[r % 4];
+        const float* d = delta + r * ldd + first;
+        for (int i = 0; i < count; ++i) into[i] += d[i];
+    }
+    for (int i = 0; i < count; ++i) {
+        gradient[first + i] += (partial[0][i] + partial[1][i]) + (partial[2][i] + partial[3][i]);
+    }
+}
+
+// One layer's operands of the weight gradient.
+struct LayerGradient {
+    int64_t rows;  // rows of delta and x
+    int in;
+    int out;
+    const float* delta;
+    ptrdiff_t ldd;
+    int64_t bias_rows;   // rows of the bias sum ...
+    ptrdiff_t bias_ldd;  // ... and their distance
+    const float* x;
+    ptrdiff_t ldx;
+    float* weight;
+    float* bias;
+    const float* norm_partial;  // null without LayerNorm
+    int64_t norm_chunks;
+    ptrdiff_t norm_ld;
+    float* gain;
+    float* offset;
+};
+
+static inline void norm_gradient_block(const LayerGradient& g, int first, int count) {
+    for (int64_t c = 0; c < g.norm_chunks; ++c) {
+        const float* partial = g.norm_partial + c * 2 * g.norm_ld + first;
+        for (int i = 0; i < count; ++i) {
+            g.gain[first + i] += partial[i];
+            g.offset[first + i] += partial[g.norm_ld + i];
+        }
+    }
+}
+
+FLAME_INLINE int gradient_blocks(int out) { return (out + kGradientRows - 1) / kGradientRows; }
+
+static inline void layer_gradient_block(const LayerGradient& g, int block, float* scratch) {
+    const int first = block * kGradientRows;
+    const int count = g.out - first < kGradientRows ? g.out - first : kGradientRows;
+    weight_gradient_block(g.rows, first, count, g.in, g.delta, g.ldd, g.x, g.ldx, g.weight,
+                          scratch);
+    bias_gradient_block(g.bias_rows, first, count, g.delta, g.bias_ldd, g.bias);
+    if (g.norm_partial) norm_gradient_block(g, first, count);
+}
+
+// Runs the blocks of all given layers in parallel; every block owns its part of the gradient.
+static inline void run_layer_gradients(const LayerGradient* layers, int count) {
+    int64_t blocks = 0;
+    int widest = 0;
+    for (int l = 0; l < count; ++l) {
+        blocks += gradient_blocks(layers[l].out);
+        if (layers[l].in > widest) widest = layers[l].in;
+    }
+    parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+        Workspace workspace;
+        float* scratch =
+            workspace.floats(static_cast<size_t>(kGradientRows) * panel_count(widest) * kGemmCols);
+        int l = 0;
+        int64_t start = 0;
+        for (int64_t b = begin; b < end; ++b) {
+            while (b >= start + gradient_blocks(layers[l].out)) {
+                start += gradient_blocks(layers[l].out);
+                ++l;
+            }
+            layer_gradient_block(layers[l], static_cast<int>(b - start), scratch);
+        }
+    });
+}
+
+// The layers of one member's tape; appends num_layers entries and returns the new count.
+static inline int append_layer_gradients(const MlpSpec& spec, const Tape& tape, int member,
+                                         const float* input, ptrdiff_t ldx, float* gradients,
+                                         LayerGradient* list, int count) {
+    for (int l = 0; l < spec.num_layers; ++l) {
+        const LayerOffsets at = layer_offsets(spec, l);
+        const int in = spec.sizes[l];
+        const int out = spec.sizes[l + 1];
+        const size_t row = static_cast<size_t>(member) * out;
+        const bool last = l + 1 == spec.num_layers;
+        const bool norm = has_norm(spec, l);
+        LayerGradient& g = list[count++];
+        g.rows = tape.rows;
+        g.in = in;
+        g.out = out;
+        g.delta = last ? tape.output_delta : tape.hidden[l].delta;
+        g.ldd = last ? tape.output_ld : tape.hidden[l].ld;
+        g.bias_rows = g.rows;
+        g.bias_ldd = g.ldd;
+        g.x = l == 0 ? input : tape.hidden[l - 1].h;
+        g.ldx = l == 0 ? ldx : tape.hidden[l - 1].ld;
+        g.weight = gradients + at.weight + row * in;
+        g.bias = gradients + at.bias + row;
+        g.norm_partial = norm ? tape.hidden[l].partial : nullptr;
+        g.norm_chunks = tape.chunks;
+        g.norm_ld = norm ? tape.hidden[l].ld : 0;
+        g.gain = norm ? gradients + at.gain + row : nullptr;
+        g.offset = norm ? gradients + at.offset + row : nullptr;
+    }
+    return count;
+}
+
+}  // namespace flame::FLAME_ISA

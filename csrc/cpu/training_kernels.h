@@ -1,0 +1,15 @@
+// Entry points of the training kernels for one instruction set; kernels.cpp puts them in the table.
+#pragma once
+
+#include "cpu/simd.h"
+#include "cpu/training.h"
+
+namespace flame::FLAME_ISA {
+
+void mlp_forward(const MlpForwardArgs& args);
+void twin_q(const TwinQArgs& args);
+void critic_step(const CriticStepArgs& args);
+void adam(const AdamArgs& args);
+void soft_update(const SoftUpdateArgs& args);
+
+}  // namespace flame::FLAME_ISA

@@ -1,0 +1,53 @@
+// Q_m(s, a_k) of K candidate actions per state and their minimum over the ensemble.
+//
+// Operations per member: 2 B K (A h + (L - 2) h^2 + h) + 2 B O h, with L - 1 hidden layers of width
+// h; bytes: the candidates and the outputs, since activations stay in L2. Bound by the FMA units.
+#include "cpu/training_kernels.h"
+
+#include "cpu/twin_q_tile.h"
+
+namespace flame::FLAME_ISA {
+namespace {
+
+template <typename Act>
+void twin_q_rows(const TwinQArgs& a, const CandidateCritics& critics, int64_t first, int rows,
+                 const TileBuffers& tile) {
+    const int64_t total = a.states * a.candidates;
+    float q[kMaxTileRows];
+    for (int m = 0; m < critics.packed->members; ++m) {
+        candidate_q_tile<Act>(critics, m, first, a.candidates, rows,
+                              a.actions + first * a.action_dim, a.action_dim, tile, q);
+        float* lowest = a.q_min + first;
+        for (int i = 0; i < rows; ++i) {
+            // A NaN of any member must show: it neither compares less nor is it replaced.
+            const bool take = m == 0 || q[i] < lowest[i] || q[i] != q[i];
+            if (take) lowest[i] = q[i];
+        }
+        if (a.q_each) std::memcpy(a.q_each + m * total + first, q, rows * sizeof(float));
+    }
+}
+
+}  // namespace
+
+void twin_q(const TwinQArgs& a) {
+    Workspace workspace;
+    PackedMlp packed;
+    pack_mlp(a.spec, a.parameters, {false, 0}, workspace, packed);
+    const CandidateCritics critics =
+        prepare_critics(a.spec, packed, a.action_dim, a.states, a.obs, a.obs_ld, workspace);
+    const int64_t total = a.states * a.candidates;
+    const int chunk = even_chunk(total, tile_rows(critics.width));
+    parallel_for((total + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
+        Workspace scratch;
+        const TileBuffers tile = make_tile_buffers(chunk, critics.width, scratch);
+        for (int64_t c = begin; c < end; ++c) {
+            const int64_t first = c * chunk;
+            const int rows = static_cast<int>(total - first < chunk ? total - first : chunk);
+            with_activation(a.spec.activation, [&](auto act) {
+                twin_q_rows<decltype(act)>(a, critics, first, rows, tile);
+            });
+        }
+    });
+}
+
+}  // namespace flame::FLAME_ISA

@@ -1,0 +1,320 @@
+"""Native CPU training kernels against PyTorch in float64 (`flame_ext.networks`, `reference`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flame_ext import _core
+from flame_ext.networks import Critics, FlatMLP
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+EPS = float(np.finfo(np.float32).eps)
+ACTIVATIONS = ("relu", "silu", "mish")
+each_isa = pytest.mark.usefixtures("isa")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = _core.num_threads()
+    yield
+    _core.set_num_threads(before)
+
+
+def array(x: torch.Tensor) -> Array:
+    return x.detach().numpy()
+
+
+def draw(*shape: int, scale: float = 1.0, seed: int = 0) -> Array:
+    rng = np.random.default_rng([seed, *shape])
+    return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+
+def spec_of(net: FlatMLP) -> _core.MlpSpec:
+    return _core.MlpSpec(
+        net.layer_sizes,
+        members=net.members,
+        activation=net.activation,
+        layer_norm=net.layer_norm,
+    )
+
+
+def shaken(net: FlatMLP, seed: int = 0) -> FlatMLP:
+    """Moves gains, offsets and biases off their initial values, padding stays zero."""
+    with torch.no_grad():
+        noise = torch.Generator().manual_seed(seed)
+        for layer in net.layers():
+            for x in (layer.bias, layer.gain, layer.offset):
+                if x is not None:
+                    x.add_(0.2 * torch.randn(x.shape, generator=noise))
+    return net
+
+
+def make_critics(
+    obs_dim: int, action_dim: int, hidden: tuple[int, ...], seed: int = 1, **options: Any
+) -> Critics:
+    generator = torch.Generator().manual_seed(seed)
+    critics = Critics(obs_dim, action_dim, hidden, generator=generator, **options)
+    shaken(critics, seed)
+    return critics
+
+
+def assert_as_accurate(ours: Array, single: torch.Tensor, exact: torch.Tensor) -> None:
+    """Our error is at most twice that of float32 PyTorch, both against float64.
+
+    The floor of a few roundings of the largest value covers results that float32 PyTorch happens to
+    get nearly exact.
+    """
+    wanted = exact.detach().double().numpy()
+    assert ours.shape == wanted.shape
+    assert np.isfinite(wanted).all()
+    error = float(np.abs(ours - wanted).max(initial=0.0))
+    theirs = float(np.abs(array(single).astype(np.float64) - wanted).max(initial=0.0))
+    floor = 4 * EPS * float(np.abs(wanted).max(initial=0.0))
+    assert error <= 2 * theirs + floor, f"error {error:.3g}, float32 PyTorch has {theirs:.3g}"
+
+
+# --- Ensemble forward and twin Q ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "sizes", "members"),
+    [
+        (1, (3, 5), 1),
+        (2, (1, 16, 1), 2),
+        (31, (20, 33, 47, 6), 1),
+        (33, (393, 64, 64, 17), 2),
+        (257, (55, 256, 256, 6), 1),
+        (100, (23, 100, 101, 102, 1), 3),
+    ],
+)
+@each_isa
+def test_mlp_forward(activation, layer_norm, rows, sizes, members):
+    net = FlatMLP(
+        (sizes[0],),
+        sizes[1:-1],
+        sizes[-1],
+        members=members,
+        activation=activation,
+        layer_norm=layer_norm,
+        generator=torch.Generator().manual_seed(3),
+    )
+    shaken(net)
+    x = draw(rows, sizes[0], scale=2.0)
+    ours = _core.mlp_forward(spec_of(net), array(net.flat), x)
+    single = net(torch.from_numpy(x))
+    exact = copy.deepcopy(net).double()(torch.from_numpy(x).double())
+    assert_as_accurate(ours, single, exact)
+
+
+@each_isa
+def test_mlp_forward_takes_strided_and_unaligned_rows():
+    net = FlatMLP((7,), (32,), 3, generator=torch.Generator().manual_seed(0))
+    memory = draw(21 * 12 + 1)[1:].reshape(21, 12)
+    view = memory[::2, 3:10]
+    args = spec_of(net), array(net.flat)
+    assert np.array_equal(
+        _core.mlp_forward(*args, view), _core.mlp_forward(*args, np.ascontiguousarray(view))
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@each_isa
+def test_activations_at_extreme_inputs(activation):
+    """One unit with weight 1 passes its activation through; no input may overflow or turn NaN."""
+    net = FlatMLP((1,), (1,), 1, activation=activation)
+    with torch.no_grad():
+        for layer in net.layers():
+            layer.weight.fill_(1)
+            layer.bias.zero_()
+    x = np.concatenate([np.linspace(-100, 100, 4001), [-1e30, -1e4, 1e4, 1e30, 0.0]])
+    x = x.astype(np.float32).reshape(-1, 1)
+    ours = _core.mlp_forward(spec_of(net), array(net.flat), x)[0]
+    exact = copy.deepcopy(net).double()(torch.from_numpy(x).double())[0].detach().numpy()
+    assert (np.abs(ours - exact) <= 6 * EPS * np.abs(exact) + 1e-30).all()
+    nan = np.full((1, 1), np.nan, np.float32)
+    assert np.isnan(_core.mlp_forward(spec_of(net), array(net.flat), nan)).all()
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(
+    ("states", "candidates", "obs_dim", "action_dim", "hidden"),
+    [
+        (1, 1, 1, 1, (8,)),
+        (2, 33, 3, 6, (24, 24)),
+        (31, 7, 17, 6, (256, 256)),
+        (5, 100, 376, 17, (64, 64, 64)),
+        (257, 2, 3, 1, (40,)),
+        (3, 5, 4, 2, ()),
+    ],
+)
+@each_isa
+def test_twin_q(layer_norm, states, candidates, obs_dim, action_dim, hidden):
+    critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
+    obs, actions = draw(states, obs_dim), np.tanh(draw(states, candidates, action_dim))
+    q_min, q_each = _core.twin_q(spec_of(critics), array(critics.flat), obs, actions, each=True)
+    inputs = torch.from_numpy(obs).unsqueeze(1), torch.from_numpy(actions)
+    single = critics.q_values(*inputs)
+    exact = copy.deepcopy(critics).double().q_values(*(x.double() for x in inputs))
+    assert_as_accurate(q_each, single, exact)
+    assert np.array_equal(q_min, q_each.min(0))
+    only_min = _core.twin_q(spec_of(critics), array(critics.flat), obs, actions)
+    assert np.array_equal(only_min, q_min)
+
+
+def test_twin_q_minimum_shows_nan_of_any_member():
+    critics = make_critics(3, 2, (8,))
+    with torch.no_grad():
+        critics.layers()[-1].bias[0] = float("nan")
+    q_min = _core.twin_q(spec_of(critics), array(critics.flat), draw(4, 3), draw(4, 5, 2))
+    assert np.isnan(q_min).all()
+
+
+# --- Critic step ----------------------------------------------------------------------------------
+
+
+def critic_gradient(
+    critics: Critics, obs: Array, action: Array, target: Array, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    net = copy.deepcopy(critics).to(dtype)
+    inputs = [torch.from_numpy(x).to(dtype) for x in (obs, action, target)]
+    loss = (net.q_values(*inputs[:2]) - inputs[2]).square().mean(1)
+    loss.sum().backward()
+    assert net.flat.grad is not None
+    return loss.detach(), net.flat.grad
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "obs_dim", "action_dim", "hidden", "members"),
+    [
+        (1, 1, 1, (8,), 1),
+        (2, 3, 6, (24, 25), 2),
+        (31, 17, 6, (64, 64, 64), 2),
+        (33, 376, 17, (48, 48), 2),
+        (257, 17, 6, (256, 256), 2),
+        (33, 3, 2, (), 2),
+    ],
+)
+@each_isa
+def test_critic_step(activation, layer_norm, rows, obs_dim, action_dim, hidden, members):
+    critics = make_critics(
+        obs_dim, action_dim, hidden, layer_norm=layer_norm, activation=activation, members=members
+    )
+    obs, action, target = draw(rows, obs_dim), np.tanh(draw(rows, action_dim)), draw(rows)
+    gradients = np.zeros_like(array(critics.flat))
+    args = spec_of(critics), array(critics.flat), gradients, obs, action, target
+    loss, q_mean, q = _core.critic_step(*args)
+    loss32, single = critic_gradient(critics, obs, action, target, torch.float32)
+    loss64, exact = critic_gradient(critics, obs, action, target, torch.float64)
+    assert_as_accurate(gradients, single, exact)
+    assert_as_accurate(np.asarray(loss), loss32, loss64)
+    assert np.allclose(q_mean, q.mean(1), rtol=1e-5, atol=1e-6)
+
+    once = gradients.copy()
+    _core.critic_step(*args)
+    assert np.allclose(gradients, 2 * once, rtol=1e-6, atol=1e-9)
+
+
+@each_isa
+def test_critic_step_with_extreme_targets():
+    critics = make_critics(17, 6, (64, 64), layer_norm=True)
+    obs, action = draw(65, 17, scale=1e2), np.tanh(draw(65, 6))
+    target = draw(65, scale=1e3)
+    gradients = np.zeros_like(array(critics.flat))
+    _core.critic_step(spec_of(critics), array(critics.flat), gradients, obs, action, target)
+    _, single = critic_gradient(critics, obs, action, target, torch.float32)
+    _, exact = critic_gradient(critics, obs, action, target, torch.float64)
+    assert_as_accurate(gradients, single, exact)
+
+
+# --- Optimizer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 1000, 40_003])
+@each_isa
+def test_adam_follows_torch(size):
+    start = draw(size)
+    ours, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
+    theirs = torch.nn.Parameter(torch.from_numpy(start.copy()).double())
+    optimizer = torch.optim.Adam([theirs], lr=3e-3, betas=(0.9, 0.99), eps=1e-7)
+    for step in range(1, 11):
+        gradient = draw(size, scale=10.0 ** (step % 5 - 3), seed=step)
+        _core.adam(ours, gradient, first, second, step, 3e-3, 0.9, 0.99, 1e-7)
+        theirs.grad = torch.from_numpy(gradient).double()
+        optimizer.step()
+    assert np.abs(ours - theirs.detach().numpy()).max() < 4e-6 * max(1.0, np.abs(start).max())
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 40_003])
+@each_isa
+def test_soft_update(size):
+    target, online = draw(size), draw(size, seed=1)
+    wanted = target + 0.005 * (online.astype(np.float64) - target)
+    _core.soft_update(target, online, 0.005)
+    assert np.allclose(target, wanted, rtol=2 * EPS, atol=2 * EPS)
+
+
+# --- Threads and refusals -------------------------------------------------------------------------
+
+
+def run_everything(threads: int) -> list[Array]:
+    """All kernels on one input, with the given number of threads."""
+    _core.set_num_threads(threads)
+    critics = make_critics(17, 6, (72, 64), layer_norm=True)
+    spec, flat = spec_of(critics), array(critics.flat)
+    obs, action = draw(301, 17), np.tanh(draw(301, 6))
+    gradients = np.zeros_like(flat)
+    loss, _, q = _core.critic_step(spec, flat, gradients, obs, action, draw(301))
+    parameters, first, second = flat.copy(), np.zeros_like(flat), np.zeros_like(flat)
+    _core.adam(parameters, gradients, first, second, 1, 1e-3, 0.9, 0.999, 1e-8)
+    _core.soft_update(first, parameters, 0.3)
+    return [
+        _core.mlp_forward(spec, flat, draw(301, 23)),
+        _core.twin_q(spec, flat, obs, np.tanh(draw(301, 9, 6))),
+        gradients,
+        np.asarray(loss),
+        q,
+        parameters,
+        first,
+    ]
+
+
+@each_isa
+def test_results_are_the_same_bits_for_any_number_of_threads():
+    one = run_everything(1)
+    for threads in (2, 3, 8):
+        for a, b in zip(one, run_everything(threads), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_refusals_say_what_to_do():
+    critics = make_critics(3, 2, (8,))
+    spec, flat = spec_of(critics), array(critics.flat)
+    obs, actions = draw(4, 3), draw(4, 5, 2)
+    with pytest.raises(ValueError, match=r"obs has shape \(4, 2\); it must be \(4, 3\)"):
+        _core.twin_q(spec, flat, obs[:, :2], actions)
+    with pytest.raises(ValueError, match="parameters has dtype float64; it must be float32"):
+        _core.twin_q(spec, flat.astype(np.float64), obs, actions)
+    with pytest.raises(ValueError, match=r"parameters has shape \(7\)"):
+        _core.twin_q(spec, flat[:7], obs, actions)
+    with pytest.raises(ValueError, match="strided columns"):
+        _core.twin_q(spec, flat, np.asfortranarray(obs), actions)
+    with pytest.raises(ValueError, match="not C-contiguous"):
+        _core.twin_q(spec, flat, obs, np.asfortranarray(actions))
+    frozen = np.zeros_like(flat)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="gradients is read-only"):
+        _core.critic_step(spec, flat, frozen, obs, actions[:, 0].copy(), draw(4))
+    with pytest.raises(ValueError, match="activation is 'gelu'"):
+        _core.MlpSpec((3, 1), members=1, activation="gelu", layer_norm=False)
+    with pytest.raises(ValueError, match="first step is 1"):
+        _core.adam(flat.copy(), flat, flat.copy(), flat.copy(), 0, 1e-3, 0.9, 0.999, 1e-8)
