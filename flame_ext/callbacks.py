@@ -45,7 +45,7 @@ class StopOnReturn(Callback):
     def __init__(self, threshold: float) -> None:
         self.threshold = float(threshold)
 
-    def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> bool | None:  # noqa: ARG002
+    def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> bool | None:
         """Stop if the mean return is at least the threshold."""
         return evaluation.mean_return < self.threshold
 
@@ -63,16 +63,16 @@ class StopAfterSeconds(Callback):
         self.seconds = float(seconds)
         self._deadline = float("inf")
 
-    def on_start(self, trainer: Trainer) -> bool | None:  # noqa: ARG002
+    def on_start(self, trainer: Trainer) -> bool | None:
         """Start the clock."""
         self._deadline = time.monotonic() + self.seconds
         return None
 
-    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> bool | None:  # noqa: ARG002
+    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> bool | None:
         """Stop if the time is over."""
         return time.monotonic() < self._deadline
 
-    def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> bool | None:  # noqa: ARG002
+    def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> bool | None:
         """Stop if the time is over."""
         return time.monotonic() < self._deadline
 

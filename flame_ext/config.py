@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from flame_ext.errors import check_choice
 from flame_ext.networks import Activation
-from flame_ext.reference import Estimator, Flow, Trace
+from flame_ext.reference import Estimator, Trace
+from flame_ext.sampling import Flow
 
 Algorithm = Literal["flame", "flame-r", "sac", "diffusion"]
 Preset = Literal["default", "paper"]

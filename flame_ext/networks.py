@@ -20,16 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flame_ext.sampling import LOG_STD_MAX, LOG_STD_MIN, TIME_FEATURES, TIME_FREQUENCIES
+
 Activation = Literal["relu", "silu", "mish"]
 
 ALIGNMENT = 16
 LAYER_NORM_EPS = 1e-5
-
-# Low frequencies keep the MeanFlow tangent bounded: with sinusoids up to 50 rad training diverged.
-TIME_FREQUENCIES = torch.linspace(0.5, 3.0, 8, dtype=torch.float64)
-TIME_FEATURES = 4 * len(TIME_FREQUENCIES)
-
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
 def _relu_derivative(x: Tensor) -> Tensor:
@@ -261,6 +257,10 @@ def _normalise_with_tangents(h: Tensor, dh: Tensor, layer: Layer) -> tuple[Tenso
     return _broadcast(layer.offset, h) + gain * normed, gain.unsqueeze(1) * dnormed
 
 
+def _frequencies(like: Tensor) -> Tensor:
+    return torch.from_numpy(TIME_FREQUENCIES).to(like)
+
+
 def time_features(t: Tensor, r: Tensor) -> Tensor:
     """Low-frequency embedding of a time interval.
 
@@ -271,7 +271,7 @@ def time_features(t: Tensor, r: Tensor) -> Tensor:
     Returns:
         ``(..., TIME_FEATURES)``: sin and cos of w t, then of w (t - r).
     """
-    frequencies = TIME_FREQUENCIES.to(t)
+    frequencies = _frequencies(t)
     at, over = t * frequencies, (t - r) * frequencies
     return torch.cat([at.sin(), at.cos(), over.sin(), over.cos()], dim=-1)
 
@@ -312,7 +312,7 @@ class MeanVelocityNet(FlatMLP):
         self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, dz: Tensor
     ) -> tuple[Tensor, Tensor]:
         """U and its derivative along (dz, dr, dt) = (dz, 0, 1), the MeanFlow tangent."""
-        frequencies = TIME_FREQUENCIES.to(t)
+        frequencies = _frequencies(t)
         at, over = t * frequencies, (t - r) * frequencies
         dfeatures = [at.cos(), -at.sin(), over.cos(), -over.sin()]
         dtime = torch.cat([frequencies * d for d in dfeatures], dim=-1)

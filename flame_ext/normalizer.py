@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Standardised observations beyond this say more about an untrained estimate than about the state.
-CLIP = 10.0
+from flame_ext.sampling import OBSERVATION_CLIP
 
 
 class ObservationNormalizer:
@@ -37,8 +36,8 @@ class ObservationNormalizer:
         self._refresh()
 
     def __call__(self, obs: Tensor) -> Tensor:
-        """``(obs - mean) / std``, clipped to +-`CLIP`: ``(..., O)`` -> ``(..., O)``."""
-        return ((obs - self._shift) * self._scale).clamp(-CLIP, CLIP)
+        """``(obs - mean) / std``, clipped to +-`OBSERVATION_CLIP`: ``(..., O)`` -> ``(..., O)``."""
+        return ((obs - self._shift) * self._scale).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
 
     def shift_and_scale(self) -> tuple[np.ndarray, np.ndarray]:
         """float32 ``(O,)`` arrays with normalised = (obs - shift) * scale."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from flame_ext import reference
 from flame_ext.backends import BackendName, resolve_operator
 from flame_ext.networks import Critics, MeanVelocityNet
-from flame_ext.reference import Estimator, Flow, LogProb, Reweighted, Trace
+from flame_ext.reference import Estimator, LogProb, Reweighted, Trace
+from flame_ext.sampling import Flow
 
 __all__ = ["log_prob", "meanflow_loss", "one_step_action", "reweighted_velocity"]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flame_ext.envs import VectorEnvHandle, make_eval_env, make_vector_env
 from flame_ext.evaluate import run_episodes
-from flame_ext.policy import Policy, PolicySpec
+from flame_ext.policy import Policy, PolicySpec, make_engine
 
 _FRAMES_PER_SECOND = 30
 # Observation and action sizes of the tasks that latency is quoted for.
@@ -201,7 +201,7 @@ def untrained_policy(algorithm: str, obs_dim: int, action_dim: int) -> Policy:
         env_id=None,
     )
     tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
-    return Policy(spec, tensors, seed=0)
+    return Policy(spec, make_engine(spec, tensors))
 
 
 def _median_microseconds(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
-import threading
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_ext.errors import RunDirectoryError
+from flame_ext.errors import BackendUnavailableError, RunDirectoryError, check_choice
 
 POLICY_FILE = "policy.safetensors"
 _FORMAT = 1
@@ -21,6 +23,7 @@ _FORMAT = 1
 _PLACES = ("", "checkpoint", "best")
 
 Array = NDArray[np.float32]
+Precision = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -45,47 +48,43 @@ class PolicySpec:
     action_high: tuple[float, ...]
     env_id: str | None
 
+    def action_middle_and_half(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Environment units are middle + half * action for actions in [-1, 1]; ``(A,)`` each."""
+        low, high = np.asarray(self.action_low), np.asarray(self.action_high)
+        return 0.5 * (high + low), 0.5 * (high - low)
+
 
 class ActingEngine(Protocol):
-    """Computes actions in [-1, 1] from normalised observations; safe to call from threads."""
+    """Computes actions in environment units from raw observations; safe to call from threads."""
 
     name: str
 
-    def act(self, obs: Array, noise: Array) -> Array:
-        """Obs ``(B, O)``, noise ``(B, N, A)`` -> ``(B, A)``, best of N by Qmin."""
+    def act(
+        self, obs: NDArray[Any], noise: Array | None, num_particles: int, draw: int
+    ) -> NDArray[np.float32]:
+        """Best of N by Qmin: obs ``(B, O)``, noise ``(B, N, A)`` -> ``(B, A)``.
 
-    def q_min(self, obs: Array, action: Array) -> Array:
+        Without noise the engine draws its own, numbered by `draw`.
+        """
+
+    def q_min(self, obs: NDArray[Any], action: Array) -> NDArray[np.float32]:
         """Obs ``(B, O)``, action ``(B, A)`` in [-1, 1] -> ``(B,)``."""
 
 
 class Policy:
-    """Acts in environment units.
+    """Acts in environment units. Any number of threads may use one policy.
 
     Args:
         spec: What the policy is.
-        tensors: ``actor.flat``, ``critics.flat`` and, for normalised observations,
-            ``normalizer.shift`` and ``normalizer.scale``; float32.
-        engine: Computes actions; None builds the best one of this installation.
-        seed: Seeds the noise of stochastic actions.
+        engine: Computes the actions.
     """
 
-    def __init__(
-        self,
-        spec: PolicySpec,
-        tensors: Mapping[str, Array],
-        *,
-        engine: ActingEngine | None = None,
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, spec: PolicySpec, engine: ActingEngine) -> None:
         self.spec = spec
         self.algorithm, self.env_id = spec.algorithm, spec.env_id
-        self._shift = tensors.get("normalizer.shift")
-        self._scale = tensors.get("normalizer.scale")
-        low = np.asarray(spec.action_low, np.float64)
-        high = np.asarray(spec.action_high, np.float64)
-        self._middle, self._half = 0.5 * (high + low), 0.5 * (high - low)
-        self._rng, self._lock = np.random.default_rng(seed), threading.Lock()
-        self._engine = engine or _make_engine(spec, tensors)
+        self._engine = engine
+        # Taking the next number from a counter is atomic, so no lock is needed.
+        self._draws = itertools.count()
 
     @property
     def backend(self) -> str:
@@ -110,61 +109,82 @@ class Policy:
         Raises:
             ValueError: If the shape does not fit or num_particles < 1.
         """
+        obs = np.asarray(obs)
         rows = self._rows(obs)
         if num_particles < 1:
             raise ValueError(f"num_particles={num_particles}: give at least 1")
-        shape = (len(rows), num_particles, self.spec.action_dim)
+        noise = None
         if deterministic:
-            noise = np.broadcast_to(fixed_noise(*shape[1:]), shape)
-        else:
-            with self._lock:
-                noise = self._rng.standard_normal(shape, np.float32)
-        action = self._engine.act(self._normalize(rows), noise)
-        scaled = (self._middle + self._half * action).astype(np.float32)
-        return scaled[0] if np.ndim(obs) == 1 else scaled
+            noise = np.tile(fixed_noise(num_particles, self.spec.action_dim), (len(rows), 1, 1))
+        action = self._engine.act(rows, noise, num_particles, next(self._draws))
+        return action[0] if obs.ndim == 1 else action
 
     def q_value(self, obs: NDArray[Any], action: NDArray[Any]) -> NDArray[np.float32]:
         """Qmin(s, a): obs ``(B, O)``, action ``(B, A)`` in environment units -> ``(B,)``."""
-        rows = self._rows(obs)
+        rows = self._rows(np.asarray(obs))
         actions = np.atleast_2d(np.asarray(action, np.float64))
         if actions.shape != (len(rows), self.spec.action_dim):
             raise ValueError(
                 f"action has shape {np.shape(action)}, expected {(len(rows), self.spec.action_dim)}"
             )
-        unit = ((actions - self._middle) / self._half).astype(np.float32)
-        return self._engine.q_min(self._normalize(rows), unit)
+        middle, half = self.spec.action_middle_and_half()
+        return self._engine.q_min(rows, ((actions - middle) / half).astype(np.float32))
 
-    def _rows(self, obs: NDArray[Any]) -> Array:
-        rows = np.asarray(obs, np.float32)
-        if rows.ndim == 1:
-            rows = rows[None]
+    def _rows(self, obs: NDArray[Any]) -> NDArray[Any]:
+        rows = obs[None] if obs.ndim == 1 else obs
         if rows.ndim != 2 or rows.shape[1] != self.spec.obs_dim:
             raise ValueError(
-                f"obs has shape {np.shape(obs)}, this policy takes ({self.spec.obs_dim},) or "
+                f"obs has shape {obs.shape}, this policy takes ({self.spec.obs_dim},) or "
                 f"(B, {self.spec.obs_dim})"
             )
         return rows
 
-    def _normalize(self, rows: Array) -> Array:
-        if self._shift is None or self._scale is None:
-            return rows
-        from flame_ext.normalizer import CLIP
 
-        clipped: Array = np.clip((rows - self._shift) * self._scale, -CLIP, CLIP)
-        return clipped
-
-
+@functools.lru_cache(maxsize=32)
 def fixed_noise(num_particles: int, action_dim: int) -> Array:
     """Base noise of deterministic acting ``(N, A)``: zero, then fixed standard normal rows."""
     noise = np.random.default_rng(0).standard_normal((num_particles, action_dim), np.float32)
     noise[0] = 0
+    noise.setflags(write=False)
     return noise
 
 
-def _make_engine(spec: PolicySpec, tensors: Mapping[str, Array]) -> ActingEngine:
-    from flame_ext.backends.torch_acting import TorchActingEngine
+def make_engine(
+    spec: PolicySpec,
+    tensors: Mapping[str, Array],
+    *,
+    backend: str = "auto",
+    precision: Precision = "fp32",
+    seed: int = 0,
+) -> ActingEngine:
+    """The engine that acts for a policy: native without torch, or PyTorch.
 
-    return TorchActingEngine(spec, tensors)
+    Args:
+        spec: What the policy is.
+        tensors: ``actor.flat``, ``critics.flat`` and, for normalised observations,
+            ``normalizer.shift`` and ``normalizer.scale``; float32.
+        backend: ``cpu`` (native), ``torch``, or ``auto``: native where the module loads.
+        precision: ``fp32`` or ``fp16`` weights; the latter native only.
+        seed: Seeds the engine's own noise.
+
+    Raises:
+        ValueError: For an unknown backend, or float16 where it is not offered.
+        BackendUnavailableError: If ``cpu`` is asked for and the native module does not load.
+    """
+    check_choice("backend", backend, ("auto", "cpu", "torch"))
+    if backend != "torch":
+        try:
+            from flame_ext.acting.native import NativeActingEngine
+
+            return NativeActingEngine(spec, tensors, seed=seed, precision=precision)
+        except ImportError as error:
+            if backend == "cpu":
+                raise BackendUnavailableError(str(error)) from error
+    if precision != "fp32":
+        raise ValueError(f"precision={precision!r} needs the native backend; use 'fp32'")
+    from flame_ext.acting.pytorch import TorchActingEngine
+
+    return TorchActingEngine(spec, tensors, seed=seed)
 
 
 def save_policy(path: Path, spec: PolicySpec, tensors: Mapping[str, Array]) -> None:
@@ -179,12 +199,20 @@ def save_policy(path: Path, spec: PolicySpec, tensors: Mapping[str, Array]) -> N
     temporary.replace(path)
 
 
-def load(path: str | Path, *, seed: int | None = None) -> Policy:
+def load(
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    precision: Precision = "fp32",
+    seed: int | None = None,
+) -> Policy:
     """Loads a policy from a run directory, its ``best/`` folder or a policy file.
 
     Args:
         path: A run directory gives the latest policy, ``RUN_DIR/best`` the best evaluated one.
-        seed: Seeds the noise of stochastic actions.
+        backend: ``auto``, ``cpu`` or ``torch``, see `make_engine`.
+        precision: ``fp32`` or ``fp16``.
+        seed: Seeds the noise of stochastic actions; None draws a fresh one.
 
     Raises:
         RunDirectoryError: If no policy is there, or the file is not one.
@@ -206,7 +234,9 @@ def load(path: str | Path, *, seed: int | None = None) -> Policy:
         spec = PolicySpec(**header)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise RunDirectoryError(f"{file} is not a flame_ext policy: {error}") from error
-    return Policy(spec, tensors, seed=seed)
+    if seed is None:
+        seed = secrets.randbits(63)
+    return Policy(spec, make_engine(spec, tensors, backend=backend, precision=precision, seed=seed))
 
 
 def _find(path: Path) -> Path:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from flame_ext.errors import check_choice
 from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.sampling import Flow, SamplerStep, flow_steps
 
 Estimator = Literal["exact", "multi_step", "one_step_trace"]
 Trace = Literal["exact", "hutchinson", "log_det"]
-Flow = Literal["mean", "instantaneous"]
 
 # Beyond this time the reverse posterior over actions is uniform to float32 accuracy, while
 # inverting z = (1 - t) a + t eps divides by 1 - t.
@@ -51,8 +51,8 @@ def sample_flow(
         ``(..., A)``, not clipped to the box.
     """
     z = noise
-    for r, t in _intervals(steps):
-        z = z - (t - r) * net.velocity(z, *_times(z, r, t, flow), obs)
+    for step in flow_steps(steps, flow):
+        z = z + step.q * net.velocity(z, *times_like(z, step), obs)
     return z
 
 
@@ -67,15 +67,10 @@ def best_of(critics: Critics, obs: Tensor, actions: Tensor) -> Tensor:
     return actions[torch.arange(len(actions), device=actions.device), best]
 
 
-def _intervals(steps: int) -> list[tuple[float, float]]:
-    """(r, t) of each sub-interval, from noise to action."""
-    return [(1 - (i + 1) / steps, 1 - i / steps) for i in range(steps)]
-
-
-def _times(z: Tensor, r: float, t: float, flow: Flow) -> tuple[Tensor, Tensor]:
-    """The network's r and t, broadcastable with z; r = t selects the instantaneous velocity."""
+def times_like(z: Tensor, step: SamplerStep) -> tuple[Tensor, Tensor]:
+    """The network's r and t of a sampler step, broadcastable with z ``(..., A)``."""
     shape = (*[1] * (z.dim() - 1), 1)
-    return z.new_full(shape, r if flow == "mean" else t), z.new_full(shape, t)
+    return z.new_full(shape, step.r), z.new_full(shape, step.t)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,18 +299,18 @@ def log_prob(
     log_det = torch.zeros_like(noise[..., 0])
     folded = torch.zeros_like(log_det, dtype=torch.bool)
     z = noise
-    for r, t in _intervals(steps):
-        times = _times(z, r, t, flow)
+    for step in flow_steps(steps, flow):
+        times = times_like(z, step)
         if use_determinant:
             u, jacobian = net.velocity_and_jacobian(z, *times, obs)
             eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-            sign, logabsdet = torch.linalg.slogdet(eye - (t - r) * jacobian)
+            sign, logabsdet = torch.linalg.slogdet(eye + step.q * jacobian)
             log_det = log_det + logabsdet
             folded = folded ^ (sign < 0)
         else:
             u, divergence = _divergence(net, z, *times, obs, None if trace == "exact" else probe)
-            log_det = log_det - (t - r) * divergence
-        z = z - (t - r) * u
+            log_det = log_det + step.q * divergence
+        z = z + step.q * u
     return LogProb(z, standard_normal_log_prob(noise) - log_det, folded)
 
 

@@ -1,6 +1,8 @@
 """The saved policy: numpy in and out, environment units, determinism, errors."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,15 @@ from flame_ext.agent import Agent
 from flame_ext.backends import TorchBackend
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.errors import RunDirectoryError
-from flame_ext.policy import Policy, PolicySpec, load, save_policy
+from flame_ext.policy import Policy, PolicySpec, fixed_noise, load, save_policy
 
 OBS, ACT = 5, 3
 LOW, HIGH = (-1.0, 0.0, -2.0), (1.0, 4.0, 3.0)
 
 
-def make_policy(path: Path, algorithm: str, normalized: bool = False) -> tuple[Policy, Agent]:
+def make_policy(
+    path: Path, algorithm: str, normalized: bool = False, backend: str = "auto"
+) -> tuple[Policy, Agent]:
     config = make_config(algorithm, overrides={"hidden_sizes": (16, 16)})
     agent = Agent(config, OBS, ACT, TorchBackend(), seed=3)
     spec = PolicySpec(algorithm, config.to_dict(), OBS, ACT, LOW, HIGH, "Task-v0")
@@ -29,26 +33,56 @@ def make_policy(path: Path, algorithm: str, normalized: bool = False) -> tuple[P
         tensors["normalizer.shift"] = np.full(OBS, 2, np.float32)
         tensors["normalizer.scale"] = np.full(OBS, 0.5, np.float32)
     save_policy(path / "policy.safetensors", spec, tensors)
-    return load(path, seed=0), agent
+    return load(path, backend=backend, seed=0), agent
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("particles", [1, 5])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_acts_as_the_agent_in_environment_units(
-    tmp_path: Path, algorithm: str, particles: int
+    tmp_path: Path, algorithm: str, particles: int, backend: str
 ) -> None:
-    policy, agent = make_policy(tmp_path, algorithm)
+    policy, agent = make_policy(tmp_path, algorithm, backend=backend)
+    assert policy.backend == backend
     obs = np.random.default_rng(0).normal(size=(7, OBS)).astype(np.float32)
-    from flame_ext.policy import fixed_noise
-
-    noise = torch.from_numpy(fixed_noise(particles, ACT)).expand(7, -1, -1)
+    noise = torch.tensor(fixed_noise(particles, ACT)).expand(7, -1, -1)
     unit = agent.act(torch.from_numpy(obs), noise).numpy()
     low, high = np.array(LOW), np.array(HIGH)
     expected = low + (unit + 1) / 2 * (high - low)
     action = policy.act(obs, particles, deterministic=True)
     assert action.dtype == np.float32
     np.testing.assert_allclose(action, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(policy.act(obs[0], particles, True), action[0], rtol=1e-4, atol=1e-4)
+    single = policy.act(obs[0], particles, True)
+    assert single.shape == (ACT,)
+    np.testing.assert_allclose(single, action[0], rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_stays_close(tmp_path: Path) -> None:
+    policy, _ = make_policy(tmp_path, "flame")
+    half = load(tmp_path, precision="fp16")
+    obs = np.random.default_rng(0).normal(size=(50, OBS))
+    np.testing.assert_allclose(
+        half.act(obs, deterministic=True), policy.act(obs, deterministic=True), atol=5e-3
+    )
+
+
+def test_acting_needs_no_torch(tmp_path: Path) -> None:
+    """In a fresh interpreter that cannot import torch, from several threads at once."""
+    make_policy(tmp_path, "flame")
+    script = """
+import sys, threading
+sys.modules["torch"] = None
+import numpy as np, flame_ext
+policy = flame_ext.load(sys.argv[1], seed=0)
+actions = []
+def work():
+    for _ in range(50):
+        actions.append(policy.act(np.zeros(5), num_particles=4))
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+assert len(actions) == 200 and len({a.tobytes() for a in actions}) > 150
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
 
 
 def test_stochastic_actions_vary_and_follow_the_seed(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ action is a function of one base-noise vector as for every other policy here.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,10 +15,8 @@ from flame_ext.config import Config
 from flame_ext.networks import Critics, MeanVelocityNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, uniform_like
 from flame_ext.policies.reweighting import reverse_reweighted
-from flame_ext.reference import LogProb
-
-# The cosine schedule's offset; keeps the first step's noise from vanishing.
-_OFFSET = 0.008
+from flame_ext.reference import LogProb, times_like
+from flame_ext.sampling import ddim_steps, signal_and_scale
 
 
 class DiffusionActor(Actor):
@@ -47,16 +43,10 @@ class DiffusionActor(Actor):
         )
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        steps = self.config.sampling_steps
         z = noise
-        for i in range(steps):
-            t = noise.new_full((*[1] * (noise.dim() - 1), 1), 1 - i / steps)
-            signal, scale = signal_and_scale(t)
-            next_signal, next_scale = signal_and_scale(t - 1 / steps)
-            eps = self.network.velocity(z, t, t, obs)
-            # Clipping the predicted action keeps the first steps stable: 1 / signal is large.
-            action = ((z - scale * eps) / signal).clamp(-1, 1)
-            z = next_signal * action + next_scale * (z - signal * action) / scale
+        for step in ddim_steps(self.config.sampling_steps):
+            eps = self.network.velocity(z, *times_like(z, step), obs)
+            z = step.m * (step.p * z + step.q * eps).clamp(-1, 1) + step.n * z
         return z.clamp(-1, 1)
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
@@ -78,7 +68,8 @@ class DiffusionActor(Actor):
             # Random times of the sampler's own grid, excluding t = 0 where there is no noise.
             steps = self.config.sampling_steps
             t = (uniform_like(obs, (len(obs), 1), generator) * steps).ceil() / steps
-            signal, scale = signal_and_scale(t)
+            schedule = obs.new_tensor([signal_and_scale(i / steps) for i in range(1, steps + 1)])
+            signal, scale = schedule[(t * steps).round().long().squeeze(1) - 1].chunk(2, dim=1)
             source = self.action(obs, normal_like(obs, shape, generator))
             z = signal * source + scale * normal_like(obs, shape, generator)
             reweighted, _, noise = reverse_reweighted(
@@ -88,11 +79,3 @@ class DiffusionActor(Actor):
         loss = (self.network.velocity(z, t, t, obs) - target).square().sum(-1).mean()
         ess = reweighted.ess.mean() / self.config.num_candidates
         return ActorLoss(loss, None, ess, {"reweighted_loss": loss.detach()})
-
-
-def signal_and_scale(t: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of the cosine schedule at t in [0, 1]."""
-    angle = (t + _OFFSET) / (1 + _OFFSET) * (math.pi / 2)
-    start = math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2)
-    signal = (angle.cos() / start).clamp(min=0.02, max=1.0)
-    return signal, (1 - signal.square()).sqrt()

@@ -1,0 +1,88 @@
+"""Acting through the native CPU kernels: one call, numpy in and out, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flame_ext.native import load_core
+from flame_ext.policy import Array, PolicySpec, Precision
+from flame_ext.sampling import (
+    LOG_STD_MAX,
+    LOG_STD_MIN,
+    OBSERVATION_CLIP,
+    sampler_steps,
+    time_feature_rows,
+)
+
+
+class NativeActingEngine:
+    """Implements `flame_ext.policy.ActingEngine`; immutable, so any number of threads may act.
+
+    Args:
+        spec: What the policy is.
+        tensors: Its weights.
+        seed: Seeds the kernels' Philox draws.
+        precision: How weights are stored; float16 halves what a batch-1 action has to read.
+
+    Raises:
+        ImportError: If the native module does not load.
+        ValueError: If a weight is out of float16's range.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        tensors: Mapping[str, Array],
+        *,
+        seed: int,
+        precision: Precision = "fp32",
+    ) -> None:
+        self._seed = seed
+        middle, half = spec.action_middle_and_half()
+        options = spec.config
+        self._packed = load_core().PackedPolicy(
+            kind="gaussian" if spec.algorithm == "sac" else "flow",
+            obs_dim=spec.obs_dim,
+            action_dim=spec.action_dim,
+            policy=tensors["actor.flat"],
+            hidden=list(options["hidden_sizes"]),
+            activation=options["activation"],
+            layer_norm=options["policy_layer_norm"],
+            **_sampler_arguments(spec),
+            log_std_range=(LOG_STD_MIN, LOG_STD_MAX),
+            critics=tensors["critics.flat"],
+            critic_hidden=list(options["hidden_sizes"]),
+            critic_activation=options["activation"],
+            critic_layer_norm=options["critic_layer_norm"],
+            precision=precision,
+            obs_shift=tensors.get("normalizer.shift"),
+            obs_scale=tensors.get("normalizer.scale"),
+            obs_clip=OBSERVATION_CLIP,
+            action_middle=middle.astype(np.float32),
+            action_half=half.astype(np.float32),
+        )
+
+    def act(
+        self, obs: NDArray[Any], noise: Array | None, num_particles: int, draw: int
+    ) -> NDArray[np.float32]:
+        action: NDArray[np.float32] = self._packed.act(obs, noise, num_particles, self._seed, draw)
+        return action
+
+    def q_min(self, obs: NDArray[Any], action: Array) -> NDArray[np.float32]:
+        q: NDArray[np.float32] = self._packed.q_min(obs, action)
+        return q
+
+
+def _sampler_arguments(spec: PolicySpec) -> dict[str, Any]:
+    if spec.algorithm == "sac":
+        return {}
+    options = spec.config
+    table = sampler_steps(spec.algorithm, options["sampling_steps"], options["flow"])
+    rows = [[step.p, step.q, step.m, step.n, step.clip] for step in table]
+    return {"time_features": time_feature_rows(table), "steps": np.array(rows, np.float32)}
