@@ -60,6 +60,8 @@ class Agent:
         self.actor.network.to(self.device)
         self.critics.to(self.device)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        for network in self.networks().values():
+            backend.accelerate(network)
         self.log_alpha = torch.tensor(
             math.log(config.initial_alpha), device=self.device, requires_grad=True
         )

@@ -48,7 +48,7 @@ class Config:
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
         policy_delay: Critic updates per policy update.
         policy_batch_size: States per policy update; at most `batch_size`.
-        policy_output_scale: Initial scale of the policy's output layer.
+        initial_action_std: Standard deviation of a flow policy's first actions.
         temperature: How alpha is set: ``entropy`` holds the policy's entropy at the target (SAC),
             ``ess`` holds the effective sample size of the importance weights, ``fixed`` keeps it.
         initial_alpha: Entropy temperature at the start [alpha].
@@ -110,7 +110,7 @@ class Config:
     final_policy_learning_rate: float | None = None
     policy_delay: int = 2
     policy_batch_size: int = 256
-    policy_output_scale: float = 1.0
+    initial_action_std: float = 0.35
     temperature: Temperature = "entropy"
     initial_alpha: float = 0.2
     alpha_learning_rate: float = 3e-4

@@ -117,7 +117,7 @@ class Trainer:
         self.env = _make_training_env(env, self.config, seed)
         self.eval_env = make_eval_env(env, seed=seed + _EVAL_SEED_OFFSET)
         sizes = (self.env.obs_dim, self.env.action_dim)
-        self.backend = make_backend(backend)
+        self.backend = make_backend(backend, self.device)
         self.agent = Agent(self.config, *sizes, self.backend, seed=seed, device=self.device)
         self.replay = ReplayBuffer(self.config.buffer_size, *sizes, device=self.device)
         self.normalizer = (

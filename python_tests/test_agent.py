@@ -158,11 +158,13 @@ def test_foreign_state_is_refused() -> None:
 
 
 def test_backends_do_not_fall_back() -> None:
-    assert make_backend("torch").name == "torch"
+    cpu = torch.device("cpu")
+    assert make_backend("torch", cpu).name == "torch"
+    assert make_backend("cpu", cpu).name == "cpu"
     with pytest.raises(ValueError, match="did you mean 'torch'"):
-        make_backend("torhc")
+        make_backend("torhc", cpu)
     with pytest.raises(BackendUnavailableError, match="cuda"):
-        make_backend("cuda")
+        make_backend("cuda", cpu)
 
 
 def test_diffusion_has_no_density() -> None:

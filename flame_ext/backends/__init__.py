@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
+
 from flame_ext.backends.torch import TorchBackend
 from flame_ext.errors import BackendUnavailableError, check_choice
+from flame_ext.native import load_core
 
 __all__ = ["BACKENDS", "Backend", "BackendName", "make_backend", "resolve_operator"]
 
@@ -15,14 +18,23 @@ BACKENDS: tuple[str, ...] = get_args(BackendName)
 Backend = TorchBackend
 
 
-def make_backend(name: str) -> Backend:
-    """The backend that trains; only ``auto`` chooses by itself.
+def make_backend(name: str, device: torch.device) -> Backend:
+    """The backend that trains on `device`; only ``auto`` chooses by itself.
 
     Raises:
         BackendUnavailableError: If this build or machine lacks the backend.
+        ValueError: If the backend cannot compute on `device`.
     """
-    resolve_operator(name, "training step")
-    return TorchBackend()
+    check_choice("backend", name, BACKENDS)
+    if name == "auto":
+        name = _auto(device)
+    if name == "torch":
+        return TorchBackend()
+    if name == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"backend='cpu' computes on the CPU, device={device} was given")
+        return _make_cpu_backend()
+    raise _unavailable(name, "training step")
 
 
 def resolve_operator(name: str, operator: str) -> str:
@@ -34,6 +46,29 @@ def resolve_operator(name: str, operator: str) -> str:
     check_choice("backend", name, BACKENDS)
     if name in ("auto", "torch"):
         return "torch"
-    raise BackendUnavailableError(
-        f"backend={name!r} has no {operator} in this build; use backend='torch' or 'auto'"
+    raise _unavailable(name, operator)
+
+
+def _auto(device: torch.device) -> str:
+    if device.type != "cpu":
+        return "torch"
+    try:
+        load_core()
+    except ImportError:
+        return "torch"
+    return "cpu"
+
+
+def _make_cpu_backend() -> Backend:
+    try:
+        from flame_ext.backends.cpu import CpuBackend
+
+        return CpuBackend()
+    except ImportError as error:
+        raise BackendUnavailableError(str(error)) from error
+
+
+def _unavailable(name: str, what: str) -> BackendUnavailableError:
+    return BackendUnavailableError(
+        f"backend={name!r} has no {what} in this build; use backend='torch' or 'auto'"
     )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flame_ext.networks import Critics
+from flame_ext.networks import Critics, FlatMLP
 from flame_ext.policies.base import Actor, ActorLoss
 
 
@@ -14,6 +14,9 @@ class TorchBackend:
     """Whole steps by autograd; gradients land in each network's flat buffer."""
 
     name = "torch"
+
+    def accelerate(self, network: FlatMLP) -> None:
+        """Prepares a network of the agent; PyTorch needs nothing."""
 
     def critic_step(
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor

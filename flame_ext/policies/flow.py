@@ -46,7 +46,8 @@ class FlowActor(Actor):
             layer_norm=config.policy_layer_norm,
             generator=generator,
         )
-        self.network.scale_output_layer(config.policy_output_scale)
+        if not config.policy_layer_norm:
+            self.network.start_as_contraction(config.initial_action_std)
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
         c = self.config
@@ -84,8 +85,9 @@ class FlowActor(Actor):
         if c.reverse_kl_weight > 0:
             kl, sample = self._reverse_kl(obs, critics, alpha, generator)
             loss = loss + c.reverse_kl_weight * kl
-            mean_log_prob = sample.log_prob.detach().mean()
-            metrics["fold_rate"] = sample.fold_rate
+            if c.reverse_kl_entropy:
+                mean_log_prob = sample.log_prob.detach().mean()
+                metrics["fold_rate"] = sample.fold_rate
             metrics["reverse_kl_loss"] = kl.detach()
         if c.reweighting_weight > 0:
             flow_loss, ess = self._reweighted_loss(obs, action, critics, alpha, generator)
@@ -96,22 +98,27 @@ class FlowActor(Actor):
     def _reverse_kl(
         self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, LogProb]:
-        """E[alpha log pi - Qmin] through the exact one-step density."""
+        """E[alpha log pi - Qmin] through the exact one-step density, or -E[Qmin] without entropy."""
         noise = normal_like(obs, (len(obs), self.action_dim), generator)
-        sample = self.sample(obs, noise, generator)
+        if self.config.reverse_kl_entropy:
+            sample = self.sample(obs, noise, generator)
+        else:
+            sample = self._without_density(obs, noise)
         clipped = sample.action.clamp(-1, 1)
         # Q is flat outside the box, so entropy would grow there without bound (measured: within a
         # few hundred updates); the target's density is given Gaussian walls instead.
         outside = (sample.action - clipped).square().sum(-1) / (2 * self.config.boundary_width**2)
+        walled = dataclasses.replace(sample, log_prob=sample.log_prob + outside)
         q_min = critics.q_min(obs, clipped)
-        if self.config.reverse_kl_entropy:
-            walled = dataclasses.replace(sample, log_prob=sample.log_prob + outside)
-            loss = reverse_kl(walled, q_min, alpha)
-        else:
-            loss = outside.mean() - q_min.mean()
+        loss = reverse_kl(walled, q_min, alpha)
         if self.config.normalize_q:
             loss = loss / q_min.detach().abs().mean()
         return loss, sample
+
+    def _without_density(self, obs: Tensor, noise: Tensor) -> LogProb:
+        """A sample whose log_prob counts as zero: no Jacobian is computed."""
+        zero = torch.zeros_like(noise[..., 0])
+        return LogProb(sample_flow(self.network, obs, noise), zero, zero > 0)
 
     def _reweighted_loss(
         self,
