@@ -53,7 +53,7 @@ class Agent:
             obs_dim,
             action_dim,
             config.hidden_sizes,
-            activation=config.activation,
+            activation=config.critic_activation,
             layer_norm=config.critic_layer_norm,
             generator=initial,
         )

@@ -40,7 +40,9 @@ class Config:
         reward_scale: Factor on every reward before it is learned from.
         normalize_observations: Standardise observations by running mean and variance.
         hidden_sizes: Hidden widths of policy and critics.
-        activation: Hidden activation of policy and critics.
+        policy_activation: Hidden activation of the policy; a flow differentiates through it twice,
+            so that relu is a poor choice there.
+        critic_activation: Hidden activation of the critics.
         critic_layer_norm: LayerNorm in the critics.
         policy_layer_norm: LayerNorm in the policy.
         critic_learning_rate: Adam step of the critics.
@@ -75,6 +77,10 @@ class Config:
         reverse_kl_entropy: Whether that term keeps its entropy part; without, it is -E[Qmin].
         normalize_q: Divide that term by the batch's mean |Qmin|, which makes its weight comparable
             across tasks (Fujimoto and Gu 2021).
+        monotonicity_margin: The one-step map should have a Jacobian whose symmetric part has no
+            eigenvalue below this; a Gaussian wall of this width stands against it. A strictly
+            monotone map is injective, so that its density is exact, and by Brenier's theorem one
+            of them reaches any target. Without the wall, folding fakes entropy. 0 turns it off.
         boundary_width: Outside the box the reverse-KL target falls off as a Gaussian of this
             standard deviation around the clipped action; without it entropy leaks out there.
         flow: ``mean`` acts along average velocities (MeanFlow), ``instantaneous`` along
@@ -102,18 +108,19 @@ class Config:
     reward_scale: float = 1.0
     normalize_observations: bool = False
     hidden_sizes: tuple[int, ...] = (256, 256)
-    activation: Activation = "mish"
+    policy_activation: Activation = "silu"
+    critic_activation: Activation = "relu"
     critic_layer_norm: bool = True
     policy_layer_norm: bool = False
-    critic_learning_rate: float = 3e-4
-    policy_learning_rate: float = 3e-4
+    critic_learning_rate: float = 1e-3
+    policy_learning_rate: float = 1e-3
     final_policy_learning_rate: float | None = None
     policy_delay: int = 2
     policy_batch_size: int = 256
     initial_action_std: float = 0.35
     temperature: Temperature = "entropy"
-    initial_alpha: float = 0.2
-    alpha_learning_rate: float = 3e-4
+    initial_alpha: float = 0.05
+    alpha_learning_rate: float = 1e-3
     alpha_interval: int = 1
     target_entropy_scale: float = -1.0
     target_ess: float = 0.25
@@ -131,6 +138,7 @@ class Config:
     reverse_kl_weight: float = 1.0
     reverse_kl_entropy: bool = True
     normalize_q: bool = False
+    monotonicity_margin: float = 0.02
     boundary_width: float = 0.05
     flow: Flow = "mean"
     sampling_steps: int = 1
@@ -175,7 +183,8 @@ class Config:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm": ALGORITHMS,
-    "activation": get_args(Activation),
+    "policy_activation": get_args(Activation),
+    "critic_activation": get_args(Activation),
     "temperature": get_args(Temperature),
     "entropy_estimator": get_args(Estimator),
     "entropy_trace": get_args(Trace),
@@ -206,6 +215,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "acting_fraction": (0, 1),
     "reweighting_weight": (0, _INF),
     "reverse_kl_weight": (0, _INF),
+    "monotonicity_margin": (0, 1),
     "boundary_width": (1e-6, _INF),
     "sampling_steps": (1, _INF),
     "train_particles": (1, _INF),
@@ -222,7 +232,11 @@ _RANGES: dict[str, tuple[float, float]] = {
 _PAPER: dict[str, Any] = {
     "learning_starts": 30_000,
     "hidden_sizes": (256, 256, 256),
+    "policy_activation": "mish",
+    "critic_activation": "mish",
     "critic_layer_norm": False,
+    "critic_learning_rate": 3e-4,
+    "policy_learning_rate": 3e-4,
     "reward_scale": 0.2,
     "final_policy_learning_rate": 3e-5,
     "initial_alpha": 1.0,

@@ -187,7 +187,7 @@ def untrained_policy(algorithm: str, obs_dim: int, action_dim: int) -> Policy:
         obs_dim,
         action_dim,
         config.hidden_sizes,
-        activation=config.activation,
+        activation=config.critic_activation,
         layer_norm=config.critic_layer_norm,
     )
     networks = {"actor": make_actor(config, obs_dim, action_dim).network, "critics": critics}

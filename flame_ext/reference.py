@@ -248,11 +248,14 @@ class LogProb:
         folded: True where det(I - J) < 0, ``(...)``: there the map from noise to action has turned
             orientation and change of variables bounds the entropy from above. Only `exact`
             measures it; elsewhere all False.
+        transport: d action / d noise of the last step, I - (t - r) J, ``(..., A, A)``; None where
+            no Jacobian was computed.
     """
 
     action: Tensor
     log_prob: Tensor
     folded: Tensor
+    transport: Tensor | None = None
 
     @property
     def fold_rate(self) -> Tensor:
@@ -298,20 +301,35 @@ def log_prob(
     use_determinant = estimator == "exact" or trace == "log_det"
     log_det = torch.zeros_like(noise[..., 0])
     folded = torch.zeros_like(log_det, dtype=torch.bool)
+    transport = None
     z = noise
     for step in flow_steps(steps, flow):
         times = times_like(z, step)
         if use_determinant:
             u, jacobian = net.velocity_and_jacobian(z, *times, obs)
             eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-            sign, logabsdet = torch.linalg.slogdet(eye + step.q * jacobian)
+            transport = eye + step.q * jacobian
+            sign, logabsdet = torch.linalg.slogdet(transport)
             log_det = log_det + logabsdet
             folded = folded ^ (sign < 0)
         else:
             u, divergence = _divergence(net, z, *times, obs, None if trace == "exact" else probe)
             log_det = log_det + step.q * divergence
         z = z + step.q * u
-    return LogProb(z, standard_normal_log_prob(noise) - log_det, folded)
+    return LogProb(z, standard_normal_log_prob(noise) - log_det, folded, transport)
+
+
+def monotonicity_gap(transport: Tensor, margin: float) -> Tensor:
+    """How far the symmetric part's smallest eigenvalue lies below `margin`, ``(...)``, >= 0.
+
+    Zero everywhere makes the map from noise to action strictly monotone, hence injective.
+
+    Args:
+        transport: Jacobians of the map, ``(..., A, A)``.
+        margin: Smallest eigenvalue that is allowed.
+    """
+    smallest: Tensor = torch.linalg.eigvalsh(0.5 * (transport + transport.mT))[..., 0]
+    return (margin - smallest).clamp(min=0)
 
 
 def _check_log_prob_options(

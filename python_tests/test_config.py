@@ -16,7 +16,7 @@ def test_every_combination_is_valid(algorithm: str, preset: str) -> None:
 def test_paper_preset_has_the_published_settings() -> None:
     config = make_config("flame", "paper")
     assert (config.num_envs, config.updates_per_step, config.batch_size) == (5, 0.2, 256)
-    assert (config.hidden_sizes, config.activation) == ((256, 256, 256), "mish")
+    assert (config.hidden_sizes, config.policy_activation) == ((256, 256, 256), "mish")
     assert (config.num_candidates, config.eval_particles) == (100, 32)
     assert config.target_entropy_scale == -3
     assert config.reverse_kl_weight == 0
@@ -34,7 +34,7 @@ def test_overrides_win_over_the_preset() -> None:
         (("flam", "default", {}), "did you mean 'flame'"),
         (("flame", "papper", {}), "did you mean 'paper'"),
         (("flame", "default", {"batchsize": 3}), "did you mean 'batch_size'"),
-        (("flame", "default", {"activation": "gelu"}), "Choose one of: relu, silu, mish"),
+        (("flame", "default", {"critic_activation": "gelu"}), "Choose one of: relu, silu, mish"),
         (("flame", "default", {"gamma": 1.5}), r"gamma=1.5 is out of range; allowed: \[0, 1\]"),
         (("flame", "default", {"policy_batch_size": 512}), "exceeds batch_size=256"),
         (("flame", "default", {"sampling_steps": 4}), "reverse_kl_weight > 0 needs the one-step"),

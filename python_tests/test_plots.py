@@ -41,7 +41,7 @@ def write_policy(run_dir, algorithm, env_id=ENV_ID):
         2,
         2,
         config.hidden_sizes,
-        activation=config.activation,
+        activation=config.critic_activation,
         layer_norm=config.critic_layer_norm,
     )
     spec = PolicySpec(algorithm, config.to_dict(), 2, 2, (-1.0, -1.0), (1.0, 1.0), env_id)

@@ -29,7 +29,7 @@ class TorchActingEngine:
             spec.obs_dim,
             spec.action_dim,
             config.hidden_sizes,
-            activation=config.activation,
+            activation=config.critic_activation,
             layer_norm=config.critic_layer_norm,
         )
         _load(self._actor.network, tensors["actor.flat"])

@@ -37,7 +37,7 @@ class DiffusionActor(Actor):
             obs_dim,
             action_dim,
             config.hidden_sizes,
-            activation=config.activation,
+            activation=config.policy_activation,
             layer_norm=config.policy_layer_norm,
             generator=generator,
         )

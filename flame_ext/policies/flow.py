@@ -16,6 +16,7 @@ from flame_ext.reference import (
     Reweighted,
     log_prob,
     meanflow_loss,
+    monotonicity_gap,
     reweighted_velocity,
     sample_flow,
 )
@@ -42,7 +43,7 @@ class FlowActor(Actor):
             obs_dim,
             action_dim,
             config.hidden_sizes,
-            activation=config.activation,
+            activation=config.policy_activation,
             layer_norm=config.policy_layer_norm,
             generator=generator,
         )
@@ -98,22 +99,33 @@ class FlowActor(Actor):
     def _reverse_kl(
         self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, LogProb]:
-        """E[alpha log pi - Qmin] through the exact one-step density, or -E[Qmin] without entropy."""
+        """E[alpha log pi - Qmin] through the exact density, or -E[Qmin] without entropy."""
         noise = normal_like(obs, (len(obs), self.action_dim), generator)
         if self.config.reverse_kl_entropy:
             sample = self.sample(obs, noise, generator)
         else:
             sample = self._without_density(obs, noise)
         clipped = sample.action.clamp(-1, 1)
-        # Q is flat outside the box, so entropy would grow there without bound (measured: within a
-        # few hundred updates); the target's density is given Gaussian walls instead.
-        outside = (sample.action - clipped).square().sum(-1) / (2 * self.config.boundary_width**2)
-        walled = dataclasses.replace(sample, log_prob=sample.log_prob + outside)
+        walled = dataclasses.replace(sample, log_prob=sample.log_prob + self._walls(sample))
         q_min = critics.q_min(obs, clipped)
         loss = reverse_kl(walled, q_min, alpha)
         if self.config.normalize_q:
             loss = loss / q_min.detach().abs().mean()
         return loss, sample
+
+    def _walls(self, sample: LogProb) -> Tensor:
+        """What is added to log pi where entropy would otherwise grow for free, ``(B,)``.
+
+        Q is flat outside the box, and a folded map counts the same actions several times: without
+        walls both happen within a few hundred updates.
+        """
+        c = self.config
+        outside = sample.action - sample.action.clamp(-1, 1)
+        wall = outside.square().sum(-1) / (2 * c.boundary_width**2)
+        if sample.transport is None or c.monotonicity_margin == 0:
+            return wall
+        gap = monotonicity_gap(sample.transport, c.monotonicity_margin)
+        return wall + gap.square() / (2 * c.monotonicity_margin**2)
 
     def _without_density(self, obs: Tensor, noise: Tensor) -> LogProb:
         """A sample whose log_prob counts as zero: no Jacobian is computed."""

@@ -32,7 +32,7 @@ class GaussianActor(Actor):
             obs_dim,
             action_dim,
             config.hidden_sizes,
-            activation=config.activation,
+            activation=config.policy_activation,
             layer_norm=config.policy_layer_norm,
             generator=generator,
         )
