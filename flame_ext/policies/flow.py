@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,10 @@ from flame_ext.reference import (
 
 # Below this time z is its action to within the network's resolution and 1 / t only adds rounding.
 MIN_TIME = 1e-2
+
+# Walls stand against Q's gradient, so they grow with Q's scale and not only with alpha, which may
+# fall by orders of magnitude.
+WALL_SCALE = 0.01
 
 
 class FlowActor(Actor):
@@ -106,15 +108,16 @@ class FlowActor(Actor):
         else:
             sample = self._without_density(obs, noise)
         clipped = sample.action.clamp(-1, 1)
-        walled = dataclasses.replace(sample, log_prob=sample.log_prob + self._walls(sample))
         q_min = critics.q_min(obs, clipped)
-        loss = reverse_kl(walled, q_min, alpha)
+        q_scale = q_min.detach().abs().mean()
+        walls = (alpha + WALL_SCALE * q_scale) * self._walls(sample).mean()
+        loss = reverse_kl(sample, q_min, alpha) + walls
         if self.config.normalize_q:
-            loss = loss / q_min.detach().abs().mean()
+            loss = loss / q_scale
         return loss, sample
 
     def _walls(self, sample: LogProb) -> Tensor:
-        """What is added to log pi where entropy would otherwise grow for free, ``(B,)``.
+        """Penalty where entropy would otherwise grow for free, ``(B,)``.
 
         Q is flat outside the box, and a folded map counts the same actions several times: without
         walls both happen within a few hundred updates.
