@@ -75,13 +75,14 @@ def make_vector_env(
 
 
 def make_eval_env(
-    env: EnvLike, *, seed: int = 0, render_mode: str | None = None
+    env: EnvLike, *, num_envs: int = 1, seed: int = 0, render_mode: str | None = None
 ) -> VectorEnvHandle:
-    """Build one separate environment of the same kind, for evaluation.
+    """Build separate environments of the same kind, for evaluation.
 
     Args:
         env: As for ``make_vector_env``. Objects are rebuilt from their Gymnasium spec, or copied.
-        seed: Decides the environment's randomness.
+        num_envs: How many, side by side.
+        seed: Decides the environments' randomness.
         render_mode: ``"rgb_array"`` to use ``render`` (an id only).
 
     Raises:
@@ -92,13 +93,13 @@ def make_eval_env(
     elif isinstance(env, str | gymnasium.Env):
         source = env
     else:
-        return VectorEnvHandle(_build_vector([_factory_of(env)], parallel=False), seed=seed)
+        return make_vector_env(env, num_envs=num_envs, seed=seed)
     if isinstance(source, str):
         factory = _factory_of(source, **({"render_mode": render_mode} if render_mode else {}))
-    else:
-        twin = _twin_of(source)
-        factory = lambda: twin  # noqa: E731
-    return VectorEnvHandle(_build_vector([factory], parallel=False), seed=seed)
+        return VectorEnvHandle(_build_vector([factory] * num_envs, parallel=False), seed=seed)
+    twins = [_twin_of(source) for _ in range(num_envs)]
+    factories: list[EnvFactory] = [lambda twin=twin: twin for twin in twins]  # type: ignore[misc]
+    return VectorEnvHandle(_build_vector(factories, parallel=False), seed=seed)
 
 
 def _factory_of(env: object, **kwargs: Any) -> EnvFactory:

@@ -38,8 +38,8 @@ from flame_ext.progress import Progress
 from flame_ext.replay import Batch, ReplayBuffer
 
 CONFIG_FILE = "config.json"
-# Evaluation and training episodes must not share seeds.
-_EVAL_SEED_OFFSET = 1_000_003
+# Episodes of an evaluation run side by side, so that the policy acts on a batch.
+_MAX_EVAL_ENVS = 10
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,13 @@ class Trainer:
     ) -> None:
         self.config = make_config(algorithm, preset, config)
         self.seed, self.callbacks = seed, tuple(callbacks)
+        # Evaluation and training episodes must not share seeds.
+        self._eval_seed = seed + 1_000_003
         self.device = _resolve_device(device)
         self.env = _make_training_env(env, self.config, seed)
-        self.eval_env = make_eval_env(env, seed=seed + _EVAL_SEED_OFFSET)
+        self.eval_env = make_eval_env(
+            env, num_envs=min(self.config.eval_episodes, _MAX_EVAL_ENVS), seed=self._eval_seed
+        )
         sizes = (self.env.obs_dim, self.env.action_dim)
         self.backend = make_backend(backend, self.device)
         self.agent = Agent(self.config, *sizes, self.backend, seed=seed, device=self.device)
@@ -304,8 +308,7 @@ class Trainer:
             return array
 
         # The same episodes at every evaluation: their start states do not blur the curve.
-        seed = self.seed + _EVAL_SEED_OFFSET
-        outcome = run_episodes(self.eval_env, act, c.eval_episodes, seed=seed)
+        outcome = run_episodes(self.eval_env, act, c.eval_episodes, seed=self._eval_seed)
         evaluation = Evaluation(self.global_step, self.wall_time, *outcome)
         best = all(evaluation.mean_return >= e.mean_return for e in self.evaluations)
         self.evaluations.append(evaluation)
