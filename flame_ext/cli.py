@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +39,8 @@ examples:
   flame-ext train --resume runs/cheetah --steps 200000
 
 The run directory holds config.json, progress.csv, evaluations.csv, tensorboard/, checkpoint/,
-best/ (the best evaluated policy) and learning_curve.png. Ctrl-C saves a checkpoint and stops.
+best/ (the best evaluated policy) and learning_curve.png. Ctrl-C (or SIGTERM) saves a
+checkpoint and stops.
 """
 
 _EVAL_EPILOG = """\
@@ -275,7 +278,8 @@ def _train(options: argparse.Namespace) -> None:
         )
     print(f"run directory  {trainer.run_dir}", file=sys.stderr)
     try:
-        result = trainer.run(options.steps)
+        with _terminate_as_interrupt():
+            result = trainer.run(options.steps)
     except KeyboardInterrupt:
         print(
             f"\nsaved; go on with: flame-ext train --resume {trainer.run_dir}"
@@ -284,6 +288,20 @@ def _train(options: argparse.Namespace) -> None:
         )
         raise
     _report(result)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C, so that a run ended by a job scheduler saves itself too."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _refuse_with_resume(options: argparse.Namespace) -> None:

@@ -2,7 +2,9 @@
 
 import csv
 import importlib
+import os
 import re
+import signal
 
 import pytest
 
@@ -181,6 +183,25 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     path = tmp_path / "run"
     assert cli.main(train(path)) == 130
     assert f"flame-ext train --resume {path} --steps 80" in capsys.readouterr().err
+
+
+def test_a_terminated_run_saves_itself(tmp_path, monkeypatch):
+    callbacks = importlib.import_module("flame_ext.callbacks")
+    sent = []
+
+    def terminate(self, trainer, metrics):
+        sent.append(trainer.global_step)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(callbacks.StopAfterSeconds, "on_log", terminate)
+    path = tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main([*train(path), "--stop-after-seconds", "1000"]) == 130
+    assert sent == [20]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert cli.main(["train", "--resume", str(path), "--steps", "60"]) == 0
+    with (path / "evaluations.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["40", "60"]
 
 
 # Wrong use --------------------------------------------------------------------------------------
