@@ -1,13 +1,15 @@
 // Python entry points of the training kernels: check every argument, release the GIL, call.
 #include <pybind11/stl.h>
 
-#include <algorithm>
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "bindings.h"
 #include "bindings_arrays.h"
 #include "cpu/kernels.h"
+#include "cpu/workspace.h"
 
 namespace flame {
 namespace {
@@ -131,6 +133,192 @@ py::tuple py_critic_step(const MlpSpec& spec, const py::array& parameters,
     return py::make_tuple(loss, q_mean, q);
 }
 
+py::tuple py_q_gradient(const MlpSpec& spec, const py::array& parameters, const py::array& obs,
+                        const py::array& action) {
+    check(action.ndim() == 2, "action has shape ", shape_text(action),
+          "; it must be (rows, columns)");
+    const int64_t rows = action.shape(0);
+    const int action_dim = static_cast<int>(action.shape(1));
+    const RowsView s = matrix(obs, "obs", rows, critic_obs_dim(spec, action_dim));
+    const RowsView a = matrix(action, "action", rows, action_dim);
+    Array q_min(rows);
+    Array gradient({rows, static_cast<int64_t>(action_dim)});
+    const QGradientArgs args{spec,
+                             dense(parameters, "parameters", {count_of(spec)}),
+                             rows,
+                             action_dim,
+                             s.data,
+                             s.ld,
+                             a.data,
+                             a.ld,
+                             q_min.mutable_data(),
+                             gradient.mutable_data()};
+    if (rows > 0) {
+        const py::gil_scoped_release release;
+        kernels().q_gradient(args);
+    }
+    return py::make_tuple(q_min, gradient);
+}
+
+// A mean-velocity network maps [z (A) | observation (O) | time features] to A values.
+int flow_obs_dim(const MlpSpec& spec, int64_t time_features) {
+    const int action_dim = outputs(spec);
+    check(spec.members == 1, "a policy has one member, this spec has ", spec.members);
+    check(action_dim <= kMaxActionColumns, "the policy has ", action_dim, " outputs; at most ",
+          kMaxActionColumns, " are supported");
+    const int64_t obs_dim = spec.sizes[0] - action_dim - time_features;
+    check(obs_dim >= 0, "the policy has ", spec.sizes[0], " inputs; ", action_dim,
+          " action columns and ", time_features, " time features need more");
+    return static_cast<int>(obs_dim);
+}
+
+double py_meanflow_step(const MlpSpec& spec, const py::array& parameters,
+                        const py::array& gradients, const py::array& obs, const py::array& z,
+                        const py::array& r, const py::array& t, const py::array& velocity,
+                        const std::optional<py::array>& tangent_velocity) {
+    const int obs_dim = flow_obs_dim(spec, kTimeFeatures);
+    const int64_t action_dim = outputs(spec);
+    const int64_t rows = z.ndim() == 2 ? z.shape(0) : 0;
+    check(rows >= 1, "z has shape ", shape_text(z), "; it must be (rows, ", action_dim,
+          ") with at least one row");
+    const RowsView s = matrix(obs, "obs", rows, obs_dim);
+    const float* v = dense(velocity, "velocity", {rows, action_dim});
+    double loss = 0.0;
+    const MeanFlowStepArgs args{
+        spec,
+        dense(parameters, "parameters", {count_of(spec)}),
+        writable(gradients, "gradients", {count_of(spec)}),
+        rows,
+        static_cast<int32_t>(action_dim),
+        s.data,
+        s.ld,
+        dense(z, "z", {rows, action_dim}),
+        v,
+        tangent_velocity ? dense(*tangent_velocity, "tangent_velocity", {rows, action_dim}) : v,
+        dense(r, "r", {rows}),
+        dense(t, "t", {rows}),
+        &loss};
+    const py::gil_scoped_release release;
+    kernels().meanflow_step(args);
+    return loss;
+}
+
+// --- Flow density
+// ---------------------------------------------------------------------------------
+
+Divergence parse_divergence(const std::string& name) {
+    if (name == "none") return Divergence::kNone;
+    if (name == "log_det") return Divergence::kLogDet;
+    if (name == "trace") return Divergence::kTrace;
+    check(name == "probe", "divergence is '", name,
+          "'; choose one of: none, log_det, trace, probe");
+    return Divergence::kProbe;
+}
+
+struct DensityResult {
+    Array action;
+    Array log_prob;
+    py::array_t<bool> folded;
+};
+
+// noise (states, samples, A) or, with samples = 1, (states, A).
+FlowDensityArgs density_args(const MlpSpec& spec, const py::array& parameters, const py::array& obs,
+                             const py::array& noise, const py::array& time, const py::array& scale,
+                             const std::string& divergence, const std::optional<py::array>& probe,
+                             DensityResult& result) {
+    const int64_t action_dim = outputs(spec);
+    check(noise.ndim() == 2 || noise.ndim() == 3, "noise has shape ", shape_text(noise),
+          "; it must be (states, ", action_dim, ") or (states, samples, ", action_dim, ")");
+    const int64_t states = noise.shape(0);
+    const int64_t samples = noise.ndim() == 3 ? noise.shape(1) : 1;
+    const auto fits = [&](const py::array& a, const char* name) {
+        return noise.ndim() == 3 ? dense(a, name, {states, samples, action_dim})
+                                 : dense(a, name, {states, action_dim});
+    };
+    check(time.ndim() == 2, "time has shape ", shape_text(time), "; it must be (steps, features)");
+    const int64_t steps = time.shape(0);
+    check(steps >= 1, "time has no rows; a flow has at least one step");
+    const RowsView s = matrix(obs, "obs", states, flow_obs_dim(spec, time.shape(1)));
+    const Divergence kind = parse_divergence(divergence);
+    check((kind == Divergence::kProbe) == probe.has_value(),
+          "divergence='probe' and the argument probe go together");
+    std::vector<py::ssize_t> shape(noise.shape(), noise.shape() + noise.ndim());
+    result.action = Array(shape);
+    shape.pop_back();
+    result.log_prob = Array(shape);
+    result.folded = py::array_t<bool>(shape);
+    return {spec,
+            dense(parameters, "parameters", {count_of(spec)}),
+            states,
+            static_cast<int32_t>(samples),
+            static_cast<int32_t>(action_dim),
+            s.data,
+            s.ld,
+            fits(noise, "noise"),
+            static_cast<int32_t>(steps),
+            static_cast<int32_t>(time.shape(1)),
+            dense(time, "time", {steps, time.shape(1)}),
+            dense(scale, "scale", {steps}),
+            kind,
+            probe ? fits(*probe, "probe") : nullptr,
+            result.action.mutable_data(),
+            result.log_prob.mutable_data(),
+            result.folded.mutable_data()};
+}
+
+py::tuple py_flow_density(const MlpSpec& spec, const py::array& parameters, const py::array& obs,
+                          const py::array& noise, const py::array& time, const py::array& scale,
+                          const std::string& divergence, const std::optional<py::array>& probe) {
+    DensityResult result;
+    const FlowDensityArgs args =
+        density_args(spec, parameters, obs, noise, time, scale, divergence, probe, result);
+    if (args.states * args.samples > 0) {
+        const py::gil_scoped_release release;
+        kernels().flow_density(args);
+    }
+    return py::make_tuple(result.action, result.log_prob, result.folded);
+}
+
+// Owns the memory of a recorded one-step pass.
+class RecordedDensity {
+  public:
+    RecordedDensity(const MlpSpec& spec, const py::array& parameters, const py::array& obs,
+                    const py::array& noise, const py::array& time, const py::array& scale,
+                    bool density)
+        : arena_(borrow_arena(), &return_arena), memory_(new Workspace(arena_.get())) {
+        check(noise.ndim() == 2 && noise.shape(0) >= 1, "noise has shape ", shape_text(noise),
+              "; it must be (rows, ", outputs(spec), ") with at least one row");
+        check(time.ndim() == 2 && time.shape(0) == 1, "time has shape ", shape_text(time),
+              "; only one step can be recorded, so it must be (1, features)");
+        const FlowDensityArgs args =
+            density_args(spec, parameters, obs, noise, time, scale, density ? "log_det" : "none",
+                         std::nullopt, result_);
+        const py::gil_scoped_release release;
+        tape_ = kernels().flow_record(args, *memory_);
+    }
+
+    const DensityResult& result() const { return result_; }
+
+    void backward(const py::array& gradients, const py::array& d_action,
+                  const py::array& d_log_prob) const {
+        const FlowBackwardArgs args{tape_,
+                                    writable(gradients, "gradients", {tape_->parameter_count}),
+                                    dense(d_action, "d_action", {tape_->rows, tape_->action_dim}),
+                                    dense(d_log_prob, "d_log_prob", {tape_->rows})};
+        const py::gil_scoped_release release;
+        tape_->backward(args);
+    }
+
+  private:
+    std::unique_ptr<Arena, void (*)(Arena*)> arena_;
+    std::unique_ptr<Workspace> memory_;  // after arena_: it gives back first
+    DensityResult result_;
+    FlowTape* tape_ = nullptr;
+};
+
+// --- Optimizer
+// ------------------------------------------------------------------------------------
+
 void py_adam(const py::array& parameters, const py::array& gradients, const py::array& first_moment,
              const py::array& second_moment, int64_t step, double learning_rate, double beta1,
              double beta2, double epsilon) {
@@ -171,6 +359,25 @@ void bind_training(py::module_& m) {
           py::arg("actions"), py::arg("each") = false);
     m.def("critic_step", &py_critic_step, py::arg("spec"), py::arg("parameters"),
           py::arg("gradients"), py::arg("obs"), py::arg("action"), py::arg("target"));
+    m.def("q_gradient", &py_q_gradient, py::arg("spec"), py::arg("parameters"), py::arg("obs"),
+          py::arg("action"));
+    m.def("meanflow_step", &py_meanflow_step, py::arg("spec"), py::arg("parameters"),
+          py::arg("gradients"), py::arg("obs"), py::arg("z"), py::arg("r"), py::arg("t"),
+          py::arg("velocity"), py::arg("tangent_velocity") = py::none());
+    m.def("flow_density", &py_flow_density, py::arg("spec"), py::arg("parameters"), py::arg("obs"),
+          py::arg("noise"), py::arg("time"), py::arg("scale"), py::arg("divergence"),
+          py::arg("probe") = py::none());
+    py::class_<RecordedDensity>(m, "RecordedDensity")
+        .def(py::init<const MlpSpec&, const py::array&, const py::array&, const py::array&,
+                      const py::array&, const py::array&, bool>(),
+             py::arg("spec"), py::arg("parameters"), py::arg("obs"), py::arg("noise"),
+             py::arg("time"), py::arg("scale"), py::arg("density") = true)
+        .def_property_readonly("action", [](const RecordedDensity& d) { return d.result().action; })
+        .def_property_readonly("log_prob",
+                               [](const RecordedDensity& d) { return d.result().log_prob; })
+        .def_property_readonly("folded", [](const RecordedDensity& d) { return d.result().folded; })
+        .def("backward", &RecordedDensity::backward, py::arg("gradients"), py::arg("d_action"),
+             py::arg("d_log_prob"));
     m.def("adam", &py_adam, py::arg("parameters"), py::arg("gradients"), py::arg("first_moment"),
           py::arg("second_moment"), py::arg("step"), py::arg("learning_rate"), py::arg("beta1"),
           py::arg("beta2"), py::arg("epsilon"));

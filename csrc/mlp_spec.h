@@ -11,6 +11,7 @@ namespace flame {
 
 constexpr int kMaxLayers = 8;
 constexpr int kMaxMembers = 16;
+constexpr int kMaxActionColumns = 64;
 constexpr int kMaxWidth = 4096;
 constexpr int kParameterAlignment = 16;  // floats
 constexpr float kLayerNormEps = 1e-5f;

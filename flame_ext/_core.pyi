@@ -122,3 +122,46 @@ def adam(
     epsilon: float,
 ) -> None: ...
 def soft_update(target: _Array, online: _Array, tau: float) -> None: ...
+def q_gradient(
+    spec: MlpSpec, parameters: _Array, obs: _Array, action: _Array
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def meanflow_step(
+    spec: MlpSpec,
+    parameters: _Array,
+    gradients: _Array,
+    obs: _Array,
+    z: _Array,
+    r: _Array,
+    t: _Array,
+    velocity: _Array,
+    tangent_velocity: _Array | None = None,
+) -> float: ...
+def flow_density(
+    spec: MlpSpec,
+    parameters: _Array,
+    obs: _Array,
+    noise: _Array,
+    time: _Array,
+    scale: _Array,
+    divergence: Literal["none", "log_det", "trace", "probe"],
+    probe: _Array | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]: ...
+
+class RecordedDensity:
+    def __init__(
+        self,
+        spec: MlpSpec,
+        parameters: _Array,
+        obs: _Array,
+        noise: _Array,
+        time: _Array,
+        scale: _Array,
+        density: bool = True,
+    ) -> None: ...
+    @property
+    def action(self) -> NDArray[np.float32]: ...
+    @property
+    def log_prob(self) -> NDArray[np.float32]: ...
+    @property
+    def folded(self) -> NDArray[np.bool_]: ...
+    def backward(self, gradients: _Array, d_action: _Array, d_log_prob: _Array) -> None: ...

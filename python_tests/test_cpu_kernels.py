@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from flame_ext import _core
-from flame_ext.networks import Critics, FlatMLP
+from flame_ext import _core, reference
+from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
+from flame_ext.sampling import flow_steps, time_feature_rows
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 EPS = float(np.finfo(np.float32).eps)
@@ -236,6 +237,203 @@ def test_critic_step_with_extreme_targets():
     assert_as_accurate(gradients, single, exact)
 
 
+# --- Qmin's action gradient -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "obs_dim", "action_dim", "hidden"),
+    [(1, 1, 1, (8,)), (31, 17, 6, (64, 64)), (257, 3, 6, (40, 40, 40)), (33, 376, 17, (48, 32))],
+)
+@each_isa
+def test_q_gradient(layer_norm, rows, obs_dim, action_dim, hidden):
+    critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
+    obs, action = draw(rows, obs_dim), np.tanh(draw(rows, action_dim))
+    q_min, gradient = _core.q_gradient(spec_of(critics), array(critics.flat), obs, action)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        net = copy.deepcopy(critics).to(dtype)
+        a = torch.from_numpy(action).to(dtype).requires_grad_()
+        q = net.q_min(torch.from_numpy(obs).to(dtype), a)
+        q.sum().backward()
+        results.append((q.detach(), a.grad))
+    assert_as_accurate(q_min, results[0][0], results[1][0])
+    assert_as_accurate(gradient, results[0][1], results[1][1])
+
+
+# --- MeanFlow -------------------------------------------------------------------------------------
+
+POLICIES = [
+    (1, 1, 1, (8,)),
+    (2, 3, 6, (33, 24)),
+    (31, 17, 6, (64, 64, 64)),
+    (257, 17, 6, (256, 256)),
+    (33, 376, 17, (48, 48)),
+]
+
+
+def make_policy(
+    obs_dim: int, action_dim: int, hidden: tuple[int, ...], seed: int = 2, **options: Any
+) -> MeanVelocityNet:
+    generator = torch.Generator().manual_seed(seed)
+    net = MeanVelocityNet(obs_dim, action_dim, hidden, generator=generator, **options)
+    shaken(net, seed)
+    return net
+
+
+def to_tensors(dtype: torch.dtype, *arrays: Array) -> list[torch.Tensor]:
+    return [torch.from_numpy(x).to(dtype) for x in arrays]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), POLICIES)
+@each_isa
+def test_meanflow_step(activation, layer_norm, rows, obs_dim, action_dim, hidden):
+    net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)
+    obs, z, velocity = (
+        draw(rows, obs_dim),
+        draw(rows, action_dim),
+        2 * draw(rows, action_dim, seed=1),
+    )
+    t = np.random.default_rng(rows).uniform(0.01, 1, rows).astype(np.float32)
+    r = np.where(np.arange(rows) % 3 == 0, t, 0.5 * t).astype(np.float32)
+    gradients = np.zeros_like(array(net.flat))
+    loss = _core.meanflow_step(
+        spec_of(net), array(net.flat), gradients, obs, z, r, t, velocity, None
+    )
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        copied = copy.deepcopy(net).to(dtype)
+        s, z_, v = to_tensors(dtype, obs, z, velocity)
+        r_, t_ = (x.unsqueeze(1) for x in to_tensors(dtype, r, t))
+        value = reference.meanflow_loss(copied, z_, r_, t_, s, v)
+        value.backward()
+        results.append((value.detach(), copied.flat.grad))
+    assert_as_accurate(np.asarray(loss), results[0][0], results[1][0])
+    assert_as_accurate(gradients, results[0][1], results[1][1])
+
+
+# --- Density of the flow policy -------------------------------------------------------------------
+
+
+def flow_tables(steps: int, flow: str = "mean") -> tuple[Array, Array]:
+    table = flow_steps(steps, flow)
+    return time_feature_rows(table), np.array([step.q for step in table], np.float32)
+
+
+def away_from_kinks(net: MeanVelocityNet, obs: Array, noise: Array) -> Array:
+    """Samples whose density is smooth at the scale of rounding errors.
+
+    With relu the Jacobian jumps where a unit changes sign, so no float32 result has a bounded error
+    there. Such samples are those whose float64 density moves visibly when the noise moves by 3e-6.
+    """
+    exact = copy.deepcopy(net).double()
+    s, x = to_tensors(torch.float64, obs, noise)
+    values = [reference.log_prob(exact, s, x + shift).log_prob for shift in (-3e-6, 0, 3e-6)]
+    spread = torch.stack(values).detach().numpy()
+    smooth = np.ptp(spread, axis=0) < 1e-4
+    assert smooth.mean() > 0.9
+    return smooth
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), POLICIES)
+@each_isa
+def test_exact_density(activation, layer_norm, rows, obs_dim, action_dim, hidden):
+    net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)
+    obs, noise = draw(rows, obs_dim), draw(rows, action_dim)
+    args = spec_of(net), array(net.flat), obs, noise, *flow_tables(1)
+    action, log_prob, folded = _core.flow_density(*args, "log_det")
+    single = reference.log_prob(net, *to_tensors(torch.float32, obs, noise))
+    exact = reference.log_prob(copy.deepcopy(net).double(), *to_tensors(torch.float64, obs, noise))
+    assert_as_accurate(action, single.action, exact.action)
+    smooth = away_from_kinks(net, obs, noise)
+    assert_as_accurate(log_prob[smooth], single.log_prob[smooth], exact.log_prob[smooth])
+    assert np.array_equal(folded[smooth], exact.folded[smooth].numpy())
+
+
+@pytest.mark.parametrize(
+    ("options", "divergence"),
+    [
+        ({"estimator": "one_step_trace"}, "trace"),
+        ({"estimator": "multi_step", "steps": 4, "trace": "log_det"}, "log_det"),
+        (
+            {"estimator": "multi_step", "steps": 3, "trace": "exact", "flow": "instantaneous"},
+            "trace",
+        ),
+        ({"estimator": "multi_step", "steps": 5, "trace": "hutchinson"}, "probe"),
+    ],
+)
+@each_isa
+def test_density_estimators_with_several_samples_per_state(options, divergence):
+    net = make_policy(17, 6, (64, 48))
+    obs, noise = draw(7, 17), draw(7, 23, 6)
+    probe = np.sign(draw(7, 23, 6, seed=5)) if divergence == "probe" else None
+    tables = flow_tables(options.get("steps", 1), options.get("flow", "mean"))
+    action, log_prob, folded = _core.flow_density(
+        spec_of(net), array(net.flat), obs, noise, *tables, divergence, probe
+    )
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        s, x = to_tensors(dtype, obs, noise)
+        p = None if probe is None else torch.from_numpy(probe).to(dtype)
+        copied = copy.deepcopy(net).to(dtype)
+        results.append(reference.log_prob(copied, s.unsqueeze(1), x, probe=p, **options))
+    assert_as_accurate(action, results[0].action, results[1].action)
+    assert_as_accurate(log_prob, results[0].log_prob, results[1].log_prob)
+    assert np.array_equal(folded, results[1].folded.numpy())
+
+
+def density_gradient(net: MeanVelocityNet, dtype: torch.dtype, arrays: list[Array]) -> torch.Tensor:
+    copied = copy.deepcopy(net).to(dtype)
+    obs, noise, d_action, d_log_prob = to_tensors(dtype, *arrays)
+    result = reference.log_prob(copied, obs, noise)
+    ((result.action * d_action).sum() + (result.log_prob * d_log_prob).sum()).backward()
+    assert copied.flat.grad is not None
+    return copied.flat.grad
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), POLICIES)
+@each_isa
+def test_density_gradient(activation, layer_norm, rows, obs_dim, action_dim, hidden):
+    net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)
+    arrays = [draw(rows, obs_dim), draw(rows, action_dim)]
+    arrays += [draw(rows, action_dim, seed=3), draw(rows, seed=4)]
+    args = spec_of(net), array(net.flat), *arrays[:2], *flow_tables(1)
+    recorded = _core.RecordedDensity(*args)
+    action, log_prob, folded = _core.flow_density(*args, "log_det")
+    assert np.allclose(recorded.action, action, rtol=1e-5, atol=1e-5)
+    assert np.allclose(recorded.log_prob, log_prob, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(recorded.folded, folded)
+    gradients = np.zeros_like(array(net.flat))
+    recorded.backward(gradients, *arrays[2:])
+    single = density_gradient(net, torch.float32, arrays)
+    exact = density_gradient(net, torch.float64, arrays)
+    assert_as_accurate(gradients, single, exact)
+    again = np.zeros_like(gradients)
+    recorded.backward(again, *arrays[2:])
+    assert np.array_equal(again, gradients)
+
+
+@each_isa
+def test_sample_without_density_has_the_action_gradient_alone():
+    net = make_policy(3, 2, (32, 32), layer_norm=True)
+    obs, noise, d_action = draw(9, 3), draw(9, 2), draw(9, 2, seed=3)
+    args = spec_of(net), array(net.flat), obs, noise, *flow_tables(1)
+    gradients = np.zeros_like(array(net.flat))
+    _core.RecordedDensity(*args, density=False).backward(gradients, d_action, draw(9))
+    arrays = [obs, noise, d_action, np.zeros(9, np.float32)]
+    assert_as_accurate(
+        gradients,
+        density_gradient(net, torch.float32, arrays),
+        density_gradient(net, torch.float64, arrays),
+    )
+
+
 # --- Optimizer ------------------------------------------------------------------------------------
 
 
@@ -274,6 +472,14 @@ def run_everything(threads: int) -> list[Array]:
     obs, action = draw(301, 17), np.tanh(draw(301, 6))
     gradients = np.zeros_like(flat)
     loss, _, q = _core.critic_step(spec, flat, gradients, obs, action, draw(301))
+    net = make_policy(17, 6, (72, 64), layer_norm=True)
+    policy, weights = spec_of(net), array(net.flat)
+    flow_gradients, kl_gradients = np.zeros_like(weights), np.zeros_like(weights)
+    t = np.abs(np.tanh(draw(301, seed=7)))
+    flow_args = obs, action, 0.5 * t, t, draw(301, 6, seed=8)
+    flow_loss = _core.meanflow_step(policy, weights, flow_gradients, *flow_args)
+    recorded = _core.RecordedDensity(policy, weights, obs, draw(301, 6, seed=9), *flow_tables(1))
+    recorded.backward(kl_gradients, draw(301, 6), draw(301))
     parameters, first, second = flat.copy(), np.zeros_like(flat), np.zeros_like(flat)
     _core.adam(parameters, gradients, first, second, 1, 1e-3, 0.9, 0.999, 1e-8)
     _core.soft_update(first, parameters, 0.3)
@@ -285,6 +491,12 @@ def run_everything(threads: int) -> list[Array]:
         q,
         parameters,
         first,
+        flow_gradients,
+        np.asarray(flow_loss),
+        recorded.log_prob,
+        kl_gradients,
+        *_core.q_gradient(spec, flat, obs, action),
+        *_core.flow_density(policy, weights, obs, draw(301, 5, 6), *flow_tables(2), "log_det"),
     ]
 
 

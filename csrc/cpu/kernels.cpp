@@ -13,6 +13,10 @@ const CpuKernels kKernels = {
     mlp_forward,
     twin_q,
     critic_step,
+    q_gradient,
+    meanflow_step,
+    flow_density,
+    flow_record,
     adam,
     soft_update,
 };

@@ -15,12 +15,18 @@
 
 namespace flame {
 
+class Workspace;
+
 struct CpuKernels {
     int vector_floats;  // lanes of simd.h's vector, for reports
     void (*policy_act)(const ActTask& task, int64_t begin, int64_t end, float* workspace);
     void (*mlp_forward)(const MlpForwardArgs& args);
     void (*twin_q)(const TwinQArgs& args);
     void (*critic_step)(const CriticStepArgs& args);
+    void (*q_gradient)(const QGradientArgs& args);
+    void (*meanflow_step)(const MeanFlowStepArgs& args);
+    void (*flow_density)(const FlowDensityArgs& args);
+    FlowTape* (*flow_record)(const FlowDensityArgs& args, Workspace& memory);
     void (*adam)(const AdamArgs& args);
     void (*soft_update)(const SoftUpdateArgs& args);
 };

@@ -180,9 +180,9 @@ static inline void norm_backward(const PackedLayer& weights, const TapeLayer& la
     }
 }
 
-// Fills every hidden layer's delta of chunk c from output_delta.
-static inline void backward_rows(const PackedLayer* layers, const Tape& tape, int64_t c) {
-    const ChunkRange range = chunk_range(tape, c);
+// Fills every hidden layer's delta of a row range, chunk c of the tape, from output_delta.
+static inline void backward_range(const PackedLayer* layers, const Tape& tape,
+                                  const ChunkRange& range, int64_t c) {
     for (int l = tape.num_layers - 2; l >= 0; --l) {
         const TapeLayer& layer = tape.hidden[l];
         const bool last = l + 2 == tape.num_layers;
@@ -205,6 +205,10 @@ static inline void backward_rows(const PackedLayer* layers, const Tape& tape, in
     }
 }
 
+static inline void backward_rows(const PackedLayer* layers, const Tape& tape, int64_t c) {
+    backward_range(layers, tape, chunk_range(tape, c), c);
+}
+
 // Gradient with respect to the first layers[0].backward_columns inputs, written to
 // input_gradient (B, ld) in whole panels.
 static inline void input_gradient_rows(const PackedLayer* layers, const Tape& tape,
@@ -221,21 +225,27 @@ static inline void input_gradient_rows(const PackedLayer* layers, const Tape& ta
 // --- Weight gradients
 // -----------------------------------------------------------------------------
 
-// gradient (out, in) rows [first, first + count) += delta^T x over all B rows.
+// gradient (out, in) rows [first, first + count) += delta^T x over all B rows. Each pass over
+// kGradientDepth rows starts from zero and the passes are added up: summing thousands of rows into
+// one float accumulator would lose several bits. `scratch` holds two blocks.
 static inline void weight_gradient_block(int64_t rows, int first, int count, int in,
                                          const float* delta, ptrdiff_t ldd, const float* x,
                                          ptrdiff_t ldx, float* gradient, float* scratch) {
     const ptrdiff_t ld = panel_count(in) * kGemmCols;
-    const float* init[kGradientRows];
-    fill_rows(init, count, scratch, ld);
+    float* total = scratch;
+    float* pass = scratch + kGradientRows * ld;
     for (int64_t r = 0; r < rows; r += kGradientDepth) {
         const int depth = static_cast<int>(rows - r < kGradientDepth ? rows - r : kGradientDepth);
         gemm(count, in, depth, GemmA{delta + r * ldd + first, 1, ldd}, x + r * ldx, ldx, kGemmCols,
-             r > 0 ? init : nullptr, scratch, ld);
+             nullptr, r > 0 ? pass : total, ld);
+        if (r == 0) continue;
+        for (ptrdiff_t k = 0; k < count * ld; k += kLanes) {
+            store(total + k, load(total + k) + load(pass + k));
+        }
     }
     for (int i = 0; i < count; ++i) {
         float* to = gradient + static_cast<ptrdiff_t>(first + i) * in;
-        const float* from = scratch + i * ld;
+        const float* from = total + i * ld;
         int k = 0;
         for (; k + kLanes <= in; k += kLanes) store(to + k, load(to + k) + load(from + k));
         for (; k < in; ++k) to[k] += from[k];
@@ -274,6 +284,7 @@ struct LayerGradient {
     ptrdiff_t norm_ld;
     float* gain;
     float* offset;
+    int basis;  // leading inputs whose unit vectors are tangent inputs; 0 without tangents
 };
 
 static inline void norm_gradient_block(const LayerGradient& g, int first, int count) {
@@ -282,6 +293,21 @@ static inline void norm_gradient_block(const LayerGradient& g, int first, int co
         for (int i = 0; i < count; ++i) {
             g.gain[first + i] += partial[i];
             g.offset[first + i] += partial[g.norm_ld + i];
+        }
+    }
+}
+
+// Tangent j of a sample enters the first layer as column j of its weight; its delta lies j + 1 rows
+// after the sample's own.
+static inline void basis_gradient_block(const LayerGradient& g, int first, int count) {
+    const ptrdiff_t row = g.bias_ldd / (1 + g.basis);
+    float column[kGradientRows];
+    for (int j = 0; j < g.basis; ++j) {
+        __builtin_memset(column, 0, sizeof(column));
+        bias_gradient_block(g.bias_rows, 0, count, g.delta + (1 + j) * row + first, g.bias_ldd,
+                            column);
+        for (int i = 0; i < count; ++i) {
+            g.weight[static_cast<ptrdiff_t>(first + i) * g.in + j] += column[i];
         }
     }
 }
@@ -295,6 +321,7 @@ static inline void layer_gradient_block(const LayerGradient& g, int block, float
                           scratch);
     bias_gradient_block(g.bias_rows, first, count, g.delta, g.bias_ldd, g.bias);
     if (g.norm_partial) norm_gradient_block(g, first, count);
+    if (g.basis > 0) basis_gradient_block(g, first, count);
 }
 
 // Runs the blocks of all given layers in parallel; every block owns its part of the gradient.
@@ -307,8 +334,8 @@ static inline void run_layer_gradients(const LayerGradient* layers, int count) {
     }
     parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
         Workspace workspace;
-        float* scratch =
-            workspace.floats(static_cast<size_t>(kGradientRows) * panel_count(widest) * kGemmCols);
+        float* scratch = workspace.floats(2 * static_cast<size_t>(kGradientRows) *
+                                          panel_count(widest) * kGemmCols);
         int l = 0;
         int64_t start = 0;
         for (int64_t b = begin; b < end; ++b) {
@@ -321,34 +348,42 @@ static inline void run_layer_gradients(const LayerGradient* layers, int count) {
     });
 }
 
+// The part of a layer's gradient that points into the flat gradient buffer.
+static inline LayerGradient gradient_target(const MlpSpec& spec, int layer, int member,
+                                            float* gradients) {
+    const LayerOffsets at = layer_offsets(spec, layer);
+    const size_t row = static_cast<size_t>(member) * spec.sizes[layer + 1];
+    const bool norm = has_norm(spec, layer);
+    LayerGradient g{};
+    g.in = spec.sizes[layer];
+    g.out = spec.sizes[layer + 1];
+    g.weight = gradients + at.weight + row * g.in;
+    g.bias = gradients + at.bias + row;
+    g.gain = norm ? gradients + at.gain + row : nullptr;
+    g.offset = norm ? gradients + at.offset + row : nullptr;
+    return g;
+}
+
 // The layers of one member's tape; appends num_layers entries and returns the new count.
 static inline int append_layer_gradients(const MlpSpec& spec, const Tape& tape, int member,
                                          const float* input, ptrdiff_t ldx, float* gradients,
                                          LayerGradient* list, int count) {
     for (int l = 0; l < spec.num_layers; ++l) {
-        const LayerOffsets at = layer_offsets(spec, l);
-        const int in = spec.sizes[l];
-        const int out = spec.sizes[l + 1];
-        const size_t row = static_cast<size_t>(member) * out;
+        LayerGradient g = gradient_target(spec, l, member, gradients);
         const bool last = l + 1 == spec.num_layers;
-        const bool norm = has_norm(spec, l);
-        LayerGradient& g = list[count++];
         g.rows = tape.rows;
-        g.in = in;
-        g.out = out;
         g.delta = last ? tape.output_delta : tape.hidden[l].delta;
         g.ldd = last ? tape.output_ld : tape.hidden[l].ld;
         g.bias_rows = g.rows;
         g.bias_ldd = g.ldd;
         g.x = l == 0 ? input : tape.hidden[l - 1].h;
         g.ldx = l == 0 ? ldx : tape.hidden[l - 1].ld;
-        g.weight = gradients + at.weight + row * in;
-        g.bias = gradients + at.bias + row;
-        g.norm_partial = norm ? tape.hidden[l].partial : nullptr;
-        g.norm_chunks = tape.chunks;
-        g.norm_ld = norm ? tape.hidden[l].ld : 0;
-        g.gain = norm ? gradients + at.gain + row : nullptr;
-        g.offset = norm ? gradients + at.offset + row : nullptr;
+        if (has_norm(spec, l)) {
+            g.norm_partial = tape.hidden[l].partial;
+            g.norm_chunks = tape.chunks;
+            g.norm_ld = tape.hidden[l].ld;
+        }
+        list[count++] = g;
     }
     return count;
 }

@@ -72,4 +72,80 @@ struct SoftUpdateArgs {
     float tau;
 };
 
+// Qmin(s, a) and its gradient with respect to the action.
+struct QGradientArgs {
+    MlpSpec spec;
+    const float* parameters;
+    int64_t rows;
+    int32_t action_dim;
+    const float* obs;  // (rows, O)
+    int64_t obs_ld;
+    const float* action;  // (rows, A)
+    int64_t action_ld;
+    float* q_min;     // (rows)
+    float* gradient;  // (rows, A)
+};
+
+// mean_b |u - sg(v - (t - r) JVP)|^2, JVP = tangent of u along (tangent_velocity, dr = 0, dt = 1);
+// the network's input columns are [z (A) | observation (O) | time features (kTimeFeatures)].
+struct MeanFlowStepArgs {
+    MlpSpec spec;
+    const float* parameters;
+    float* gradients;
+    int64_t rows;
+    int32_t action_dim;
+    const float* obs;  // (rows, O)
+    int64_t obs_ld;
+    const float* z;                 // (rows, A) dense, like the two below
+    const float* velocity;          // v
+    const float* tangent_velocity;  // v again, or another estimate of it
+    const float* r;                 // (rows)
+    const float* t;                 // (rows)
+    double* loss;                   // one value
+};
+
+enum class Divergence : int32_t { kNone = 0, kLogDet = 1, kTrace = 2, kProbe = 3 };
+
+// Carries noise through z <- z + scale_i u(z, time_i, s), i < steps, and measures the density of
+// the result: log N(noise) minus, per step, log|det(I + scale J)| (kLogDet), scale tr J (kTrace) or
+// scale probe' J probe (kProbe).
+struct FlowDensityArgs {
+    MlpSpec spec;
+    const float* parameters;
+    int64_t states;
+    int32_t samples;  // per state; rows = states * samples
+    int32_t action_dim;
+    const float* obs;  // (states, O)
+    int64_t obs_ld;
+    const float* noise;  // (rows, A) dense
+    int32_t steps;
+    int32_t time_features;
+    const float* time;   // (steps, time_features)
+    const float* scale;  // (steps)
+    Divergence divergence;
+    const float* probe;  // (rows, A) for kProbe
+    float* action;       // (rows, A)
+    float* log_prob;     // (rows)
+    bool* folded;        // (rows): the product of the steps' determinants is negative
+};
+
+// Adds the gradient of sum_b (d_action_b . a_b + d_log_prob_b log pi_b) to `gradients`.
+struct FlowTape;
+struct FlowBackwardArgs {
+    FlowTape* tape;
+    float* gradients;
+    const float* d_action;    // (rows, A)
+    const float* d_log_prob;  // (rows), ignored where the density was not recorded
+};
+
+// What every instruction set's FlowTape starts with: its own backward, which knows its layouts.
+struct FlowTape {
+    void (*backward)(const FlowBackwardArgs& args);
+    int64_t rows;
+    int32_t action_dim;
+    int64_t parameter_count;
+};
+
+constexpr int kTimeFeatures = 32;
+
 }  // namespace flame

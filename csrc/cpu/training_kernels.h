@@ -3,12 +3,17 @@
 
 #include "cpu/simd.h"
 #include "cpu/training.h"
+#include "cpu/workspace.h"
 
 namespace flame::FLAME_ISA {
 
 void mlp_forward(const MlpForwardArgs& args);
 void twin_q(const TwinQArgs& args);
 void critic_step(const CriticStepArgs& args);
+void q_gradient(const QGradientArgs& args);
+void meanflow_step(const MeanFlowStepArgs& args);
+void flow_density(const FlowDensityArgs& args);
+FlowTape* flow_record(const FlowDensityArgs& args, Workspace& memory);
 void adam(const AdamArgs& args);
 void soft_update(const SoftUpdateArgs& args);
 

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -19,6 +20,8 @@ struct Block {
     std::unique_ptr<char, FreeBlock> memory;
     size_t size;
 };
+
+}  // namespace
 
 // Blocks never move, so pointers stay valid while later requests grow the arena.
 struct Arena {
@@ -48,19 +51,47 @@ struct Arena {
     }
 };
 
-thread_local Arena arena;
+namespace {
+
+thread_local Arena thread_arena;
+
+struct ArenaPool {
+    std::mutex mutex;
+    std::vector<std::unique_ptr<Arena>> idle;
+};
+
+// Never destroyed: recorded passes may be collected after static destructors have run.
+ArenaPool& arena_pool() {
+    static ArenaPool* pool = new ArenaPool;
+    return *pool;
+}
 
 }  // namespace
 
-Workspace::Workspace() : block_(arena.current), used_(arena.used) {}
+Workspace::Workspace() : Workspace(&thread_arena) {}
+
+Workspace::Workspace(Arena* arena) : arena_(arena), block_(arena->current), used_(arena->used) {}
 
 Workspace::~Workspace() {
-    arena.current = block_;
-    arena.used = used_;
+    arena_->current = block_;
+    arena_->used = used_;
 }
 
-void* Workspace::bytes(size_t count) { return arena.take(count); }
+void* Workspace::bytes(size_t count) { return arena_->take(count); }
 
-void release_workspace() { arena = Arena{}; }
+Arena* borrow_arena() {
+    ArenaPool& pool = arena_pool();
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    if (pool.idle.empty()) return new Arena;
+    Arena* arena = pool.idle.back().release();
+    pool.idle.pop_back();
+    return arena;
+}
+
+void return_arena(Arena* arena) {
+    ArenaPool& pool = arena_pool();
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    pool.idle.emplace_back(arena);
+}
 
 }  // namespace flame
