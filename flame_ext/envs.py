@@ -81,7 +81,7 @@ def make_eval_env(
 
     Args:
         env: As for ``make_vector_env``. Objects are rebuilt from their Gymnasium spec, or copied.
-        num_envs: How many, side by side.
+        num_envs: How many, side by side; just one if an object can be copied only once.
         seed: Decides the environments' randomness.
         render_mode: ``"rgb_array"`` to use ``render`` (an id only).
 
@@ -97,7 +97,7 @@ def make_eval_env(
     if isinstance(source, str):
         factory = _factory_of(source, **({"render_mode": render_mode} if render_mode else {}))
         return VectorEnvHandle(_build_vector([factory] * num_envs, parallel=False), seed=seed)
-    twins = [_twin_of(source) for _ in range(num_envs)]
+    twins = _twins_of(source, num_envs)
     factories: list[EnvFactory] = [lambda twin=twin: twin for twin in twins]  # type: ignore[misc]
     return VectorEnvHandle(_build_vector(factories, parallel=False), seed=seed)
 
@@ -207,6 +207,16 @@ def _single_of(vector: VectorEnv[Any, Any, Any]) -> Environment | str:
             "Pass an id or a factory with num_envs instead."
         )
     return spec_id
+
+
+def _twins_of(env: Environment, count: int) -> list[Environment]:
+    """``count`` environments like ``env``, or one where no further ones can be built."""
+    twins = [_twin_of(env)]
+    try:
+        twins += [_twin_of(env) for _ in range(count - 1)]
+    except ValueError:  # A device or window that opens once more, but not count times.
+        return twins[:1]
+    return twins if len({id(twin.unwrapped) for twin in twins}) == count else twins[:1]
 
 
 def _twin_of(env: Environment) -> Environment:

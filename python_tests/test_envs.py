@@ -373,6 +373,23 @@ def test_an_object_that_cannot_be_doubled_is_refused():
         make_eval_env(Single())
 
 
+def test_several_evaluation_environments_are_copies_or_just_one():
+    class Lendable(Counter):
+        copies_left = 1
+
+        def __deepcopy__(self, memo):
+            if not Lendable.copies_left:
+                raise RuntimeError("holds a socket")
+            Lendable.copies_left -= 1
+            return Lendable()
+
+    for source in ("flame_ext/MultiGoal-v0", MultiGoalEnv, MultiGoalEnv()):
+        evaluation = make_eval_env(source, num_envs=3)
+        assert evaluation.num_envs == 3
+        assert len({id(env.unwrapped) for env in evaluation.vector.unwrapped.envs}) == 3
+    assert make_eval_env(Lendable(), num_envs=3).num_envs == 1
+
+
 def test_pictures_come_from_evaluation_environments():
     evaluation = make_eval_env("flame_ext/MultiGoal-v0", render_mode="rgb_array")
     evaluation.reset()
