@@ -263,7 +263,8 @@ FlowDensityArgs density_args(const MlpSpec& spec, const py::array& parameters, c
             probe ? fits(*probe, "probe") : nullptr,
             result.action.mutable_data(),
             result.log_prob.mutable_data(),
-            result.folded.mutable_data()};
+            result.folded.mutable_data(),
+            nullptr};
 }
 
 py::tuple py_flow_density(const MlpSpec& spec, const py::array& parameters, const py::array& obs,
@@ -290,21 +291,31 @@ class RecordedDensity {
               "; it must be (rows, ", outputs(spec), ") with at least one row");
         check(time.ndim() == 2 && time.shape(0) == 1, "time has shape ", shape_text(time),
               "; only one step can be recorded, so it must be (1, features)");
-        const FlowDensityArgs args =
-            density_args(spec, parameters, obs, noise, time, scale, density ? "log_det" : "none",
-                         std::nullopt, result_);
+        FlowDensityArgs args = density_args(spec, parameters, obs, noise, time, scale,
+                                            density ? "log_det" : "none", std::nullopt, result_);
+        if (density) {
+            const auto rows = static_cast<py::ssize_t>(args.states);
+            transport_ = Array({rows, static_cast<py::ssize_t>(args.action_dim),
+                                static_cast<py::ssize_t>(args.action_dim)});
+            args.transport = transport_.mutable_data();
+        }
         const py::gil_scoped_release release;
         tape_ = kernels().flow_record(args, *memory_);
     }
 
     const DensityResult& result() const { return result_; }
+    const Array& transport() const { return transport_; }
 
     void backward(const py::array& gradients, const py::array& d_action,
-                  const py::array& d_log_prob) const {
+                  const py::array& d_log_prob, const std::optional<py::array>& d_transport) const {
+        const int64_t n = tape_->action_dim;
         const FlowBackwardArgs args{tape_,
                                     writable(gradients, "gradients", {tape_->parameter_count}),
                                     dense(d_action, "d_action", {tape_->rows, tape_->action_dim}),
-                                    dense(d_log_prob, "d_log_prob", {tape_->rows})};
+                                    dense(d_log_prob, "d_log_prob", {tape_->rows}),
+                                    d_transport
+                                        ? dense(*d_transport, "d_transport", {tape_->rows, n, n})
+                                        : nullptr};
         const py::gil_scoped_release release;
         tape_->backward(args);
     }
@@ -313,6 +324,7 @@ class RecordedDensity {
     std::unique_ptr<Arena, void (*)(Arena*)> arena_;
     std::unique_ptr<Workspace> memory_;  // after arena_: it gives back first
     DensityResult result_;
+    Array transport_;
     FlowTape* tape_ = nullptr;
 };
 
@@ -376,8 +388,9 @@ void bind_training(py::module_& m) {
         .def_property_readonly("log_prob",
                                [](const RecordedDensity& d) { return d.result().log_prob; })
         .def_property_readonly("folded", [](const RecordedDensity& d) { return d.result().folded; })
+        .def_property_readonly("transport", &RecordedDensity::transport)
         .def("backward", &RecordedDensity::backward, py::arg("gradients"), py::arg("d_action"),
-             py::arg("d_log_prob"));
+             py::arg("d_log_prob"), py::arg("d_transport") = py::none());
     m.def("adam", &py_adam, py::arg("parameters"), py::arg("gradients"), py::arg("first_moment"),
           py::arg("second_moment"), py::arg("step"), py::arg("learning_rate"), py::arg("beta1"),
           py::arg("beta2"), py::arg("epsilon"));

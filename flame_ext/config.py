@@ -56,7 +56,9 @@ class Config:
         initial_alpha: Entropy temperature at the start [alpha].
         alpha_learning_rate: Adam step of log alpha.
         alpha_interval: Critic updates per temperature update.
-        target_entropy_scale: Target entropy is this times the action dimension, in nats.
+        target_entropy_scale: Target entropy is this times the action dimension, in nats. A tanh
+            Gaussian reaches -1 by saturating; a flow's entropy is that of its unclipped map, where
+            -1 would mean a standard deviation of 0.09.
         target_ess: Effective sample size that ``temperature="ess"`` holds, as a fraction of K.
         entropy_in_target: Whether the TD target subtracts alpha log pi(a'|s').
         entropy_estimator: Estimator of log pi, see `flame_ext.reference.log_prob`.
@@ -122,19 +124,19 @@ class Config:
     initial_alpha: float = 0.05
     alpha_learning_rate: float = 1e-3
     alpha_interval: int = 1
-    target_entropy_scale: float = -1.0
+    target_entropy_scale: float = 0.0
     target_ess: float = 0.25
     entropy_in_target: bool = True
     entropy_estimator: Estimator = "exact"
     entropy_steps: int = 1
     entropy_trace: Trace = "exact"
-    num_candidates: int = 32
-    proposal: Proposal = "policy"
+    num_candidates: int = 8
+    proposal: Proposal = "reverse"
     proposal_ess: float = 0.5
-    z_source: ZSource = "target"
+    z_source: ZSource = "replay"
     instantaneous_fraction: float = 0.5
-    acting_fraction: float = 0.0
-    reweighting_weight: float = 0.3
+    acting_fraction: float = 0.25
+    reweighting_weight: float = 0.1
     reverse_kl_weight: float = 1.0
     reverse_kl_entropy: bool = True
     normalize_q: bool = False
@@ -249,7 +251,9 @@ _PAPER: dict[str, Any] = {
     "entropy_trace": "hutchinson",
     "num_candidates": 100,
     "proposal": "reverse",
-    "z_source": "policy",
+    "z_source": "replay",
+    "instantaneous_fraction": 0.0,
+    "acting_fraction": 0.0,
     "reweighting_weight": 1.0,
     "reverse_kl_weight": 0.0,
     "train_particles": 32,
@@ -266,6 +270,12 @@ _MULTI_STEP: dict[str, Any] = {
     "reweighting_weight": 1.0,
     "reverse_kl_weight": 0.0,
     "instantaneous_fraction": 1.0,
+    "acting_fraction": 0.0,
+    "num_candidates": 32,
+    "temperature": "ess",
+    "target_ess": 0.15,
+    "train_particles": 4,
+    "target_particles": 4,
     "entropy_in_target": False,
 }
 _ALGORITHM: dict[str, dict[str, Any]] = {
@@ -286,7 +296,7 @@ _ALGORITHM: dict[str, dict[str, Any]] = {
         "entropy_in_target": True,
         "target_entropy_scale": -1.0,
     },
-    "diffusion": {**_MULTI_STEP, "temperature": "ess"},
+    "diffusion": _MULTI_STEP,
 }
 
 

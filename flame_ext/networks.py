@@ -60,13 +60,16 @@ class Layer:
 
 
 class Evaluator(Protocol):
-    """Evaluates a network without gradient, faster than PyTorch does."""
+    """Evaluates a network faster than PyTorch does; only critics are asked for Q."""
 
     def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
-        """As `FlatMLP.forward`."""
+        """As `FlatMLP.forward`, without gradient."""
 
     def candidates(self, obs: Tensor, action: Tensor) -> Tensor:
-        """As `Critics.candidate_q_min`; only critics are asked."""
+        """As `Critics.candidate_q_min`, without gradient."""
+
+    def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
+        """As `Critics.q_min` for rows, differentiable with respect to the action alone."""
 
 
 class FlatMLP(nn.Module):
@@ -447,6 +450,9 @@ class Critics(FlatMLP):
 
     def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
         """The smallest member's value, ``(...)``."""
+        frozen = action.requires_grad and not self.flat.requires_grad
+        if self.evaluator is not None and frozen and action.dim() == 2:
+            return self.evaluator.q_min(obs, action)
         return self.q_values(obs, action).amin(0)
 
     def candidate_q_min(self, obs: Tensor, action: Tensor) -> Tensor:

@@ -170,3 +170,43 @@ def test_backends_do_not_fall_back() -> None:
 def test_diffusion_has_no_density() -> None:
     with pytest.raises(ValueError, match="no tractable log-density"):
         make_agent("diffusion", entropy_in_target=True).update(make_batch())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_ten_updates_agree_between_torch_and_native(algorithm: str) -> None:
+    """Loss by loss, from the same weights and draws; then the parameters."""
+    options = {"hidden_sizes": (32, 24), "policy_delay": 1, "num_candidates": 8}
+    config = make_config(algorithm, overrides={**SMALL, **options})
+    agents = [
+        Agent(config, OBS, ACT, make_backend(name, torch.device("cpu")), seed=0)
+        for name in ("torch", "cpu")
+    ]
+    for step in range(10):
+        losses = [agent.update(make_batch(step)) for agent in agents]
+        assert losses[0].keys() == losses[1].keys()
+        for name, value in losses[0].items():
+            assert losses[1][name] == pytest.approx(value, rel=2e-3, abs=2e-3), (step, name)
+    for name, net in agents[0].networks().items():
+        twin = agents[1].networks()[name].flat
+        torch.testing.assert_close(twin, net.flat, rtol=0, atol=5e-3)
+
+
+def test_native_losses_refuse_what_they_cannot_differentiate() -> None:
+    """No silent zero: a second derivative and a forward-mode tangent raise."""
+    config = make_config("flame", overrides=SMALL)
+    agent = Agent(config, OBS, ACT, make_backend("cpu", torch.device("cpu")))
+    obs, noise = torch.randn(8, OBS), torch.randn(8, ACT)
+    sample = agent.actor.sample(obs, noise, agent.generator)
+    first = torch.autograd.grad(
+        sample.log_prob.sum(), agent.actor.network.flat, create_graph=True
+    )[0]
+    with pytest.raises(RuntimeError):
+        first.sum().backward()
+
+    def log_prob(flat: torch.Tensor) -> torch.Tensor:
+        agent.actor.network._parameters["flat"] = flat  # type: ignore[assignment]
+        return agent.actor.sample(obs, noise, agent.generator).log_prob
+
+    flat = agent.actor.network.flat.detach()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(log_prob, (flat,), (torch.ones_like(flat),))

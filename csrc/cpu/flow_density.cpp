@@ -225,6 +225,9 @@ void record_density(const FlowDensityArgs& a, const RecordedFlow& flow, int64_t 
     int pivot[kMaxActions];
     const double q = static_cast<double>(flow.scale);
     flow_jacobian(flow.tape, b, n, q, m);
+    if (a.transport != nullptr) {
+        for (int i = 0; i < n * n; ++i) a.transport[b * n * n + i] = static_cast<float>(m[i]);
+    }
     const LogDet det = lu_factor(m, n, pivot);
     a.log_prob[b] -= static_cast<float>(det.log_abs);
     a.folded[b] = det.negative;
@@ -256,7 +259,8 @@ void record_chunk(const FlowDensityArgs& a, const RecordedFlow& flow, const floa
     }
 }
 
-// Output deltas: u receives q d_action, J receives d_log_prob times its stored gradient.
+// Output deltas: u receives q d_action, J receives d_log_prob times its stored gradient and
+// q d_transport.
 void flow_output_deltas(const RecordedFlow& flow, const FlowBackwardArgs& args, int64_t b) {
     const TangentTape& tape = flow.tape;
     const int n = flow.head.action_dim;
@@ -264,9 +268,11 @@ void flow_output_deltas(const RecordedFlow& flow, const FlowBackwardArgs& args, 
     for (int j = 0; j < n; ++j) delta[j] = flow.scale * args.d_action[b * n + j];
     for (int t = 0; t < tape.tangents; ++t) {
         const float* gradient = flow.jacobian_gradient + (b * n + t) * n;
-        for (int j = 0; j < n; ++j) {
-            delta[(1 + t) * tape.output_ld + j] = args.d_log_prob[b] * gradient[j];
-        }
+        float* to = delta + (1 + t) * tape.output_ld;
+        for (int j = 0; j < n; ++j) to[j] = args.d_log_prob[b] * gradient[j];
+        if (args.d_transport == nullptr) continue;
+        const float* d_transport = args.d_transport + b * n * n + t;  // column t of M
+        for (int j = 0; j < n; ++j) to[j] += flow.scale * d_transport[j * n];
     }
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,18 @@ MIN_TIME = 1e-2
 # Walls stand against Q's gradient, so they grow with Q's scale and not only with alpha, which may
 # fall by orders of magnitude.
 WALL_SCALE = 0.01
+
+
+class FlowEvaluator(Protocol):
+    """What a backend may compute for a flow's network; one derivative by the parameters."""
+
+    def log_prob(self, obs: Tensor, noise: Tensor) -> LogProb:
+        """As `reference.log_prob` with the exact estimator, for rows."""
+
+    def meanflow_loss(
+        self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
+    ) -> Tensor:
+        """As `reference.meanflow_loss`."""
 
 
 class FlowActor(Actor):
@@ -58,6 +72,9 @@ class FlowActor(Actor):
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
         c = self.config
+        native = self._native()
+        if native is not None and c.entropy_estimator == "exact" and noise.dim() == 2:
+            return native.log_prob(obs, noise)
         probe = None
         if c.entropy_trace == "hutchinson":
             bits = torch.randint(0, 2, noise.shape, generator=generator, device=noise.device)
@@ -72,6 +89,10 @@ class FlowActor(Actor):
             flow=c.flow,
             probe=probe,
         )
+
+    def _native(self) -> FlowEvaluator | None:
+        """The backend's kernels for this network, if it has any."""
+        return cast("FlowEvaluator | None", self.network.evaluator)
 
     def loss(
         self,
@@ -150,7 +171,11 @@ class FlowActor(Actor):
                 z, reweighted = self._from_policy(obs, t, critics, alpha, generator)
             else:
                 z, reweighted = self._from_reverse(obs, action, t, critics, alpha, generator)
-        loss = meanflow_loss(self.network, z, r, t, obs, reweighted.velocity)
+        native = self._native()
+        if native is not None:
+            loss = native.meanflow_loss(z, r, t, obs, reweighted.velocity)
+        else:
+            loss = meanflow_loss(self.network, z, r, t, obs, reweighted.velocity)
         return loss, reweighted.ess.mean() / self.config.num_candidates
 
     def _times(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
