@@ -364,6 +364,7 @@ def _meanings(docstring: str) -> dict[str, str]:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from flame_ext.multigoal import ENV_ID
     from flame_ext.play import Acting, evaluate_policy, film_episode, require_video_support
     from flame_ext.policy import load
 
@@ -383,6 +384,11 @@ def _eval(options: argparse.Namespace) -> None:
     print(f"return    {mean:.1f} +- {spread:.1f} over {len(returns)} episodes")
     print(f"range     {min(returns):.1f} to {max(returns):.1f}")
     print(f"length    {sum(lengths) / len(lengths):.1f} steps")
+    if env_id == ENV_ID:
+        from flame_ext.plots import rollout_goals
+
+        shares = rollout_goals(policy, options.episodes, seed=options.seed).fractions
+        print(f"goals     {' / '.join(f'{share:.1%}' for share in shares)} of sampled episodes")
     if options.video is not None:
         film_episode(policy, env_id, options.video, acting, seed=options.seed)
         print(f"video     {options.video}")

@@ -254,6 +254,7 @@ def test_eval_reports_the_episodes(run_dir, capsys):
     first = capsys.readouterr().out
     assert "sac on flame_ext/MultiGoal-v0, best of 2" in first
     assert re.search(r"return +-?\d+\.\d \+- \d+\.\d over 12 episodes", first)
+    assert re.search(r"goals +\d+\.\d% / \d+\.\d% / \d+\.\d% / \d+\.\d% of sampled", first)
     assert cli.main(words) == 0
     assert capsys.readouterr().out == first
     assert cli.main([*words, "--stochastic", "--seed", "1"]) == 0
