@@ -28,7 +28,7 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
     if value in choices:
         return
     raise ValueError(
-        f"{name}={value!r} is unknown{nearest_hint(str(value), choices)}. "
+        f"{name}={value!r} is unknown{nearest_hint(str(value), choices) or '.'} "
         f"Choose one of: {', '.join(choices)}."
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import re
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -133,6 +135,7 @@ class Trainer:
         self.evaluations: list[Evaluation] = []
         self._update_debt = 0.0
         self._obs: np.ndarray | None = None
+        _tune_process()
         self._earlier_wall_time, self._start = 0.0, time.perf_counter()
         self._stopped_by: str | None = None
         self._tally = _Tally()
@@ -299,7 +302,7 @@ class Trainer:
         self, log: MultiLogger, evaluation_log: EvaluationLog, progress: Progress
     ) -> None:
         c = self.config
-        noise = torch.from_numpy(fixed_noise(c.eval_particles, self.env.action_dim))
+        noise = torch.tensor(fixed_noise(c.eval_particles, self.env.action_dim))
         noise = noise.to(self.device).unsqueeze(0)
 
         def act(obs: np.ndarray) -> np.ndarray:
@@ -410,6 +413,22 @@ def _make_training_env(env: EnvLike, config: Config, seed: int) -> VectorEnvHand
     """An id or a factory is run `num_envs` times; objects are taken as they are."""
     is_object = isinstance(env, (gymnasium.Env, gymnasium.vector.VectorEnv))
     return make_vector_env(env, num_envs=None if is_object else config.num_envs, seed=seed)
+
+
+def _tune_process() -> None:
+    """Two process settings worth 10 to 30 % of an update on a CPU.
+
+    Adam's moments of parameters that rarely move become denormal numbers, which CPUs handle in
+    microcode; and glibc would hand every large temporary back to the system, only to fault its
+    pages in again at the next update.
+    """
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux":
+        mmap_threshold, trim_threshold = -3, -1
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc; musl has none
+            libc.mallopt(mmap_threshold, 1 << 30)
+            libc.mallopt(trim_threshold, 1 << 30)
 
 
 def _resolve_device(device: str) -> torch.device:
