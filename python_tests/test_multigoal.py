@@ -48,7 +48,7 @@ def test_reward_by_hand():
     env.reset(seed=0)
     obs, reward, terminated, truncated, info = env.step(np.array([0.5, 0.25], dtype=np.float32))
     distance = np.hypot(5.0 - 0.5, 0.25)
-    assert reward == pytest.approx(-distance - 2.0 * (0.25 + 0.0625))
+    assert reward == pytest.approx(-0.2 * distance - 0.8 * (0.25 + 0.0625))
     assert (terminated, truncated, info["goal"]) == (False, False, -1)
     assert obs.tolist() == [0.5, 0.25]
 
@@ -64,7 +64,7 @@ def test_every_goal_ends_the_episode_and_is_reported(goal):
         steps += 1
     assert info["goal"] == goal
     assert steps == 5
-    assert reward == pytest.approx(multigoal.MultiGoalEnv().goal_bonus - 2.0, abs=1e-4)
+    assert reward == pytest.approx(multigoal.MultiGoalEnv().goal_bonus - 0.8, abs=1e-4)
 
 
 def test_standing_still_is_cut_off_but_not_terminated():
@@ -83,7 +83,7 @@ def test_goals_are_equally_good_and_separated_by_worse_actions():
     diagonal = max(_return_of_first_action((1, 1), k) for k in range(4))
     half_diagonal = max(_return_of_first_action((0.7, 0.7), k) for k in range(4))
     still = max(_return_of_first_action((0, 0), k) for k in range(4))
-    assert min(straight) > max(diagonal, half_diagonal, still) + 1.0
+    assert min(straight) > max(diagonal, half_diagonal, still) + 0.3
 
 
 def test_number_of_goals_is_an_argument():
