@@ -17,7 +17,6 @@
 namespace flame {
 
 // --- Instruction sets (cpu/dispatch.cpp)
-// ----------------------------------------------------------
 
 enum class Isa : int32_t { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
 constexpr int kNumIsas = 3;
@@ -33,12 +32,10 @@ Isa isa_active();
 void set_isa(const char* name);
 
 // --- Networks
-// -------------------------------------------------------------------------------------
 
 enum class Activation : int32_t { kRelu = 0, kSilu = 1, kMish = 2 };
 
 // --- Random numbers (philox.h says how draws are numbered)
-// ------------------------------------------
 
 struct PhiloxKey {
     uint64_t seed;
@@ -47,7 +44,6 @@ struct PhiloxKey {
 };
 
 // --- CUDA (cuda/device.cu, cuda/philox.cu); declared always, defined only in a build with CUDA
-// ----------------------
 
 // 0 where there is no driver or no device.
 int cuda_device_count();

@@ -57,7 +57,6 @@ std::vector<std::string> cuda_devices() {
 }
 
 // --- Random numbers
-// -------------------------------------------------------------------------------
 
 using Words = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
 

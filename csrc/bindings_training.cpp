@@ -17,7 +17,6 @@ namespace {
 using Array = py::array_t<float>;
 
 // --- MlpSpec
-// --------------------------------------------------------------------------------------
 
 Activation parse_activation(const std::string& name) {
     if (name == "relu") return Activation::kRelu;
@@ -60,7 +59,6 @@ int critic_obs_dim(const MlpSpec& spec, int action_dim) {
 }
 
 // --- Kernels
-// --------------------------------------------------------------------------------------
 
 Array py_mlp_forward(const MlpSpec& spec, const py::array& parameters, const py::array& input) {
     const RowsView x = matrix(input, "input", -1, spec.sizes[0]);
@@ -204,7 +202,6 @@ double py_meanflow_step(const MlpSpec& spec, const py::array& parameters,
 }
 
 // --- Flow density
-// ---------------------------------------------------------------------------------
 
 Divergence parse_divergence(const std::string& name) {
     if (name == "none") return Divergence::kNone;
@@ -309,13 +306,11 @@ class RecordedDensity {
     void backward(const py::array& gradients, const py::array& d_action,
                   const py::array& d_log_prob, const std::optional<py::array>& d_transport) const {
         const int64_t n = tape_->action_dim;
-        const FlowBackwardArgs args{tape_,
-                                    writable(gradients, "gradients", {tape_->parameter_count}),
-                                    dense(d_action, "d_action", {tape_->rows, tape_->action_dim}),
-                                    dense(d_log_prob, "d_log_prob", {tape_->rows}),
-                                    d_transport
-                                        ? dense(*d_transport, "d_transport", {tape_->rows, n, n})
-                                        : nullptr};
+        const FlowBackwardArgs args{
+            tape_, writable(gradients, "gradients", {tape_->parameter_count}),
+            dense(d_action, "d_action", {tape_->rows, tape_->action_dim}),
+            dense(d_log_prob, "d_log_prob", {tape_->rows}),
+            d_transport ? dense(*d_transport, "d_transport", {tape_->rows, n, n}) : nullptr};
         const py::gil_scoped_release release;
         tape_->backward(args);
     }
@@ -329,7 +324,6 @@ class RecordedDensity {
 };
 
 // --- Optimizer
-// ------------------------------------------------------------------------------------
 
 void py_adam(const py::array& parameters, const py::array& gradients, const py::array& first_moment,
              const py::array& second_moment, int64_t step, double learning_rate, double beta1,

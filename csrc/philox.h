@@ -51,7 +51,6 @@ FLAME_HD PhiloxBlock philox_block(uint64_t seed, uint64_t stream, uint64_t block
 }
 
 // --- Float arithmetic that is rounded the same way everywhere
-// -------------------------------------
 
 #if defined(__CUDA_ARCH__)
 FLAME_HD float add_rn(float a, float b) { return __fadd_rn(a, b); }

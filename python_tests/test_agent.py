@@ -197,9 +197,9 @@ def test_native_losses_refuse_what_they_cannot_differentiate() -> None:
     agent = Agent(config, OBS, ACT, make_backend("cpu", torch.device("cpu")))
     obs, noise = torch.randn(8, OBS), torch.randn(8, ACT)
     sample = agent.actor.sample(obs, noise, agent.generator)
-    first = torch.autograd.grad(
-        sample.log_prob.sum(), agent.actor.network.flat, create_graph=True
-    )[0]
+    first = torch.autograd.grad(sample.log_prob.sum(), agent.actor.network.flat, create_graph=True)[
+        0
+    ]
     with pytest.raises(RuntimeError):
         first.sum().backward()
 

@@ -92,7 +92,14 @@ def test_without_a_terminal_there_is_one_line_per_evaluation():
     assert text.count("\n") == 1
     assert "1,000/2,000" in text
     assert "100.0 +- 1.0" in text
-    for word in ("steps/s", "updates/s", "train return 12", "ESS 7.53", "entropy -1.50", "alpha 0.02"):
+    for word in (
+        "steps/s",
+        "updates/s",
+        "train return 12",
+        "ESS 7.53",
+        "entropy -1.50",
+        "alpha 0.02",
+    ):
         assert word in text
     assert "other" not in text
 

@@ -202,7 +202,6 @@ void flow_density(const FlowDensityArgs& a) {
 }
 
 // --- Recorded
-// -------------------------------------------------------------------------------------
 
 namespace {
 

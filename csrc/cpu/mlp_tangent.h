@@ -80,7 +80,6 @@ FLAME_INLINE ChunkRange tangent_range(const TangentTape& tape, int64_t c) {
 }
 
 // --- Forward
-// --------------------------------------------------------------------------------------
 
 // One sample of a hidden layer without LayerNorm; `i` is its position in the tape.
 template <typename Act, bool kRecord>
@@ -191,7 +190,6 @@ static inline void tangent_forward(const PackedLayer* layers, const TangentTape&
 }
 
 // --- Backward
-// -------------------------------------------------------------------------------------
 
 // delta of one sample, from gradients with respect to activations to those with respect to the
 // activation's inputs.

@@ -72,7 +72,6 @@ static inline Tape make_tape(const MlpSpec& spec, int64_t rows, Workspace& works
 }
 
 // --- Forward
-// --------------------------------------------------------------------------------------
 
 // layer.h holds linear outputs and receives activations; slope, normed and inverse_std are kept.
 template <typename Act>
@@ -142,7 +141,6 @@ static inline void record_rows(const PackedLayer* layers, const Tape& tape, cons
 }
 
 // --- Backward
-// -------------------------------------------------------------------------------------
 
 // delta <- gradient with respect to LayerNorm's input, from that with respect to its output:
 // with d = delta * gain, dx = inverse_std (d - mean(d) - normed mean(d normed)).
@@ -223,7 +221,6 @@ static inline void input_gradient_rows(const PackedLayer* layers, const Tape& ta
 }
 
 // --- Weight gradients
-// -----------------------------------------------------------------------------
 
 // gradient (out, in) rows [first, first + count) += delta^T x over all B rows. Each pass over
 // kGradientDepth rows starts from zero and the passes are added up: summing thousands of rows into
