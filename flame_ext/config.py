@@ -84,7 +84,8 @@ class Config:
             monotone map is injective, so that its density is exact, and by Brenier's theorem one
             of them reaches any target. Without the wall, folding fakes entropy. 0 turns it off.
         boundary_width: Outside the box the reverse-KL target falls off as a Gaussian of this
-            standard deviation around the clipped action; without it entropy leaks out there.
+            standard deviation around the clipped action; without it entropy leaks out there. Wide
+            walls let actions saturate, as tanh does for a Gaussian policy.
         flow: ``mean`` acts along average velocities (MeanFlow), ``instantaneous`` along
             u(z, t, t, s) (rectified flow).
         sampling_steps: Network evaluations per action.
@@ -141,7 +142,7 @@ class Config:
     reverse_kl_entropy: bool = True
     normalize_q: bool = False
     monotonicity_margin: float = 0.02
-    boundary_width: float = 0.05
+    boundary_width: float = 0.5
     flow: Flow = "mean"
     sampling_steps: int = 1
     train_particles: int = 1
