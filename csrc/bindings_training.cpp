@@ -158,6 +158,76 @@ py::tuple py_q_gradient(const MlpSpec& spec, const py::array& parameters, const 
     return py::make_tuple(q_min, gradient);
 }
 
+Candidates parse_candidates(const std::string& name) {
+    if (name == "random") return Candidates::kRandom;
+    check(name == "lattice", "sampling is '", name, "'; choose one of: random, lattice");
+    return Candidates::kLattice;
+}
+
+// Either `uniform` or (num_candidates, seed, stream, offset, sampling) says where candidates are.
+py::tuple py_reweighted_velocity(const MlpSpec& spec, const py::array& parameters,
+                                 const py::array& obs, const py::array& z, const py::array& signal,
+                                 const py::array& scale, double alpha,
+                                 const std::optional<py::array>& uniform, int num_candidates,
+                                 uint64_t seed, uint64_t stream, uint64_t offset,
+                                 const std::string& sampling, bool resample) {
+    check(z.ndim() == 2 && z.shape(1) >= 1 && z.shape(1) <= kMaxActionColumns, "z has shape ",
+          shape_text(z), "; it must be (states, action columns) with 1 to ", kMaxActionColumns,
+          " columns");
+    check(alpha > 0, "alpha is ", alpha, "; it must be positive");
+    const int64_t states = z.shape(0);
+    const int64_t action_dim = z.shape(1);
+    const bool given = uniform.has_value();
+    check(!given || uniform->ndim() == 3, "uniform must be (states, candidates, action columns)");
+    const int64_t candidates = given ? uniform->shape(1) : num_candidates;
+    check(candidates >= 1, "num_candidates is ", candidates, "; it must be at least 1");
+    const RowsView s =
+        matrix(obs, "obs", states, critic_obs_dim(spec, static_cast<int>(action_dim)));
+    const float* scales = dense(scale, "scale", {states});
+    for (int64_t i = 0; i < states; ++i) {
+        check(scales[i] > 0, "scale[", i, "] is ", scales[i], "; it must be positive");
+    }
+    Array velocity({states, action_dim});
+    Array ess(states);
+    Array resampled({resample ? states : 0, action_dim});
+    const ReweightedArgs args{
+        spec,
+        dense(parameters, "parameters", {count_of(spec)}),
+        states,
+        static_cast<int32_t>(candidates),
+        static_cast<int32_t>(action_dim),
+        s.data,
+        s.ld,
+        dense(z, "z", {states, action_dim}),
+        dense(signal, "signal", {states}),
+        scales,
+        alpha,
+        given ? Candidates::kGiven : parse_candidates(sampling),
+        given ? dense(*uniform, "uniform", {states, candidates, action_dim}) : nullptr,
+        seed,
+        stream,
+        offset,
+        velocity.mutable_data(),
+        ess.mutable_data(),
+        resample ? resampled.mutable_data() : nullptr};
+    {
+        const py::gil_scoped_release release;
+        kernels().reweighted_velocity(args);
+    }
+    if (resample) return py::make_tuple(velocity, ess, resampled);
+    return py::make_tuple(velocity, ess, py::none());
+}
+
+Array py_truncated_normal(const py::array& low, const py::array& high, const py::array& uniform) {
+    const int64_t n = low.size();
+    Array output(n);
+    const TruncatedNormalArgs args{n, dense(low, "low", {n}), dense(high, "high", {n}),
+                                   dense(uniform, "uniform", {n}), output.mutable_data()};
+    const py::gil_scoped_release release;
+    kernels().truncated_normals(args);
+    return output;
+}
+
 // A mean-velocity network maps [z (A) | observation (O) | time features] to A values.
 int flow_obs_dim(const MlpSpec& spec, int64_t time_features) {
     const int action_dim = outputs(spec);
@@ -367,6 +437,13 @@ void bind_training(py::module_& m) {
           py::arg("gradients"), py::arg("obs"), py::arg("action"), py::arg("target"));
     m.def("q_gradient", &py_q_gradient, py::arg("spec"), py::arg("parameters"), py::arg("obs"),
           py::arg("action"));
+    m.def("reweighted_velocity", &py_reweighted_velocity, py::arg("spec"), py::arg("parameters"),
+          py::arg("obs"), py::arg("z"), py::arg("signal"), py::arg("scale"), py::arg("alpha"),
+          py::kw_only(), py::arg("uniform") = py::none(), py::arg("num_candidates") = 32,
+          py::arg("seed") = 0, py::arg("stream") = 0, py::arg("offset") = 0,
+          py::arg("sampling") = "random", py::arg("resample") = false);
+    m.def("truncated_normal", &py_truncated_normal, py::arg("low"), py::arg("high"),
+          py::arg("uniform"));
     m.def("meanflow_step", &py_meanflow_step, py::arg("spec"), py::arg("parameters"),
           py::arg("gradients"), py::arg("obs"), py::arg("z"), py::arg("r"), py::arg("t"),
           py::arg("velocity"), py::arg("tangent_velocity") = py::none());

@@ -125,6 +125,24 @@ def soft_update(target: _Array, online: _Array, tau: float) -> None: ...
 def q_gradient(
     spec: MlpSpec, parameters: _Array, obs: _Array, action: _Array
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def reweighted_velocity(
+    spec: MlpSpec,
+    parameters: _Array,
+    obs: _Array,
+    z: _Array,
+    signal: _Array,
+    scale: _Array,
+    alpha: float,
+    *,
+    uniform: _Array | None = None,
+    num_candidates: int = 32,
+    seed: int = 0,
+    stream: int = 0,
+    offset: int = 0,
+    sampling: Literal["random", "lattice"] = "random",
+    resample: bool = False,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]: ...
+def truncated_normal(low: _Array, high: _Array, uniform: _Array) -> NDArray[np.float32]: ...
 def meanflow_step(
     spec: MlpSpec,
     parameters: _Array,

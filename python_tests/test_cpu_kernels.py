@@ -261,6 +261,149 @@ def test_q_gradient(layer_norm, rows, obs_dim, action_dim, hidden):
     assert_as_accurate(gradient, results[0][1], results[1][1])
 
 
+# --- Truncated normal and the reweighted velocity -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (-1.0, 2.0),
+        (-20.0, 20.0),
+        (5.0, 7.0),
+        (-7.0, -5.0),
+        (30.0, 31.0),
+        (-31.0, -30.0),
+        (-200.0, -199.0),
+        (-1e3, 2.0),
+        (-0.5, -0.4999),
+        (29.99, 30.0),
+    ],
+)
+@each_isa
+def test_truncated_normal_inverts_the_distribution_function(low, high):
+    """Phi(x) relative to the interval must give the uniform draw back, also 30 deviations out."""
+    rng = np.random.default_rng(0)
+    n = 1003
+    uniform = rng.uniform(1e-6, 1 - 1e-6, n).astype(np.float32)
+    bounds = np.full(n, low, np.float32), np.full(n, high, np.float32)
+    x = _core.truncated_normal(*bounds, uniform).astype(np.float64)
+    left, right = float(bounds[0][0]), float(bounds[1][0])
+    assert ((x >= left) & (x <= right)).all()
+    log_cdf = [
+        torch.special.log_ndtr(torch.as_tensor(v).double()).numpy() for v in (left, right, x)
+    ]
+    if left + right > 0:
+        values = (-right, -left, -x)
+        log_cdf = [torch.special.log_ndtr(torch.as_tensor(v).double()).numpy() for v in values]
+    below = np.exp(log_cdf[2] - log_cdf[1]) - np.exp(log_cdf[0] - log_cdf[1])
+    recovered = below / -np.expm1(log_cdf[0] - log_cdf[1])
+    if left + right > 0:
+        recovered = 1 - recovered
+    # Rounding x to float32 moves it by half a unit in the last place.
+    hazard = max(abs(left), abs(right)) if min(abs(left), abs(right)) > 1 else 1.0
+    rounding = EPS * np.abs(x).max() * max(1 / (right - left), min(hazard, 1e3)) + 1e-6
+    assert np.abs(recovered - uniform).max() < 2 * rounding
+
+
+def reverse_inputs(states: int, obs_dim: int, action_dim: int) -> tuple[Array, ...]:
+    """Observations, z, signal and scale, with times at and near 1 among them."""
+    rng = np.random.default_rng(states)
+    t = rng.uniform(0.01, 1, states).astype(np.float32)
+    t[:2] = (1, 0.9995)[:states]
+    action = rng.uniform(-1, 1, (states, action_dim)).astype(np.float32)
+    z = (1 - t[:, None]) * action + t[:, None] * draw(states, action_dim)
+    return draw(states, obs_dim), z.astype(np.float32), 1 - t, t
+
+
+@pytest.mark.parametrize(("scale", "alpha"), [(1.0, 0.3), (1e3, 1e-3)])
+@pytest.mark.parametrize(
+    ("states", "candidates", "obs_dim", "action_dim", "hidden"),
+    [
+        (1, 1, 1, 1, (8,)),
+        (2, 33, 3, 6, (24, 24)),
+        (31, 7, 17, 6, (64, 64)),
+        (33, 100, 376, 17, (32, 32)),
+        (3, 2000, 3, 2, (16,)),
+        (257, 5, 17, 6, (40, 40)),
+    ],
+)
+@each_isa
+@torch.no_grad()
+def test_reweighted_velocity(scale, alpha, states, candidates, obs_dim, action_dim, hidden):
+    critics = make_critics(obs_dim, action_dim, hidden, layer_norm=True)
+    critics.scale_output_layer(5 * scale)
+    obs, z, signal, noise_scale = reverse_inputs(states, obs_dim, action_dim)
+    uniform = np.random.default_rng(1).random((states, candidates, action_dim), np.float32)
+    uniform = np.clip(uniform, EPS, 1 - EPS).astype(np.float32)
+    velocity, ess, _ = _core.reweighted_velocity(
+        spec_of(critics), array(critics.flat), obs, z, signal, noise_scale, alpha, uniform=uniform
+    )
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        net = copy.deepcopy(critics).to(dtype)
+        s, z_, u = to_tensors(dtype, obs, z, uniform)
+        sig, sc = (x.unsqueeze(1) for x in to_tensors(dtype, signal, noise_scale))
+        action, noise = reference.reverse_candidates(z_, sig, sc, u)
+        logits = net.candidate_q_min(s, action) / alpha
+        results.append(reference.reweighted_velocity(logits, action, noise))
+    assert np.isfinite(velocity).all()
+    assert ((ess >= 1 - EPS) & (ess <= candidates * (1 + EPS))).all()
+    if scale == 1:
+        assert_as_accurate(velocity, results[0].velocity, results[1].velocity)
+        # Its error is that of the logits, Q / alpha, whose rounding depends on the order of sums.
+        assert np.allclose(ess, results[1].ess.numpy(), rtol=1e-5)
+    else:
+        # The weights sit on one candidate; where two nearly tie, float32 Q values may swap them.
+        decided = results[1].weights.amax(1).numpy() > 1 - 1e-6
+        exact = results[1].velocity.numpy()
+        agrees = np.abs(velocity - exact).max(1) < 1e-4 * (1 + np.abs(exact).max(1))
+        assert (agrees | ~decided).mean() > 0.95
+
+
+@each_isa
+def test_reweighted_velocity_draws_from_the_philox_stream():
+    critics = make_critics(3, 6, (16,))
+    inputs = reverse_inputs(11, 3, 6)
+    args = spec_of(critics), array(critics.flat), *inputs, 0.5
+    uniform = _core.philox_uniform(7, 3, 100, 11 * 9 * 6).reshape(11, 9, 6)
+    drawn = _core.reweighted_velocity(*args, num_candidates=9, seed=7, stream=3, offset=100)
+    given = _core.reweighted_velocity(*args, uniform=uniform)
+    for a, b in zip(drawn[:2], given[:2], strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_resampled_candidates_follow_the_weights():
+    """At t = 1 candidates are uniform; resampling them by Q draws from the target (SIR)."""
+    critics = make_critics(1, 1, (16,))
+    critics.scale_output_layer(10)
+    n = 4000
+    obs, z = np.zeros((n, 1), np.float32), np.zeros((n, 1), np.float32)
+    one = np.ones(n, np.float32)
+    args = spec_of(critics), array(critics.flat), obs, z, 0 * one, one, 0.5
+    resampled = _core.reweighted_velocity(*args, num_candidates=64, seed=1, resample=True)[2][:, 0]
+    grid = np.linspace(-1, 1, 2001, dtype=np.float32).reshape(1, -1, 1)
+    q = _core.twin_q(spec_of(critics), array(critics.flat), obs[:1], grid)[0].astype(np.float64)
+    density = np.exp((q - q.max()) / 0.5)
+    cdf = np.cumsum(density) / density.sum()
+    levels = np.interp(resampled, grid[0, :, 0], cdf)
+    distance = np.abs(np.sort(levels) - (np.arange(n) + 0.5) / n).max()
+    assert distance < 1.95 / np.sqrt(n) + 0.01  # Kolmogorov-Smirnov at 0.1 %, and SIR's own bias
+
+
+def test_lattice_candidates_estimate_the_same_velocity_no_worse():
+    critics = make_critics(3, 6, (32, 32))
+    args = spec_of(critics), array(critics.flat), *reverse_inputs(64, 3, 6), 1.0
+    truth = _core.reweighted_velocity(*args, num_candidates=20_000, seed=99)[0]
+    errors = {}
+    for sampling in ("random", "lattice"):
+        runs = [
+            _core.reweighted_velocity(*args, num_candidates=64, seed=s, sampling=sampling)[0]
+            for s in range(8)
+        ]
+        errors[sampling] = float(np.mean([np.square(run - truth).mean() for run in runs]))
+    assert errors["lattice"] < errors["random"]
+
+
 # --- MeanFlow -------------------------------------------------------------------------------------
 
 POLICIES = [
@@ -475,7 +618,7 @@ def run_everything(threads: int) -> list[Array]:
     net = make_policy(17, 6, (72, 64), layer_norm=True)
     policy, weights = spec_of(net), array(net.flat)
     flow_gradients, kl_gradients = np.zeros_like(weights), np.zeros_like(weights)
-    t = np.abs(np.tanh(draw(301, seed=7)))
+    t = 0.01 + 0.99 * np.abs(np.tanh(draw(301, seed=7)))
     flow_args = obs, action, 0.5 * t, t, draw(301, 6, seed=8)
     flow_loss = _core.meanflow_step(policy, weights, flow_gradients, *flow_args)
     recorded = _core.RecordedDensity(policy, weights, obs, draw(301, 6, seed=9), *flow_tables(1))
@@ -496,6 +639,9 @@ def run_everything(threads: int) -> list[Array]:
         recorded.log_prob,
         kl_gradients,
         *_core.q_gradient(spec, flat, obs, action),
+        *_core.reweighted_velocity(
+            spec, flat, obs, action, 1 - t, t, 0.2, num_candidates=7, seed=3, resample=True
+        ),
         *_core.flow_density(policy, weights, obs, draw(301, 5, 6), *flow_tables(2), "log_det"),
     ]
 

@@ -27,6 +27,8 @@ struct CpuKernels {
     void (*meanflow_step)(const MeanFlowStepArgs& args);
     void (*flow_density)(const FlowDensityArgs& args);
     FlowTape* (*flow_record)(const FlowDensityArgs& args, Workspace& memory);
+    void (*reweighted_velocity)(const ReweightedArgs& args);
+    void (*truncated_normals)(const TruncatedNormalArgs& args);
     void (*adam)(const AdamArgs& args);
     void (*soft_update)(const SoftUpdateArgs& args);
 };

@@ -151,4 +151,44 @@ struct FlowTape {
 
 constexpr int kTimeFeatures = 32;
 
+// How the uniforms of a state's K candidates are drawn.
+enum class Candidates : int32_t { kGiven = 0, kRandom = 1, kLattice = 2 };
+
+// v_hat = sum_k w_k (eps_k - a_k), w = softmax(Qmin(s, a_k) / alpha), over reverse candidates of
+// z = signal a + scale eps (FLAME, Sec. 4.1). Candidate k's coordinate j of state b uses uniform
+// (b K + k) A + j of `uniform` or of the Philox stream; kLattice takes frac(shift_bj + k g_j) with
+// shift_bj uniform b A + j of the stream and the R_d sequence's g_j (Roberts 2018).
+struct ReweightedArgs {
+    MlpSpec spec;
+    const float* parameters;
+    int64_t states;
+    int32_t candidates;
+    int32_t action_dim;
+    const float* obs;  // (states, O)
+    int64_t obs_ld;
+    const float* z;       // (states, A) dense
+    const float* signal;  // (states)
+    const float* scale;   // (states), positive
+    double alpha;
+    Candidates source;
+    const float* uniform;  // (states, K, A) for kGiven
+    uint64_t seed;
+    uint64_t stream;
+    uint64_t offset;
+    float* velocity;  // (states, A)
+    float* ess;       // (states), 1 / sum_k w_k^2
+    // One candidate per state drawn by w, or null: argmax of logit - log(-log u) with uniform
+    // b K + k of stream + 1.
+    float* resampled;  // (states, A)
+};
+
+// Draws from N(0, 1) truncated to [low, high] by the inverse distribution function.
+struct TruncatedNormalArgs {
+    int64_t count;
+    const float* low;
+    const float* high;
+    const float* uniform;
+    float* output;
+};
+
 }  // namespace flame

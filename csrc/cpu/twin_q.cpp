@@ -17,12 +17,7 @@ void twin_q_rows(const TwinQArgs& a, const CandidateCritics& critics, int64_t fi
     for (int m = 0; m < critics.packed->members; ++m) {
         candidate_q_tile<Act>(critics, m, first, a.candidates, rows,
                               a.actions + first * a.action_dim, a.action_dim, tile, q);
-        float* lowest = a.q_min + first;
-        for (int i = 0; i < rows; ++i) {
-            // A NaN of any member must show: it neither compares less nor is it replaced.
-            const bool take = m == 0 || q[i] < lowest[i] || q[i] != q[i];
-            if (take) lowest[i] = q[i];
-        }
+        take_minimum(m == 0, rows, q, a.q_min + first);
         if (a.q_each) std::memcpy(a.q_each + m * total + first, q, rows * sizeof(float));
     }
 }

@@ -63,4 +63,13 @@ static inline void candidate_q_tile(const CandidateCritics& critics, int m, int6
     for (int i = 0; i < rows; ++i) q[i] = dot(h + i * tile.ld, weight, output.in) + output.bias[0];
 }
 
+// lowest <- min(lowest, q), or q itself for the first member. A NaN of any member must show: it
+// neither compares less nor is it replaced.
+FLAME_INLINE void take_minimum(bool first, int rows, const float* q, float* lowest) {
+    for (int i = 0; i < rows; ++i) {
+        const bool take = first || q[i] < lowest[i] || q[i] != q[i];
+        if (take) lowest[i] = q[i];
+    }
+}
+
 }  // namespace flame::FLAME_ISA

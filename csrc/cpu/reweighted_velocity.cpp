@@ -1,0 +1,282 @@
+// The target policy's marginal velocity at z by self-normalised importance weights over reverse
+// candidates (FLAME, Sec. 4.1), in one pass: candidates -> twin Q -> softmax sums. Candidates and
+// their Q values live for one tile only; nothing of size (B, K, A) is written.
+//
+// The softmax is online: each state keeps its running maximum logit and sums relative to it, in
+// double, so Q / alpha may be anything finite. A state's candidates are visited in order by one
+// task, and tasks are fixed groups of states, so the sums do not depend on the number of threads.
+#include <math.h>
+
+#include "cpu/training_kernels.h"
+#include "cpu/truncated_normal.h"
+#include "cpu/twin_q_tile.h"
+#include "philox.h"
+
+namespace flame::FLAME_ISA {
+namespace {
+
+constexpr int kGroupRows = 1536;            // candidate rows per task
+constexpr double kLeastSignal = 1e-3;       // below, the posterior over actions is uniform
+constexpr double kLargest = 1.0 - 0x1p-25;  // uniforms stay inside (0, 1)
+
+// Running sums of one state; velocity and resampled are A values each.
+struct SoftmaxSums {
+    double maximum;
+    double weight;
+    double weight2;
+    double best_key;  // of the resampled candidate
+};
+
+struct Group {
+    int64_t first;  // state
+    int states;
+};
+
+// Scratch of one task.
+struct Scratch {
+    TileBuffers tile;
+    IntervalArrays intervals;  // (group states, padded A)
+    int interval_ld;
+    double* uniform;    // (padded A)
+    float* action;      // (tile rows, A)
+    float* noise;       // (tile rows, A)
+    SoftmaxSums* sums;  // (group states)
+    double* velocity;   // (group states, A)
+    float* q;           // (tile rows)
+    float* q_min;       // (tile rows)
+};
+
+Scratch make_scratch(const ReweightedArgs& a, int group_states, int rows, int width,
+                     Workspace& workspace) {
+    Scratch s{};
+    s.tile = make_tile_buffers(rows, width, workspace);
+    s.interval_ld = (a.action_dim + kDoubles - 1) / kDoubles * kDoubles;
+    const auto doubles = [&](size_t n) {
+        return static_cast<double*>(workspace.bytes(n * sizeof(double)));
+    };
+    const size_t padded = static_cast<size_t>(group_states) * s.interval_ld;
+    s.intervals = {doubles(padded), doubles(padded), doubles(padded),
+                   doubles(padded), doubles(padded), doubles(padded)};
+    s.uniform = doubles(s.interval_ld);
+    s.action = workspace.floats(static_cast<size_t>(rows) * a.action_dim);
+    s.noise = workspace.floats(static_cast<size_t>(rows) * a.action_dim);
+    s.sums = static_cast<SoftmaxSums*>(workspace.bytes(group_states * sizeof(SoftmaxSums)));
+    s.velocity = doubles(static_cast<size_t>(group_states) * a.action_dim);
+    s.q = workspace.floats(rows);
+    s.q_min = workspace.floats(rows);
+    return s;
+}
+
+// States per task: as many as fit kGroupRows candidates, spread evenly.
+int states_per_group(int64_t states, int candidates) {
+    const int64_t most = kGroupRows > candidates ? kGroupRows / candidates : 1;
+    const int64_t groups = (states + most - 1) / most;
+    return groups > 0 ? static_cast<int>((states + groups - 1) / groups) : 1;
+}
+
+// --- Candidates
+// -----------------------------------------------------------------------------------
+
+FLAME_INLINE bool is_uniform(const ReweightedArgs& a, int64_t state) {
+    return static_cast<double>(a.signal[state]) < kLeastSignal;
+}
+
+void set_intervals(const ReweightedArgs& a, const Group& group, const Scratch& s) {
+    for (int i = 0; i < group.states; ++i) {
+        const int64_t b = group.first + i;
+        const double signal = is_uniform(a, b) ? kLeastSignal : static_cast<double>(a.signal[b]);
+        const double scale = static_cast<double>(a.scale[b]);
+        for (int j = 0; j < s.interval_ld; ++j) {
+            const double z =
+                j < a.action_dim ? static_cast<double>(a.z[b * a.action_dim + j]) : 0.0;
+            set_interval(s.intervals, i * s.interval_ld + j,
+                         truncated_interval((z - signal) / scale, (z + signal) / scale));
+        }
+    }
+}
+
+// Generator of the R_d sequence in n dimensions: g_j = phi^-(j + 1), phi^(n + 1) = phi + 1.
+void lattice_steps(int n, double* steps) {
+    double phi = 2.0;
+    for (int i = 0; i < 60; ++i) phi = __builtin_pow(1.0 + phi, 1.0 / (n + 1));
+    double g = 1.0;
+    for (int j = 0; j < n; ++j) {
+        g /= phi;
+        steps[j] = g;
+    }
+}
+
+// Words first .. first + n - 1 of the stream as uniforms.
+void philox_uniforms(const ReweightedArgs& a, uint64_t first, int n, double* out) {
+    PhiloxBlock block{};
+    for (int i = 0; i < n; ++i) {
+        const uint64_t index = first + static_cast<uint64_t>(i);
+        if (i == 0 || index % 4 == 0) block = philox_block(a.seed, a.stream, a.offset + index / 4);
+        out[i] = static_cast<double>(uniform_from_bits(block.v[index % 4]));
+    }
+}
+
+void candidate_uniforms(const ReweightedArgs& a, const double* steps, int64_t state, int k,
+                        double* out) {
+    const int n = a.action_dim;
+    const int64_t at = (state * a.candidates + k) * n;
+    if (a.source == Candidates::kGiven) {
+        for (int j = 0; j < n; ++j) out[j] = static_cast<double>(a.uniform[at + j]);
+    } else if (a.source == Candidates::kRandom) {
+        philox_uniforms(a, static_cast<uint64_t>(at), n, out);
+    } else {
+        philox_uniforms(a, static_cast<uint64_t>(state * n), n, out);
+        for (int j = 0; j < n; ++j) {
+            const double u = out[j] + k * steps[j];
+            out[j] = u - __builtin_floor(u);
+        }
+    }
+    for (int j = 0; j < n; ++j) {
+        out[j] = out[j] > kLargest ? kLargest : (out[j] < 0x1p-30 ? 0x1p-30 : out[j]);
+    }
+}
+
+// Action and noise of one candidate; z = signal action + scale noise holds to float rounding.
+void make_candidate(const ReweightedArgs& a, const Scratch& s, int64_t state, int position,
+                    float* action, float* noise) {
+    const int n = a.action_dim;
+    const float* z = a.z + state * n;
+    const double signal = static_cast<double>(a.signal[state]);
+    const double scale = static_cast<double>(a.scale[state]);
+    const bool uniform = is_uniform(a, state);
+    double x[kDoubles];
+    for (int j = 0; j < n; j += kDoubles) {
+        if (!uniform) {
+            store_d(x, truncated_normal(s.intervals, position * s.interval_ld + j,
+                                        load_d(s.uniform + j)));
+        }
+        for (int i = 0; i < kDoubles && j + i < n; ++i) {
+            const double at = static_cast<double>(z[j + i]);
+            double value = uniform ? 2.0 * s.uniform[j + i] - 1.0 : (at - scale * x[i]) / signal;
+            value = value > 1.0 ? 1.0 : (value < -1.0 ? -1.0 : value);
+            action[j + i] = static_cast<float>(value);
+            noise[j + i] =
+                static_cast<float>((at - signal * static_cast<double>(action[j + i])) / scale);
+        }
+    }
+}
+
+// --- Softmax
+// --------------------------------------------------------------------------------------
+
+void clear_sums(const ReweightedArgs& a, const Group& group, const Scratch& s) {
+    for (int i = 0; i < group.states; ++i) s.sums[i] = {-HUGE_VAL, 0.0, 0.0, -HUGE_VAL};
+    for (int i = 0; i < group.states * a.action_dim; ++i) s.velocity[i] = 0.0;
+}
+
+void add_candidate(const ReweightedArgs& a, const Scratch& s, int position, double logit, int row) {
+    SoftmaxSums& sums = s.sums[position];
+    double* velocity = s.velocity + position * a.action_dim;
+    const float* action = s.action + row * a.action_dim;
+    const float* noise = s.noise + row * a.action_dim;
+    double weight = 1.0;
+    if (logit > sums.maximum || logit != logit) {
+        const double shrink = __builtin_exp(sums.maximum - logit);
+        sums.maximum = logit;
+        sums.weight *= shrink;
+        sums.weight2 *= shrink * shrink;
+        for (int j = 0; j < a.action_dim; ++j) velocity[j] *= shrink;
+    } else {
+        weight = __builtin_exp(logit - sums.maximum);
+    }
+    sums.weight += weight;
+    sums.weight2 += weight * weight;
+    for (int j = 0; j < a.action_dim; ++j) {
+        velocity[j] += weight * (static_cast<double>(noise[j]) - static_cast<double>(action[j]));
+    }
+}
+
+// Gumbel's maximum: the candidate with the largest logit + noise is a draw by the weights.
+void offer_candidate(const ReweightedArgs& a, SoftmaxSums& sums, int64_t index, double logit,
+                     const float* action, float* kept) {
+    const uint64_t draw = static_cast<uint64_t>(index);
+    const PhiloxBlock block = philox_block(a.seed, a.stream + 1, a.offset + draw / 4);
+    const double u = static_cast<double>(uniform_from_bits(block.v[draw % 4]));
+    const double key = logit - __builtin_log(-__builtin_log(u));
+    if (key > sums.best_key) {
+        sums.best_key = key;
+        for (int j = 0; j < a.action_dim; ++j) kept[j] = action[j];
+    }
+}
+
+void write_results(const ReweightedArgs& a, const Group& group, const Scratch& s) {
+    for (int i = 0; i < group.states; ++i) {
+        const SoftmaxSums& sums = s.sums[i];
+        const int64_t b = group.first + i;
+        for (int j = 0; j < a.action_dim; ++j) {
+            a.velocity[b * a.action_dim + j] =
+                static_cast<float>(s.velocity[i * a.action_dim + j] / sums.weight);
+        }
+        a.ess[b] = static_cast<float>(sums.weight * sums.weight / sums.weight2);
+    }
+}
+
+// Rows [first, first + rows) of the group's flat (state, k) range.
+template <typename Act>
+void reweight_tile(const ReweightedArgs& a, const CandidateCritics& critics, const Group& group,
+                   const Scratch& s, const double* steps, int64_t first, int rows) {
+    for (int i = 0; i < rows; ++i) {
+        const int64_t index = first + i;
+        const int64_t state = index / a.candidates;
+        candidate_uniforms(a, steps, state, static_cast<int>(index % a.candidates), s.uniform);
+        make_candidate(a, s, state, static_cast<int>(state - group.first),
+                       s.action + i * a.action_dim, s.noise + i * a.action_dim);
+    }
+    for (int m = 0; m < critics.packed->members; ++m) {
+        candidate_q_tile<Act>(critics, m, first, a.candidates, rows, s.action, a.action_dim, s.tile,
+                              s.q);
+        take_minimum(m == 0, rows, s.q, s.q_min);
+    }
+    for (int i = 0; i < rows; ++i) {
+        const int64_t state = (first + i) / a.candidates;
+        const int position = static_cast<int>(state - group.first);
+        const double logit = static_cast<double>(s.q_min[i]) / a.alpha;
+        add_candidate(a, s, position, logit, i);
+        if (a.resampled) {
+            offer_candidate(a, s.sums[position], first + i, logit, s.action + i * a.action_dim,
+                            a.resampled + state * a.action_dim);
+        }
+    }
+}
+
+}  // namespace
+
+void reweighted_velocity(const ReweightedArgs& a) {
+    Workspace workspace;
+    PackedMlp packed;
+    pack_mlp(a.spec, a.parameters, {false, 0}, workspace, packed);
+    const CandidateCritics critics =
+        prepare_critics(a.spec, packed, a.action_dim, a.states, a.obs, a.obs_ld, workspace);
+    double steps[kMaxActionColumns];
+    lattice_steps(a.action_dim, steps);
+    const int group_states = states_per_group(a.states, a.candidates);
+    const int limit = tile_rows(critics.width);
+    parallel_for((a.states + group_states - 1) / group_states, 1, [&](int64_t begin, int64_t end) {
+        Workspace memory;
+        const Scratch s = make_scratch(a, group_states, limit, critics.width, memory);
+        for (int64_t g = begin; g < end; ++g) {
+            const int64_t left = a.states - g * group_states;
+            const Group group{g * group_states,
+                              static_cast<int>(left < group_states ? left : group_states)};
+            set_intervals(a, group, s);
+            clear_sums(a, group, s);
+            const int64_t start = group.first * a.candidates;
+            const int64_t total = static_cast<int64_t>(group.states) * a.candidates;
+            const int chunk = even_chunk(total, limit);
+            for (int64_t i = 0; i < total; i += chunk) {
+                const int rows = static_cast<int>(total - i < chunk ? total - i : chunk);
+                with_activation(a.spec.activation, [&](auto act) {
+                    reweight_tile<decltype(act)>(a, critics, group, s, steps, start + i, rows);
+                });
+            }
+            write_results(a, group, s);
+        }
+    });
+}
+
+}  // namespace flame::FLAME_ISA

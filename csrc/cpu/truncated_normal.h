@@ -1,0 +1,229 @@
+// N(0, 1) truncated to [low, high] by inverting its distribution function, in double and
+// vectorised.
+//
+// Per interval (scalar, once): reflect it so that it lies to the left, and take log Phi(upper) and
+// ratio = Phi(lower) / Phi(upper). Per draw u: log p = log Phi(upper) + log(u + (1 - u) ratio),
+// which loses nothing in either tail, then x = Phi^-1(exp(log p)) by the rational approximations of
+// Wichura (1988, AS 241), whose tail forms take sqrt(-log p) and so never see p itself underflow;
+// beyond |x| = 37 by Mills' ratio.
+#pragma once
+
+#include <string.h>
+
+#include "cpu/simd.h"
+
+namespace flame::FLAME_ISA {
+
+constexpr int kDoubles = kLanes / 2;
+typedef double vd __attribute__((vector_size(kDoubles * 8)));
+typedef int64_t vl __attribute__((vector_size(kDoubles * 8)));
+typedef uint64_t vu __attribute__((vector_size(kDoubles * 8)));
+
+constexpr double kSqrtHalf = 0.70710678118654752440;
+constexpr double kLogSqrt2Pi = 0.91893853320467274178;
+
+FLAME_INLINE vd splat_d(double a) { return a - vd{}; }
+
+FLAME_INLINE vd load_d(const double* p) {
+    vd a;
+    memcpy(&a, p, sizeof(a));
+    return a;
+}
+
+FLAME_INLINE void store_d(double* p, vd a) { memcpy(p, &a, sizeof(a)); }
+
+FLAME_INLINE vd sqrt_d(vd a) {
+    for (int i = 0; i < kDoubles; ++i) a[i] = __builtin_sqrt(a[i]);
+    return a;
+}
+
+FLAME_INLINE bool any(vl mask) {
+    int64_t found = 0;
+    for (int i = 0; i < kDoubles; ++i) found |= mask[i];
+    return found != 0;
+}
+
+// log(x) of positive normal doubles: x = m 2^k with m in [sqrt(1/2), sqrt(2)), log m by the series
+// of 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.1716; error about 1e-15 + 1e-16 |log x|.
+FLAME_INLINE vd log_d(vd x) {
+    const vu bits = reinterpret_cast<vu>(x);
+    // The exponent as a double: in the low mantissa bits of 2^52.
+    vd k =
+        reinterpret_cast<vd>((bits >> 52) | 0x4330000000000000ull) - (4503599627370496.0 + 1023.0);
+    vd m = reinterpret_cast<vd>((bits & 0x000FFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
+    const vl high = m > 1.41421356237309504880;
+    m = high ? m * 0.5 : m;
+    k = high ? k + 1.0 : k;
+    const vd s = (m - 1.0) / (m + 1.0);
+    const vd s2 = s * s;
+    vd p = splat_d(1.0 / 19);
+    for (int n = 17; n >= 3; n -= 2) p = p * s2 + 1.0 / n;
+    return k * 0.69314718055994530942 + (2.0 * s + 2.0 * s * s2 * p);
+}
+
+// --- Wichura's PPND16: minus Phi^-1 of small probabilities and the centre
+// --------------------------
+
+template <int kTerms>
+FLAME_INLINE vd polynomial(vd x, const double (&c)[kTerms]) {
+    vd p = splat_d(c[kTerms - 1]);
+#pragma GCC unroll 8
+    for (int i = kTerms - 2; i >= 0; --i) p = p * x + c[i];
+    return p;
+}
+
+// Phi^-1(0.5 + q), |q| <= 0.425.
+FLAME_INLINE vd central_quantile(vd q) {
+    constexpr double kA[8] = {3.3871328727963666080e0, 1.3314166789178437745e2,
+                              1.9715909503065514427e3, 1.3731693765509461125e4,
+                              4.5921953931549871457e4, 6.7265770927008700853e4,
+                              3.3430575583588128105e4, 2.5090809287301226727e3};
+    constexpr double kB[8] = {1.0,
+                              4.2313330701600911252e1,
+                              6.8718700749205790830e2,
+                              5.3941960214247511077e3,
+                              2.1213794301586595867e4,
+                              3.9307895800092710610e4,
+                              2.8729085735721942674e4,
+                              5.2264952788528545610e3};
+    const vd r = 0.180625 - q * q;
+    return q * polynomial(r, kA) / polynomial(r, kB);
+}
+
+// -Phi^-1(p) for r = sqrt(-log p) <= 5.
+FLAME_INLINE vd near_quantile(vd r) {
+    constexpr double kC[8] = {1.42343711074968357734e0,  4.63033784615654529590e0,
+                              5.76949722146069140550e0,  3.64784832476320460504e0,
+                              1.27045825245236838258e0,  2.41780725177450611770e-1,
+                              2.27238449892691845833e-2, 7.74545014278341407640e-4};
+    constexpr double kD[8] = {1.0,
+                              2.05319162663775882187e0,
+                              1.67638483018380384940e0,
+                              6.89767334985100004550e-1,
+                              1.48103976427480074590e-1,
+                              1.51986665636164571966e-2,
+                              5.47593808499534494600e-4,
+                              1.05075007164441684324e-9};
+    return polynomial(r - 1.6, kC) / polynomial(r - 1.6, kD);
+}
+
+// The same for 5 < r <= 26.
+FLAME_INLINE vd far_quantile(vd r) {
+    constexpr double kE[8] = {6.65790464350110377720e0,  5.46378491116411436990e0,
+                              1.78482653991729133580e0,  2.96560571828504891230e-1,
+                              2.65321895265761230930e-2, 1.24266094738807843860e-3,
+                              2.71155556874348757815e-5, 2.01033439929228813265e-7};
+    constexpr double kF[8] = {1.0,
+                              5.99832206555887937690e-1,
+                              1.36929880922735805310e-1,
+                              1.48753612908506148525e-2,
+                              7.86869131145613259100e-4,
+                              1.84631831751005468180e-5,
+                              1.42151175831644588870e-7,
+                              2.04426310338993978564e-15};
+    return polynomial(r - 5.0, kE) / polynomial(r - 5.0, kF);
+}
+
+// log of x sqrt(2 pi) e^(x^2 / 2) Phi(-x): the asymptotic series of Mills' ratio, for x > 25.
+FLAME_INLINE double log_mills_correction(double x) {
+    const double i = 1.0 / (x * x);
+    return __builtin_log1p(-i * (1.0 - 3.0 * i * (1.0 - 5.0 * i * (1.0 - 7.0 * i))));
+}
+
+// Solves x^2 / 2 + log x - correction(x) + log sqrt(2 pi) = -log p; the iteration contracts by
+// 1/x^2.
+static inline double extreme_quantile(double log_p) {
+    double x = __builtin_sqrt(-2.0 * log_p);
+    for (int i = 0; i < 8; ++i) {
+        x = __builtin_sqrt(2.0 *
+                           (-log_p - kLogSqrt2Pi - __builtin_log(x) + log_mills_correction(x)));
+    }
+    return x;
+}
+
+// Phi^-1(exp(log_p)), log_p < 0.
+FLAME_INLINE vd quantile_from_log(vd log_p, vd p) {
+    const vd q = p - 0.5;
+    const vl upper = q > 0.0;
+    // -log of the smaller tail; above the centre p is not small and 1 - p is exact enough for u.
+    vd tail = -log_p;
+    const vl outside = (q > 0.425) | (q < -0.425);
+    if (any(upper & outside)) {
+        const vd other = 1.0 - p;
+        tail = upper ? -log_d(other > 1e-300 ? other : splat_d(1e-300)) : tail;
+    }
+    vd x = central_quantile(q);
+    if (!any(outside)) return x;
+    const vd r = sqrt_d(tail);
+    vd y = near_quantile(r);
+    if (any(r > 5.0)) y = r > 5.0 ? far_quantile(r) : y;
+    for (int i = 0; i < kDoubles; ++i) {
+        if (r[i] > 26.0) y[i] = extreme_quantile(-tail[i]);
+    }
+    return outside ? (upper ? y : -y) : x;
+}
+
+// --- Intervals
+// ------------------------------------------------------------------------------------
+
+FLAME_INLINE double log_ndtr(double x) {
+    if (x > -25.0) return __builtin_log(0.5 * __builtin_erfc(-x * kSqrtHalf));
+    return -0.5 * x * x - __builtin_log(-x) - kLogSqrt2Pi + log_mills_correction(-x);
+}
+
+// What all draws from one interval share, in double per coordinate.
+struct TruncatedInterval {
+    double log_upper;  // log Phi(upper)
+    double p_upper;    // Phi(upper)
+    double ratio;      // Phi(lower) / Phi(upper)
+    double lower;
+    double upper;
+    double sign;  // -1 where reflected: then u -> 1 - u and x -> -x
+};
+
+static inline TruncatedInterval truncated_interval(double low, double high) {
+    TruncatedInterval t{};
+    const bool reflect = low + high > 0.0;
+    t.sign = reflect ? -1.0 : 1.0;
+    t.lower = reflect ? -high : low;
+    t.upper = reflect ? -low : high;
+    t.log_upper = log_ndtr(t.upper);
+    t.p_upper = __builtin_exp(t.log_upper);
+    t.ratio = __builtin_exp(log_ndtr(t.lower) - t.log_upper);
+    return t;
+}
+
+// The same as structure of arrays, so that draws of several coordinates go through one vector.
+struct IntervalArrays {
+    double* log_upper;
+    double* p_upper;
+    double* ratio;
+    double* lower;
+    double* upper;
+    double* sign;
+};
+
+FLAME_INLINE void set_interval(const IntervalArrays& to, int64_t i, const TruncatedInterval& t) {
+    to.log_upper[i] = t.log_upper;
+    to.p_upper[i] = t.p_upper;
+    to.ratio[i] = t.ratio;
+    to.lower[i] = t.lower;
+    to.upper[i] = t.upper;
+    to.sign[i] = t.sign;
+}
+
+// Draws of the intervals at position i .. i + kDoubles - 1 from uniforms in (0, 1).
+FLAME_INLINE vd truncated_normal(const IntervalArrays& at, int64_t i, vd u) {
+    const vd sign = load_d(at.sign + i);
+    const vd v = sign < 0.0 ? 1.0 - u : u;
+    const vd mixed = v + (1.0 - v) * load_d(at.ratio + i);
+    const vd log_p = load_d(at.log_upper + i) + log_d(mixed);
+    vd x = quantile_from_log(log_p, load_d(at.p_upper + i) * mixed);
+    const vd lower = load_d(at.lower + i);
+    const vd upper = load_d(at.upper + i);
+    x = x < lower ? lower : x;
+    x = x > upper ? upper : x;
+    return x * sign;
+}
+
+}  // namespace flame::FLAME_ISA
