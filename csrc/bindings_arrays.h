@@ -42,8 +42,9 @@ inline RowsView matrix(const py::array& a, const char* name, int64_t rows, int64
     check(a.ndim() == 2 && (rows < 0 || a.shape(0) == rows) && a.shape(1) == columns, name,
           " has shape ", shape_text(a), "; it must be (", wanted, ", ", columns, ")");
     const auto item = static_cast<py::ssize_t>(sizeof(float));
-    check((columns <= 1 || a.strides(1) == item) && a.strides(0) % item == 0, name,
-          " has strided columns; pass numpy.ascontiguousarray of it");
+    // Strides of an empty array mean nothing.
+    check(a.size() == 0 || ((columns <= 1 || a.strides(1) == item) && a.strides(0) % item == 0),
+          name, " has strided columns; pass numpy.ascontiguousarray of it");
     return {static_cast<const float*>(a.data()), a.shape(0), a.strides(0) / item};
 }
 

@@ -1,18 +1,24 @@
 """FLAME's three operators as functions, on any backend.
 
 ``backend="torch"`` is `flame_ext.reference` and differentiates through autograd. ``"cpu"`` and
-``"cuda"`` are the native kernels, never a silent fallback; ``"auto"`` takes the best that this
-build has for the tensors' device.
+``"cuda"`` are the native kernels, never a silent fallback: they raise for a derivative that they
+do not have. ``"auto"`` takes the best that has what is asked for.
+
+The native CPU kernels compute in float32. With respect to the network's parameters they
+differentiate `meanflow_loss`, and `log_prob` with ``estimator="exact"`` on rows ``(B, A)``, once;
+everything else needs ``torch.no_grad()`` or parameters that require no gradient.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flame_ext import reference
 from flame_ext.backends import BackendName, resolve_operator
-from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.backends.cpu import NativeEvaluator
+from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
 from flame_ext.reference import Estimator, LogProb, Reweighted, Trace
 from flame_ext.sampling import Flow
 
@@ -50,9 +56,17 @@ def one_step_action(
             f"{'and no critics (B, A)' if critics is None else 'and critics (B, N, A)'} is expected"
         )
     _check_columns(net, obs, noise)
-    resolve_operator(backend, "one_step_action")
+    networks = [net] if critics is None else [net, critics]
     if critics is None:
+        if _native(backend, "one_step_action", networks, (obs, noise)):
+            return NativeEvaluator(net).sample_flow(obs, noise, 1, "mean").clamp_(-1, 1)
         return reference.one_step_action(net, obs, noise)
+    if _native(backend, "one_step_action", networks, (obs, noise)):
+        particles = (
+            NativeEvaluator(net).sample_flow(obs.unsqueeze(1), noise, 1, "mean").clamp_(-1, 1)
+        )
+        best = NativeEvaluator(critics).candidates(obs, particles).argmax(dim=1)
+        return particles[torch.arange(len(particles)), best]
     particles = reference.one_step_action(net, obs.unsqueeze(1), noise)
     return reference.best_of(critics, obs, particles)
 
@@ -77,8 +91,11 @@ def reweighted_velocity(
         t: Flow times in (0, 1], ``(B, 1)``.
         alpha: Temperature, positive.
         num_candidates: K importance samples per state.
-        generator: Source of the draws.
+        generator: Source of the draws; the native kernel takes one seed of it for its own.
         backend: See the module.
+
+    Returns:
+        The velocity and its effective sample size; the weights only from PyTorch.
 
     Raises:
         ValueError: If the shapes or the temperature do not fit.
@@ -91,7 +108,11 @@ def reweighted_velocity(
         )
     if not float(alpha) > 0:
         raise ValueError(f"alpha={float(alpha)} must be positive: weights are exp(Q / alpha)")
-    resolve_operator(backend, "reweighted_velocity")
+    if _native(backend, "reweighted_velocity", [critics], (obs, z, t)):
+        velocity, ess = NativeEvaluator(critics).reweighted_velocity(
+            obs, z, 1 - t, t, float(alpha), num_candidates, generator
+        )
+        return Reweighted(velocity, ess, None)
     shape = (len(z), num_candidates, z.shape[1])
     uniform = torch.rand(shape, generator=generator, dtype=z.dtype, device=z.device)
     uniform = uniform.clamp_(min=torch.finfo(z.dtype).eps)
@@ -122,7 +143,9 @@ def meanflow_loss(
             f"z {tuple(z.shape)}, velocity {tuple(velocity.shape)}, r {tuple(r.shape)} and "
             f"t {tuple(t.shape)} must be (B, A), (B, A), (B, 1) and (B, 1)"
         )
-    resolve_operator(backend, "meanflow_loss")
+    rows = (z, r, t, obs, velocity)
+    if _native(backend, "meanflow_loss", [net], rows, differentiable=True):
+        return NativeEvaluator(net).meanflow_loss(z, r, t, obs, velocity)
     return reference.meanflow_loss(net, z, r, t, obs, velocity)
 
 
@@ -145,9 +168,56 @@ def log_prob(
         BackendUnavailableError: If the build or machine lacks the backend.
     """
     _check_columns(net, obs, noise)
-    resolve_operator(backend, "log_prob")
+    rows = (obs, noise) if probe is None else (obs, noise, probe)
+    differentiable = NativeEvaluator.differentiates_log_prob(estimator, obs, noise)
+    if _native(backend, "log_prob", [net], rows, differentiable):
+        return NativeEvaluator(net).log_prob(
+            obs, noise, estimator=estimator, steps=steps, trace=trace, flow=flow, probe=probe
+        )
     return reference.log_prob(
         net, obs, noise, estimator=estimator, steps=steps, trace=trace, flow=flow, probe=probe
+    )
+
+
+def _native(
+    backend: str,
+    operator: str,
+    networks: list[FlatMLP],
+    rows: tuple[Tensor, ...],
+    differentiable: bool = False,
+) -> bool:
+    """Whether the native CPU kernel computes this call.
+
+    Args:
+        backend: What the caller asked for.
+        operator: For messages.
+        networks: Whose parameters are read.
+        rows: The other tensors.
+        differentiable: Whether the kernel records a gradient by the parameters.
+
+    Raises:
+        ValueError: If ``backend="cpu"`` was asked for tensors or derivatives that it lacks.
+        BackendUnavailableError: If the build or machine lacks the backend.
+    """
+    flats = tuple(net.flat for net in networks)
+    if resolve_operator(backend, operator, rows + flats) != "cpu":
+        return False
+    wanted = rows if differentiable else rows + flats
+    reverse = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
+    refused = reverse or any(_has_tangent(x) for x in rows + flats)
+    if refused and backend == "cpu":
+        raise ValueError(
+            f"backend='cpu' has no such derivative of {operator}: wrap the call in "
+            "torch.no_grad(), or use backend='torch' or 'auto'"
+        )
+    return not refused
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation or a function transform follows this tensor."""
+    return (
+        torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or forward_ad.unpack_dual(x).tangent is not None
     )
 
 

@@ -149,12 +149,12 @@ class Reweighted:
     Attributes:
         velocity: ``(B, A)``, sum_k w_k (noise_k - action_k).
         ess: Effective sample size 1 / sum_k w_k^2, ``(B,)``, between 1 and K.
-        weights: ``(B, K)``, rows sum to one.
+        weights: ``(B, K)``, rows sum to one; None from kernels that never hold them all.
     """
 
     velocity: Tensor
     ess: Tensor
-    weights: Tensor
+    weights: Tensor | None
 
 
 def reweighted_velocity(logits: Tensor, action: Tensor, noise: Tensor) -> Reweighted:
@@ -249,7 +249,7 @@ class LogProb:
             orientation and change of variables bounds the entropy from above. Only `exact`
             measures it; elsewhere all False.
         transport: d action / d noise of the last step, I - (t - r) J, ``(..., A, A)``; None where
-            no Jacobian was computed.
+            no Jacobian was computed or kept.
     """
 
     action: Tensor
@@ -297,7 +297,7 @@ def log_prob(
     Raises:
         ValueError: For an unknown option, a missing probe, or a step count that does not fit.
     """
-    _check_log_prob_options(estimator, steps, trace, probe)
+    check_log_prob_options(estimator, steps, trace, probe)
     use_determinant = estimator == "exact" or trace == "log_det"
     log_det = torch.zeros_like(noise[..., 0])
     folded = torch.zeros_like(log_det, dtype=torch.bool)
@@ -332,9 +332,10 @@ def monotonicity_gap(transport: Tensor, margin: float) -> Tensor:
     return (margin - smallest).clamp(min=0)
 
 
-def _check_log_prob_options(
+def check_log_prob_options(
     estimator: Estimator, steps: int, trace: Trace, probe: Tensor | None
 ) -> None:
+    """Raises ValueError for options that `log_prob` cannot combine."""
     check_choice("estimator", estimator, get_args(Estimator))
     check_choice("trace", trace, get_args(Trace))
     if steps < 1 or (steps > 1 and estimator != "multi_step"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
-import torch
+# Under its own name it would be hidden by this package's module torch.
+import torch as pytorch
+from torch import Tensor
 
 from flame_ext.backends.torch import TorchBackend
 from flame_ext.errors import BackendUnavailableError, check_choice
@@ -18,7 +21,7 @@ BACKENDS: tuple[str, ...] = get_args(BackendName)
 Backend = TorchBackend
 
 
-def make_backend(name: str, device: torch.device) -> Backend:
+def make_backend(name: str, device: pytorch.device) -> Backend:
     """The backend that trains on `device`; only ``auto`` chooses by itself.
 
     Raises:
@@ -37,19 +40,32 @@ def make_backend(name: str, device: torch.device) -> Backend:
     raise _unavailable(name, "training step")
 
 
-def resolve_operator(name: str, operator: str) -> str:
-    """The backend that computes `operator`.
+def resolve_operator(name: str, operator: str, tensors: Sequence[Tensor]) -> str:
+    """The backend that computes `operator` on `tensors`.
 
     Raises:
         BackendUnavailableError: If this build or machine lacks it; only ``auto`` chooses.
+        ValueError: If the backend cannot compute with these tensors.
     """
     check_choice("backend", name, BACKENDS)
-    if name in ("auto", "torch"):
-        return "torch"
-    raise _unavailable(name, operator)
+    if name == "torch":
+        return name
+    fits = all(x.device.type == "cpu" and x.dtype == pytorch.float32 for x in tensors)
+    if name == "auto":
+        return "cpu" if fits and _auto(pytorch.device("cpu")) == "cpu" else "torch"
+    if name != "cpu":
+        raise _unavailable(name, operator)
+    if not fits:
+        kinds = sorted({f"{x.dtype} on {x.device}" for x in tensors})
+        raise ValueError(
+            f"backend='cpu' computes {operator} with torch.float32 on the CPU; got "
+            f"{', '.join(kinds)}"
+        )
+    _make_cpu_backend()
+    return name
 
 
-def _auto(device: torch.device) -> str:
+def _auto(device: pytorch.device) -> str:
     if device.type != "cpu":
         return "torch"
     try:

@@ -13,10 +13,16 @@ from torch.autograd.function import once_differentiable
 from flame_ext.backends.torch import TorchBackend
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
-from flame_ext.reference import LogProb
-from flame_ext.sampling import flow_steps, time_feature_rows
+from flame_ext.reference import (
+    Estimator,
+    LogProb,
+    Trace,
+    check_log_prob_options,
+)
+from flame_ext.sampling import Flow, SamplerStep, flow_steps, time_feature_rows
 
-_ONE_STEP = flow_steps(1, "mean")
+# What a kernel computes for `reference.log_prob`'s trace option.
+_DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
 
 
 class CpuBackend(TorchBackend):
@@ -79,20 +85,91 @@ class NativeEvaluator:
         q: Tensor = _QMin.apply(action, obs, self)  # type: ignore[no-untyped-call]
         return q
 
-    def log_prob(self, obs: Tensor, noise: Tensor) -> LogProb:
-        """As `reference.log_prob` with the exact estimator, for rows ``(B, A)``.
+    def log_prob(
+        self,
+        obs: Tensor,
+        noise: Tensor,
+        *,
+        estimator: Estimator = "exact",
+        steps: int = 1,
+        trace: Trace = "exact",
+        flow: Flow = "mean",
+        probe: Tensor | None = None,
+    ) -> LogProb:
+        """As `reference.log_prob`, without `LogProb.transport` where no gradient is recorded.
 
-        Differentiable with respect to the parameters; raises for a second derivative.
+        The exact density of rows ``(B, A)`` is differentiable with respect to the parameters and
+        raises for a second derivative; everything else is for ``torch.no_grad()``.
         """
-        if not torch.is_grad_enabled():
-            action, log_prob, folded = self.core.flow_density(
-                *self.density_arguments(obs, noise), "log_det"
+        check_log_prob_options(estimator, steps, trace, probe)
+        table = flow_steps(steps, flow)
+        if torch.is_grad_enabled() and self.network.flat.requires_grad:
+            if not self.differentiates_log_prob(estimator, obs, noise):
+                raise RuntimeError(
+                    "the native log_prob is differentiated for estimator='exact' and rows (B, A) "
+                    f"only; got estimator={estimator!r} and noise {tuple(noise.shape)}"
+                )
+            outputs = _Density.apply(  # type: ignore[no-untyped-call]
+                self.network.flat, obs, noise, self, table
             )
-            return LogProb(*(torch.from_numpy(x) for x in (action, log_prob, folded)))
-        outputs = _Density.apply(  # type: ignore[no-untyped-call]
-            self.network.flat, obs, noise, self
+            return LogProb(*outputs)
+        divergence = _DIVERGENCES["log_det" if estimator == "exact" else trace]
+        states, samples = _per_state(obs, noise)
+        shape = torch.broadcast_shapes(obs.shape[:-1], noise.shape[:-1])
+        probes = None
+        if divergence == "probe" and probe is not None:
+            probes = _array(probe.expand(*shape, -1).reshape(samples.shape))
+        action, log_prob, folded = self.core.flow_density(
+            *self.density_arguments(states, samples, table), divergence, probes
         )
-        return LogProb(*outputs)
+        return LogProb(
+            torch.from_numpy(action).view(*shape, -1),
+            torch.from_numpy(log_prob).view(shape),
+            torch.from_numpy(folded).view(shape),
+        )
+
+    @staticmethod
+    def differentiates_log_prob(estimator: Estimator, obs: Tensor, noise: Tensor) -> bool:
+        """Whether `log_prob` records a gradient for these options."""
+        rows = obs.dim() == noise.dim() == 2 and len(obs) == len(noise) > 0
+        return rows and estimator == "exact"
+
+    def sample_flow(self, obs: Tensor, noise: Tensor, steps: int, flow: Flow) -> Tensor:
+        """As `reference.sample_flow`, without gradient: observations enter once per state."""
+        states, samples = _per_state(obs, noise)
+        shape = torch.broadcast_shapes(obs.shape[:-1], noise.shape[:-1])
+        action, _, _ = self.core.flow_density(
+            *self.density_arguments(states, samples, flow_steps(steps, flow)), "none"
+        )
+        return torch.from_numpy(action).view(*shape, -1)
+
+    def reweighted_velocity(
+        self,
+        obs: Tensor,
+        z: Tensor,
+        signal: Tensor,
+        scale: Tensor,
+        alpha: float,
+        num_candidates: int,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Reverse candidates, their weights, velocity and ESS in one pass; no gradient.
+
+        The uniforms are the kernel's own Philox draws, seeded by one draw of `generator`.
+        """
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        velocity, ess, _ = self.core.reweighted_velocity(
+            self.spec,
+            _array(self.network.flat),
+            _array(obs.contiguous()),
+            _array(z.contiguous()),
+            _array(signal.reshape(-1)),
+            _array(scale.reshape(-1)),
+            alpha,
+            num_candidates=num_candidates,
+            seed=seed,
+        )
+        return torch.from_numpy(velocity), torch.from_numpy(ess)
 
     def meanflow_loss(
         self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
@@ -102,15 +179,17 @@ class NativeEvaluator:
         loss: Tensor = _MeanFlowLoss.apply(self.network.flat, self, *rows)  # type: ignore[no-untyped-call]
         return loss
 
-    def density_arguments(self, obs: Tensor, noise: Tensor) -> tuple[Any, ...]:
-        """What the density kernels take for the one step that acts."""
+    def density_arguments(
+        self, obs: Tensor, noise: Tensor, table: list[SamplerStep]
+    ) -> tuple[Any, ...]:
+        """What the density kernels take."""
         return (
             self.spec,
             _array(self.network.flat),
-            _array(obs),
-            _array(noise),
-            time_feature_rows(_ONE_STEP),
-            np.array([step.q for step in _ONE_STEP], np.float32),
+            _array(obs.contiguous()),
+            _array(noise.contiguous()),
+            time_feature_rows(table),
+            np.array([step.q for step in table], np.float32),
         )
 
     def candidates(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -143,9 +222,14 @@ class _Density(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, flat: Tensor, obs: Tensor, noise: Tensor, evaluator: NativeEvaluator
+        ctx: Any,
+        flat: Tensor,
+        obs: Tensor,
+        noise: Tensor,
+        evaluator: NativeEvaluator,
+        table: list[SamplerStep],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        recorded = evaluator.core.RecordedDensity(*evaluator.density_arguments(obs, noise))
+        recorded = evaluator.core.RecordedDensity(*evaluator.density_arguments(obs, noise, table))
         ctx.recorded, ctx.size = recorded, flat.numel()
         outputs = (recorded.action, recorded.log_prob, recorded.folded, recorded.transport)
         action, log_prob, folded, transport = (torch.from_numpy(x) for x in outputs)
@@ -156,7 +240,7 @@ class _Density(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, d_action: Tensor, d_log_prob: Tensor, _: Tensor, d_transport: Tensor
-    ) -> tuple[Tensor, None, None, None]:
+    ) -> tuple[Tensor, None, None, None, None]:
         gradient = torch.zeros(ctx.size)
         ctx.recorded.backward(
             gradient.numpy(),
@@ -164,7 +248,7 @@ class _Density(torch.autograd.Function):
             _array(d_log_prob.contiguous()),
             _array(d_transport.contiguous()),
         )
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 class _MeanFlowLoss(torch.autograd.Function):
@@ -192,6 +276,17 @@ class _MeanFlowLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return d_loss * gradient, *[None] * 6
+
+
+def _per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """States ``(S, O)`` and samples ``(S, K, A)`` or ``(S, A)`` of broadcastable arguments."""
+    if noise.dim() == 3 and obs.dim() == 3 and obs.shape[:2] == (len(noise), 1):
+        return obs.squeeze(1), noise
+    shape = torch.broadcast_shapes(obs.shape[:-1], noise.shape[:-1])
+    return (
+        obs.expand(*shape, -1).reshape(-1, obs.shape[-1]),
+        noise.expand(*shape, -1).reshape(-1, noise.shape[-1]),
+    )
 
 
 def _spec(network: FlatMLP) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
@@ -12,14 +14,17 @@ from flame_ext.networks import Critics, MeanVelocityNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl, uniform_like
 from flame_ext.policies.reweighting import damped_logits, resample, reverse_reweighted
 from flame_ext.reference import (
+    Estimator,
     LogProb,
     Reweighted,
+    Trace,
     log_prob,
     meanflow_loss,
     monotonicity_gap,
     reweighted_velocity,
     sample_flow,
 )
+from flame_ext.sampling import Flow
 
 # Below this time z is its action to within the network's resolution and 1 / t only adds rounding.
 MIN_TIME = 1e-2
@@ -32,8 +37,24 @@ WALL_SCALE = 0.01
 class FlowEvaluator(Protocol):
     """What a backend may compute for a flow's network; one derivative by the parameters."""
 
-    def log_prob(self, obs: Tensor, noise: Tensor) -> LogProb:
-        """As `reference.log_prob` with the exact estimator, for rows."""
+    def sample_flow(self, obs: Tensor, noise: Tensor, steps: int, flow: Flow) -> Tensor:
+        """As `reference.sample_flow`, without gradient."""
+
+    def differentiates_log_prob(self, estimator: Estimator, obs: Tensor, noise: Tensor) -> bool:
+        """Whether `log_prob` records a gradient for these options; it evaluates all of them."""
+
+    def log_prob(
+        self,
+        obs: Tensor,
+        noise: Tensor,
+        *,
+        estimator: Estimator = "exact",
+        steps: int = 1,
+        trace: Trace = "exact",
+        flow: Flow = "mean",
+        probe: Tensor | None = None,
+    ) -> LogProb:
+        """As `reference.log_prob`."""
 
     def meanflow_loss(
         self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
@@ -68,19 +89,25 @@ class FlowActor(Actor):
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
         c = self.config
+        native = self._native()
+        if native is not None and not torch.is_grad_enabled():
+            return native.sample_flow(obs, noise, c.sampling_steps, c.flow).clamp_(-1, 1)
         return sample_flow(self.network, obs, noise, c.sampling_steps, c.flow).clamp(-1, 1)
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
         c = self.config
-        native = self._native()
-        if native is not None and c.entropy_estimator == "exact" and noise.dim() == 2:
-            return native.log_prob(obs, noise)
         probe = None
         if c.entropy_trace == "hutchinson":
             bits = torch.randint(0, 2, noise.shape, generator=generator, device=noise.device)
             probe = (2 * bits - 1).to(noise.dtype)
-        return log_prob(
-            self.network,
+        native = self._native()
+        evaluate: Callable[..., LogProb] = functools.partial(log_prob, self.network)
+        if native is not None and (
+            not torch.is_grad_enabled()
+            or native.differentiates_log_prob(c.entropy_estimator, obs, noise)
+        ):
+            evaluate = native.log_prob
+        return evaluate(
             obs,
             noise,
             estimator=c.entropy_estimator,
@@ -237,7 +264,8 @@ class FlowActor(Actor):
         """Candidates from the policy itself, weighted towards the target by a damped step."""
         k = self.config.num_candidates
         noise = normal_like(obs, (len(obs), k, self.action_dim), generator)
-        own = log_prob(self.network, obs.unsqueeze(1), noise)
+        native, states = self._native(), obs.unsqueeze(1)
+        own = native.log_prob(states, noise) if native else log_prob(self.network, states, noise)
         action = own.action.clamp(-1, 1)
         q_min = critics.candidate_q_min(obs, action)
         logits = damped_logits(q_min / alpha - own.log_prob, self.config.proposal_ess)

@@ -1,0 +1,151 @@
+"""Native training kernels beside PyTorch in one interleaved run; asserts correctness, never times.
+
+Run with ``pytest benchmarks/test_training_kernels.py --benchmark-only -s``. HalfCheetah sizes:
+17 observations, 6 actions, 3 x 256 units, 256 states. Each pair is timed round by round, first
+one then the other, so that both see the same machine; the ratio is that of the medians.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flame_ext import ops
+from flame_ext.agent import Agent
+from flame_ext.backends import make_backend
+from flame_ext.config import make_config
+from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.replay import Batch
+
+B, K, OBS, ACT, HIDDEN = 256, 32, 17, 6, (256, 256, 256)
+ROUNDS = 7
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_networks(activation: Any) -> tuple[MeanVelocityNet, Critics]:
+    g = torch.Generator().manual_seed(0)
+    net = MeanVelocityNet(OBS, ACT, HIDDEN, activation=activation, generator=g)
+    net.start_as_contraction(0.35)
+    return net, Critics(OBS, ACT, HIDDEN, activation=activation, generator=g)
+
+
+def compare(
+    benchmark: Any, name: str, native: Callable[[], Any], torch_form: Callable[[], Any]
+) -> None:
+    """Times both alternately, reports the native one and prints the ratio of medians."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for run in (native, torch_form):
+        run()
+    for _ in range(ROUNDS):
+        for run, seconds in zip((native, torch_form), times, strict=True):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+    ours, theirs = (1e3 * statistics.median(seconds) for seconds in times)
+    benchmark.extra_info |= {"native_ms": ours, "torch_ms": theirs, "ratio": theirs / ours}
+    print(f"\n{name}: native {ours:.2f} ms, PyTorch {theirs:.2f} ms, ratio {theirs / ours:.2f}")
+    benchmark.pedantic(native, rounds=ROUNDS)
+
+
+@pytest.mark.parametrize("activation", ["mish", "relu"])
+def test_twin_q(benchmark: Any, activation: str) -> None:
+    """Qmin of 256 x 32 candidates, no gradient."""
+    _, critics = make_networks(activation)
+    obs, action = draw(B, OBS), draw(B, K, ACT).tanh()
+    plain = make_networks(activation)[1]
+    plain.load_state_dict(critics.state_dict())
+    make_backend("cpu", torch.device("cpu")).accelerate(critics)
+    with torch.no_grad():
+        assert torch.allclose(
+            critics.candidate_q_min(obs, action), plain.candidate_q_min(obs, action), atol=1e-4
+        )
+        compare(
+            benchmark,
+            f"twin Q, {activation}",
+            lambda: critics.candidate_q_min(obs, action),
+            lambda: plain.candidate_q_min(obs, action),
+        )
+
+
+def test_reweighted_velocity(benchmark: Any) -> None:
+    """Candidates, twin Q and softmax sums of 256 x 32 reverse samples."""
+    _, critics = make_networks("mish")
+    obs, z, t = draw(B, OBS), draw(B, ACT), torch.linspace(0.02, 0.98, B).unsqueeze(1)
+
+    def run(backend: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return ops.reweighted_velocity(
+            critics, obs, z, t, alpha=1.0, num_candidates=K, generator=generator, backend=backend
+        ).velocity
+
+    with torch.no_grad():
+        # Different draws of the same estimate: equal within its Monte-Carlo error.
+        assert ((run("cpu") - run("torch")) * t).abs().max() < 2
+        compare(benchmark, "reweighted velocity", lambda: run("cpu"), lambda: run("torch"))
+
+
+def test_meanflow_step(benchmark: Any) -> None:
+    """Loss and gradient of 256 rows."""
+    net, _ = make_networks("silu")
+    t = torch.linspace(0.02, 1, B).unsqueeze(1)
+    rows = draw(B, ACT), 0.5 * t, t, draw(B, OBS, seed=1), draw(B, ACT, seed=2)
+
+    def run(backend: Any) -> Tensor:
+        loss = ops.meanflow_loss(net, *rows, backend=backend)
+        return torch.autograd.grad(loss, net.flat)[0]
+
+    assert torch.allclose(run("cpu"), run("torch"), rtol=1e-3, atol=1e-4)
+    compare(benchmark, "MeanFlow step", lambda: run("cpu"), lambda: run("torch"))
+
+
+@pytest.mark.parametrize("samples", [0, 8])
+def test_exact_log_prob(benchmark: Any, samples: int) -> None:
+    """Exact density of 256 rows with its gradient, or of 256 x 8 samples without."""
+    net, _ = make_networks("silu")
+    obs = draw(B, OBS)
+    noise = draw(B, ACT) if samples == 0 else draw(B, samples, ACT)
+
+    def run(backend: Any) -> Tensor:
+        if samples == 0:
+            sample = ops.log_prob(net, obs, noise, backend=backend)
+            return torch.autograd.grad(sample.log_prob.mean(), net.flat)[0]
+        with torch.no_grad():
+            return ops.log_prob(net, obs.unsqueeze(1), noise, backend=backend).log_prob
+
+    assert torch.allclose(run("cpu"), run("torch"), rtol=1e-3, atol=1e-3)
+    name = "exact log pi and gradient" if samples == 0 else f"exact log pi of {samples} samples"
+    compare(benchmark, name, lambda: run("cpu"), lambda: run("torch"))
+
+
+@pytest.mark.parametrize("algorithm", ["flame", "flame-r", "sac"])
+def test_whole_update(benchmark: Any, algorithm: str) -> None:
+    """A critic and a policy update as the trainer does them, Adam and target update included."""
+    config = make_config(algorithm, overrides={"hidden_sizes": HIDDEN, "policy_delay": 1})
+    batch = Batch(
+        obs=draw(B, OBS),
+        action=draw(B, ACT, seed=1).tanh(),
+        reward=draw(B, seed=2),
+        terminated=torch.zeros(B),
+        next_obs=draw(B, OBS, seed=3),
+    )
+    native, plain = (
+        Agent(config, OBS, ACT, make_backend(name, torch.device("cpu")))
+        for name in ("cpu", "torch")
+    )
+    first = native.update(batch), plain.update(batch)
+    assert first[0]["critic_loss"] == pytest.approx(first[1]["critic_loss"], rel=1e-3)
+    compare(
+        benchmark,
+        f"whole update, {algorithm}",
+        lambda: native.update(batch),
+        lambda: plain.update(batch),
+    )
