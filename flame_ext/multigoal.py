@@ -61,11 +61,11 @@ class MultiGoalEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self,
         num_goals: int = 4,
         goal_distance: float = 5.0,
-        goal_radius: float = 0.5,
+        goal_radius: float = 1.0,
         start_noise: float = 0.01,
         distance_weight: float = 0.2,
         action_cost: float = 0.8,
-        goal_bonus: float = 4.0,
+        goal_bonus: float = 2.0,
         render_mode: str | None = None,
     ) -> None:
         if num_goals < 1:

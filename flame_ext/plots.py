@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from numpy.typing import NDArray
 
 from flame_ext.errors import RunDirectoryError
@@ -255,10 +256,10 @@ def _draw_paths(axes: Axes, rollouts: GoalRollouts, name: str) -> None:
         axes.plot(path[:, 0], path[:, 1], color=colour, lw=1.0, alpha=0.45)
     for index, (goal, fraction) in enumerate(zip(env.goals, rollouts.fractions, strict=True)):
         colour = _COLOURS[index % len(_COLOURS)]
-        axes.plot(*goal, marker="o", ms=13, mfc="white", mec=colour, mew=2.5)
+        axes.add_patch(Circle(tuple(goal), env.goal_radius, fill=False, ec=colour, lw=2.5))
         # Outwards above and below the centre; above the goal at the sides, where paths come in.
         sideways = abs(goal[0]) > abs(goal[1])
-        at = goal + (np.array([0.0, 1.1]) if sideways else 1.1 * goal / np.linalg.norm(goal))
+        at = goal + (np.array([0.0, 1.5]) if sideways else 1.5 * goal / np.linalg.norm(goal))
         axes.text(at[0], at[1], f"{fraction:.0%}", ha="center", va="center", fontweight="bold")
     axes.plot(0, 0, marker="+", ms=12, mew=2, color="black")
     shares = " / ".join(f"{100 * fraction:.0f}" for fraction in rollouts.fractions)

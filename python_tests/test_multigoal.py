@@ -14,7 +14,8 @@ def _make(**kwargs):
 
 def _return_of_first_action(first, goal_of_rest):
     """Return from the exact origin: one given step, then straight to a goal at full speed."""
-    env = _make(start_noise=0.0)
+    # Not radius 1: rounding would decide whether four full steps reach a goal at distance 5.
+    env = _make(start_noise=0.0, goal_radius=0.9)
     obs, _ = env.reset(seed=0)
     goal = env.unwrapped.goals[goal_of_rest]
     total, done, action = 0.0, False, np.asarray(first, dtype=np.float32)
@@ -57,14 +58,14 @@ def test_reward_by_hand():
 def test_every_goal_ends_the_episode_and_is_reported(goal):
     env = _make(start_noise=0.0)
     env.reset(seed=0)
-    direction = (env.unwrapped.goals[goal] / 5.0).astype(np.float32)
+    direction = (0.9 * env.unwrapped.goals[goal] / 5.0).astype(np.float32)
     steps, terminated, reward = 0, False, 0.0
     while not terminated:
         _, reward, terminated, _, info = env.step(direction)
         steps += 1
     assert info["goal"] == goal
     assert steps == 5
-    assert reward == pytest.approx(multigoal.MultiGoalEnv().goal_bonus - 0.8, abs=1e-4)
+    assert reward == pytest.approx(2.0 - 0.2 * 0.5 - 0.8 * 0.81, abs=1e-4)
 
 
 def test_standing_still_is_cut_off_but_not_terminated():
