@@ -136,8 +136,8 @@ struct FlowTape;
 struct FlowBackwardArgs {
     FlowTape* tape;
     float* gradients;
-    const float* d_action;    // (rows, A)
-    const float* d_log_prob;  // (rows), ignored where the density was not recorded
+    const float* d_action;     // (rows, A)
+    const float* d_log_prob;   // (rows), ignored where the density was not recorded
     const float* d_transport;  // (rows, A, A) or null, likewise
 };
 
