@@ -2,6 +2,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <chrono>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -154,6 +157,22 @@ py::array_t<float> q_min(const PackedPolicy& policy, py::array obs, const Floats
     return out;
 }
 
+// Least time of one pass over the policy's weights.
+double read_weights_seconds(const PackedPolicy& policy, int repeats) {
+    check(repeats >= 1, "repeats is ", repeats, "; give at least 1");
+    const py::gil_scoped_release release;
+    double best = std::numeric_limits<double>::infinity();
+    volatile float sink = 0.0f;
+    for (int i = 0; i < repeats; ++i) {
+        const auto start = std::chrono::steady_clock::now();
+        sink = policy.read_weights();
+        const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+        best = std::min(best, elapsed.count());
+    }
+    (void)sink;
+    return best;
+}
+
 }  // namespace
 
 void bind_policy(py::module_& m) {
@@ -175,7 +194,8 @@ void bind_policy(py::module_& m) {
         .def_property_readonly("obs_dim", &PackedPolicy::obs_dim)
         .def_property_readonly("action_dim", &PackedPolicy::action_dim)
         .def_property_readonly("has_critics", &PackedPolicy::has_critics)
-        .def_property_readonly("weight_bytes", &PackedPolicy::weight_bytes);
+        .def_property_readonly("weight_bytes", &PackedPolicy::weight_bytes)
+        .def("read_weights_seconds", &read_weights_seconds, py::arg("repeats") = 100);
 }
 
 }  // namespace flame

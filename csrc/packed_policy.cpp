@@ -213,6 +213,11 @@ void PackedPolicy::act(const MatrixView& obs, int64_t num_particles, const float
     }
 }
 
+float PackedPolicy::read_weights() const {
+    return kernels().read_stream(storage_.data(),
+                                 weight_bytes_ / static_cast<int64_t>(sizeof(float)));
+}
+
 void PackedPolicy::q_min(const MatrixView& obs, const float* action, float* q) const {
     check(obs.columns == obs_dim_, "obs has ", obs.columns, " columns, this policy takes ",
           obs_dim_);

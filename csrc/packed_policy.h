@@ -64,6 +64,9 @@ class PackedPolicy {
     int action_dim() const { return action_dim_; }
     bool has_critics() const { return !critics_.empty(); }
     int64_t weight_bytes() const { return weight_bytes_; }
+    // Reads the policy's weights once and does nothing else; returns a sum so that it is not
+    // skipped.
+    float read_weights() const;
 
   private:
     const float* prepare_obs(const MatrixView& obs, int64_t* ld) const;

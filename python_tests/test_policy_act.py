@@ -137,10 +137,14 @@ class Case:
 
 
 def assert_as_good_as_float32(got, exact, float32):
-    """The kernel's error is at most twice that of the same formula in float32 numpy."""
+    """The kernel's error is at most twice that of the same formula in float32 numpy.
+
+    Eight units in the last place of 1 are granted besides: with few outputs numpy's error may
+    happen to be next to nothing.
+    """
     assert np.isfinite(got).all()
     error = np.abs(got - exact).max()
-    assert error <= 2 * np.abs(float32 - exact).max() + 4e-7, error
+    assert error <= 2 * np.abs(float32 - exact).max() + 1e-6, error
 
 
 @pytest.mark.parametrize("batch", [1, 2, 31, 33, 257])
@@ -335,6 +339,16 @@ def test_thread_count_does_not_change_a_bit(particles):
     _core.set_num_threads(before)
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
+
+
+def test_a_row_has_the_same_bits_in_every_batch(isa):
+    case = Case.random(24, 17, 6, hidden=(64, 100))
+    packed = case.pack()
+    obs, noise = case.inputs(67)
+    together = packed.act(obs, noise[:, 0])
+    for size in (1, 2, 7, 33):
+        parts = [packed.act(obs[i : i + size], noise[i : i + size, 0]) for i in range(0, 67, size)]
+        np.testing.assert_array_equal(np.concatenate(parts), together)
 
 
 def test_callers_in_several_threads():

@@ -8,10 +8,10 @@ namespace flame::FLAME_ISA {
 
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
-    kLanes,      policy_act,          mlp_forward,       twin_q,
-    critic_step, q_gradient,          meanflow_step,     flow_density,
-    flow_record, reweighted_velocity, truncated_normals, adam,
-    soft_update,
+    kLanes,       policy_act,  read_stream,         mlp_forward,
+    twin_q,       critic_step, q_gradient,          meanflow_step,
+    flow_density, flow_record, reweighted_velocity, truncated_normals,
+    adam,         soft_update,
 };
 
 }  // namespace flame::FLAME_ISA

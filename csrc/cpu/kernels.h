@@ -20,6 +20,7 @@ class Workspace;
 struct CpuKernels {
     int vector_floats;  // lanes of simd.h's vector, for reports
     void (*policy_act)(const ActTask& task, int64_t begin, int64_t end, float* workspace);
+    float (*read_stream)(const float* data, int64_t floats);
     void (*mlp_forward)(const MlpForwardArgs& args);
     void (*twin_q)(const TwinQArgs& args);
     void (*critic_step)(const CriticStepArgs& args);

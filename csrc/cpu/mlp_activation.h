@@ -10,30 +10,6 @@
 
 namespace flame::FLAME_ISA {
 
-// exp(x) for -87 <= x <= 88, relative error below 2e-7: 2^k 2^f with k the nearest integer to
-// x / ln 2 and a minimax polynomial on |f| <= 1/2 (coefficients fitted for this file). The range
-// reduction needs a fused multiply-add; without one simd.h's two-step reduction is used.
-FLAME_INLINE vf exp_bounded(vf x) {
-#if defined(FLAME_ISA_AVX2) || defined(FLAME_ISA_AVX512)
-    const vf shift = splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer in the low bits
-    const vf log2e = splat(1.44269502f);
-    const vf t = fma(x, log2e, shift);
-    const vf k = t - shift;
-    const vf f = fma(x, splat(1.92596299e-8f), fma(x, log2e, -k));
-    vf p = splat(1.5345811897e-4f);
-    p = fma(p, f, splat(1.3399931218e-3f));
-    p = fma(p, f, splat(9.6184889575e-3f));
-    p = fma(p, f, splat(5.5503287770e-2f));
-    p = fma(p, f, splat(2.4022646891e-1f));
-    p = fma(p, f, splat(6.9314720574e-1f));
-    p = fma(p, f, splat(1.0f));
-    // The low bits of t are k; adding them to the exponent multiplies by 2^k.
-    return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(t) << 23));
-#else
-    return exp(x);
-#endif
-}
-
 // NaN passes through: max and min return their second operand when either is NaN.
 FLAME_INLINE vf at_least(float low, vf x) { return max(splat(low), x); }
 FLAME_INLINE vf at_most(float high, vf x) { return min(splat(high), x); }
@@ -44,7 +20,7 @@ struct HiddenActivation;
 
 template <>
 struct HiddenActivation<Activation::kRelu> {
-    FLAME_INLINE vf value(vf x) { return relu(x); }
+    FLAME_INLINE vf value(vf x) { return x < 0.0f ? zero() : x; }
     FLAME_INLINE vf first(vf x, vf& d) {
         d = x > 0.0f ? splat(1.0f) : zero();
         return value(x);

@@ -12,6 +12,7 @@
 
 #include <math.h>
 
+#include "cpu/mlp_activation.h"
 #include "cpu/simd.h"
 #include "philox.h"
 
@@ -47,11 +48,11 @@ FLAME_INLINE Finish finish_of(const PackedNet& net) {
 FLAME_INLINE vf apply(Finish finish, vf x) {
     switch (finish) {
         case Finish::kRelu:
-            return relu(x);
+            return HiddenActivation<Activation::kRelu>::value(x);
         case Finish::kSilu:
-            return silu(x);
+            return HiddenActivation<Activation::kSilu>::value(x);
         case Finish::kMish:
-            return mish(x);
+            return HiddenActivation<Activation::kMish>::value(x);
         default:
             return x;
     }
@@ -73,42 +74,39 @@ struct Rows {
 FLAME_INLINE Rows same_row(const float* data) { return {data, 0, 0, 1}; }
 
 // --- Hidden layers
-// --------------------------------------------------------------------------------
 
-// One row, one panel. The sum is split in kSplit so that the FMA latency does not show.
-template <bool kHalf>
-FLAME_INLINE void gemv_panel(const PackedLayer& layer, int panel, const float* x, const float* init,
-                             float* y, Finish finish) {
-    constexpr int kSplit = 8 / kPanelVecs;
+// One row, kPanels neighbouring panels: one broadcast serves kPanels * kPanelVecs products, and as
+// many independent sums hide the FMA latency.
+template <int kPanels, bool kHalf>
+FLAME_INLINE void gemv_panels(const PackedLayer& layer, int panel, const float* x,
+                              const float* init, float* y, Finish finish) {
+    constexpr int kVecs = kPanels * kPanelVecs;
     const int inputs = layer.inputs;
     const int64_t base = static_cast<int64_t>(panel) * inputs * kPanel;
-    vf acc[kSplit][kPanelVecs];
-    for (int v = 0; v < kPanelVecs; ++v) {
-        acc[0][v] = load(init + panel * kPanel + v * kLanes);
-        for (int s = 1; s < kSplit; ++s) acc[s][v] = zero();
-    }
-    int k = 0;
-    for (; k + kSplit <= inputs; k += kSplit) {
-        for (int s = 0; s < kSplit; ++s) {
-            const vf a = splat(x[k + s]);
-            for (int v = 0; v < kPanelVecs; ++v) {
-                const int64_t at = base + (k + s) * kPanel + v * kLanes;
-                acc[s][v] = fma(a, load_weight<kHalf>(layer.weight, at), acc[s][v]);
-            }
-        }
-    }
-    for (; k < inputs; ++k) {
+    const int64_t stride = static_cast<int64_t>(inputs) * kPanel;
+    vf acc[kVecs];
+    for (int v = 0; v < kVecs; ++v) acc[v] = load(init + panel * kPanel + v * kLanes);
+    for (int k = 0; k < inputs; ++k) {
         const vf a = splat(x[k]);
-        for (int v = 0; v < kPanelVecs; ++v) {
-            const int64_t at = base + k * kPanel + v * kLanes;
-            acc[0][v] = fma(a, load_weight<kHalf>(layer.weight, at), acc[0][v]);
+        for (int v = 0; v < kVecs; ++v) {
+            const int64_t at =
+                base + v / kPanelVecs * stride + k * kPanel + v % kPanelVecs * kLanes;
+            acc[v] = fma(a, load_weight<kHalf>(layer.weight, at), acc[v]);
         }
     }
-    for (int v = 0; v < kPanelVecs; ++v) {
-        for (int half = kSplit / 2; half > 0; half /= 2) {
-            for (int s = 0; s < half; ++s) acc[s][v] += acc[s + half][v];
-        }
-        store(y + panel * kPanel + v * kLanes, apply(finish, acc[0][v]));
+    for (int v = 0; v < kVecs; ++v) {
+        store(y + panel * kPanel + v * kLanes, apply(finish, acc[v]));
+    }
+}
+
+template <int kPanels, bool kHalf>
+FLAME_INLINE void gemv(const PackedLayer& layer, int panel, int panels, const float* x,
+                       const float* init, float* y, Finish finish) {
+    for (; panel + kPanels <= panels; panel += kPanels) {
+        gemv_panels<kPanels, kHalf>(layer, panel, x, init, y, finish);
+    }
+    if constexpr (kPanels > 1) {
+        gemv<kPanels / 2, kHalf>(layer, panel, panels, x, init, y, finish);
     }
 }
 
@@ -170,12 +168,11 @@ FLAME_INLINE void panel_rows(const PackedLayer& layer, int panel, int rows, cons
 }
 
 template <bool kHalf>
-void layer_rows(const PackedLayer& layer, bool single, int rows, const float* x, int64_t ldx,
-                const Rows& init, float* y, int64_t ldy, Finish finish) {
+void layer_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, const Rows& init,
+                float* y, int64_t ldy, Finish finish) {
     const int panels = round_up(layer.outputs) / kPanel;
-    if (single) {
-        const float* from = init.row(0);
-        for (int p = 0; p < panels; ++p) gemv_panel<kHalf>(layer, p, x, from, y, finish);
+    if (rows == 1) {
+        gemv<8 / kPanelVecs, kHalf>(layer, 0, panels, x, init.row(0), y, finish);
         return;
     }
     int p = 0;
@@ -214,7 +211,6 @@ void normalise_rows(const PackedLayer& layer, int rows, float* y, int64_t ldy, F
 }
 
 // --- Output layer
-// ---------------------------------------------------------------------------------
 
 // y = x W^T + bias, row by row, four outputs at a time; x is zero up to round_up(inputs).
 template <bool kHalf>
@@ -244,13 +240,11 @@ void output_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx
 }
 
 // --- Whole networks
-// -------------------------------------------------------------------------------
 
 // Rows [row, row + rows) of the call and the states that they belong to.
 struct Range {
     int64_t row, state;
     int rows, states;
-    bool single_row, single_state;  // the whole call has one
 };
 
 struct Workspace {
@@ -266,25 +260,24 @@ struct Workspace {
 template <bool kHalf>
 FLAME_INLINE void observe(const PackedNet& net, const ActTask& task, const Range& range,
                           const Workspace& w) {
-    layer_rows<kHalf>(net.obs, range.single_state, range.states,
-                      task.obs + range.state * task.obs_ld, task.obs_ld, same_row(net.obs.bias),
-                      w.pre, w.ld, Finish::kNone);
+    layer_rows<kHalf>(net.obs, range.states, task.obs + range.state * task.obs_ld, task.obs_ld,
+                      same_row(net.obs.bias), w.pre, w.ld, Finish::kNone);
 }
 
 // Everything behind the observation part: z (rows, ldz) to out (rows, ldo).
 template <bool kHalf>
-void evaluate(const PackedNet& net, bool single, int rows, const float* z, int64_t ldz,
-              const Rows& pre, const Workspace& w, float* out, int64_t ldo) {
+void evaluate(const PackedNet& net, int rows, const float* z, int64_t ldz, const Rows& pre,
+              const Workspace& w, float* out, int64_t ldo) {
     const Finish finish = finish_of(net);
     const bool norm = net.action.gain != nullptr;
     const Finish direct = norm ? Finish::kNone : finish;
-    layer_rows<kHalf>(net.action, single, rows, z, ldz, pre, w.h0, w.ld, direct);
+    layer_rows<kHalf>(net.action, rows, z, ldz, pre, w.h0, w.ld, direct);
     if (norm) normalise_rows(net.action, rows, w.h0, w.ld, finish);
     float* x = w.h0;
     float* y = w.h1;
     for (int i = 0; i < net.num_hidden; ++i) {
         const PackedLayer& layer = net.hidden[i];
-        layer_rows<kHalf>(layer, single, rows, x, w.ld, same_row(layer.bias), y, w.ld, direct);
+        layer_rows<kHalf>(layer, rows, x, w.ld, same_row(layer.bias), y, w.ld, direct);
         if (norm) normalise_rows(layer, rows, y, w.ld, finish);
         float* swap = x;
         x = y;
@@ -318,7 +311,7 @@ void flow_actions(const ActTask& task, const Range& range, const Workspace& w, f
     for (int step = 0; step < task.num_steps; ++step) {
         add_bias(net, step, range.states, w);
         const Rows pre = state_rows(task, range, w);
-        evaluate<kHalf>(net, range.single_row, range.rows, z, dim, pre, w, w.out, dim);
+        evaluate<kHalf>(net, range.rows, z, dim, pre, w, w.out, dim);
         const ActStep s = task.steps[step];
         for (int i = 0; i < range.rows * dim; ++i) {
             float a = s.p * z[i] + s.q * w.out[i];
@@ -336,7 +329,7 @@ void gaussian_actions(const ActTask& task, const Range& range, const Workspace& 
     const int dim = task.action_dim;
     add_bias(net, 0, range.states, w);
     const Rows pre = {w.first, w.ld, 0, 1};  // here a row is a state
-    evaluate<kHalf>(net, range.single_state, range.states, nullptr, 0, pre, w, w.out, 2 * dim);
+    evaluate<kHalf>(net, range.states, nullptr, 0, pre, w, w.out, 2 * dim);
     const float span = 0.5f * (task.log_std_max - task.log_std_min);
     for (int r = 0; r < range.rows; ++r) {
         const int64_t state = (range.row + r) / task.num_particles - range.state;
@@ -376,8 +369,7 @@ void critic_values(const ActTask& task, const Range& range, const Workspace& w,
         observe<false>(net, task, range, w);
         add_bias(net, 0, range.states, w);
         const Rows pre = state_rows(task, range, w);
-        evaluate<false>(net, range.single_row, range.rows, action, task.action_dim, pre, w, w.out,
-                        1);
+        evaluate<false>(net, range.rows, action, task.action_dim, pre, w, w.out, 1);
         for (int r = 0; r < range.rows; ++r) q[r] = c == 0 || w.out[r] < q[r] ? w.out[r] : q[r];
     }
 }
@@ -411,8 +403,6 @@ void policy_act(const ActTask& task, int64_t begin, int64_t end, float* workspac
         range.state = row / task.num_particles;
         range.states =
             static_cast<int>((row + range.rows - 1) / task.num_particles - range.state + 1);
-        range.single_state = task.num_states == 1;
-        range.single_row = range.single_state && task.num_particles == 1;
         act_tile(task, range, w);
     }
 }

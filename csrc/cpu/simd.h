@@ -8,8 +8,6 @@
 
 #include <stdint.h>
 
-#include "api.h"
-
 #if !defined(FLAME_ISA)
 #error "cpu/simd.h is for the sources in FLAME_ISA_SOURCES only"
 #endif
@@ -52,9 +50,26 @@ FLAME_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// A NaN in `a` gives `b` (as minps and maxps do).
-FLAME_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
-FLAME_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+// A NaN in either gives `b`.
+FLAME_INLINE vf min(vf a, vf b) {
+#if defined(FLAME_ISA_AVX512)
+    return _mm512_min_ps(a, b);
+#elif defined(FLAME_ISA_AVX2)
+    return _mm256_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+FLAME_INLINE vf max(vf a, vf b) {
+#if defined(FLAME_ISA_AVX512)
+    return _mm512_max_ps(a, b);
+#elif defined(FLAME_ISA_AVX2)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 FLAME_INLINE vf sqrt(vf a) {
 #if defined(FLAME_ISA_AVX512)
@@ -99,9 +114,26 @@ FLAME_INLINE vf load_half(const uint16_t* p) {
 #endif
 }
 
-// e^x to 2 ulp; x is clamped to [-87.3, 88.7], so the result is a positive normal float.
-FLAME_INLINE vf exp(vf x) {
-    x = min(max(x, splat(-87.3f)), splat(88.7f));
+// exp(x) for -87 <= x <= 88, relative error below 2e-7: 2^k 2^f with k the nearest integer to
+// x / ln 2 and a minimax polynomial on |f| <= 1/2 (coefficients fitted for this project). The range
+// reduction needs a fused multiply-add; without one, ln 2 is taken off in two parts (Cephes expf).
+FLAME_INLINE vf exp_bounded(vf x) {
+#if defined(FLAME_ISA_AVX2) || defined(FLAME_ISA_AVX512)
+    const vf shift = splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer in the low bits
+    const vf log2e = splat(1.44269502f);
+    const vf t = fma(x, log2e, shift);
+    const vf k = t - shift;
+    const vf f = fma(x, splat(1.92596299e-8f), fma(x, log2e, -k));
+    vf p = splat(1.5345811897e-4f);
+    p = fma(p, f, splat(1.3399931218e-3f));
+    p = fma(p, f, splat(9.6184889575e-3f));
+    p = fma(p, f, splat(5.5503287770e-2f));
+    p = fma(p, f, splat(2.4022646891e-1f));
+    p = fma(p, f, splat(6.9314720574e-1f));
+    p = fma(p, f, splat(1.0f));
+    // The low bits of t are k; adding them to the exponent multiplies by 2^k.
+    return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(t) << 23));
+#else
     const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
     const vf shifted = fma(x, splat(1.44269504f), shift);
     const vf n = shifted - shift;
@@ -114,65 +146,12 @@ FLAME_INLINE vf exp(vf x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p, r * r, r) + 1.0f;
-    // The low bits of `shifted` are n. 2^n in two factors, because 2^128 is no float.
-    const vi bits = reinterpret_cast<vi>(shifted) - 0x4B400000;
-    const vi half = bits >> 1;
-    const vf scale0 = reinterpret_cast<vf>((half + 127) << 23);
-    const vf scale1 = reinterpret_cast<vf>((bits - half + 127) << 23);
-    return p * scale0 * scale1;
+    // The low bits of `shifted` are n (its upper bits leave with the shift).
+    return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
+#endif
 }
 
-// --- Activations and their derivatives
-// ------------------------------------------------------------
-
-struct ValueGrad {
-    vf value;
-    vf grad;
-};
-
-// mish(x) = x tanh(log(1 + e^x)) = x n / (n + 2) with n = e (e + 2), e = e^x. The division comes
-// before the product with x (x n overflows); above 20 the factor is 1 in float32, below -87 it is
-// 0.
-FLAME_INLINE vf mish(vf x) {
-    const vf e = exp(min(x, splat(20.0f)));
-    const vf n = e * (e + 2.0f);
-    return x * (x < -87.0f ? zero() : n / (n + 2.0f));
-}
-
-// mish' = T + x (1 - T^2) sigmoid(x) with T = n / (n + 2), that is T + 4 x e (e + 1) / (n + 2)^2.
-FLAME_INLINE ValueGrad mish_grad(vf x) {
-    const vf e = exp(min(x, splat(20.0f)));
-    const vf n = e * (e + 2.0f);
-    const vf q = 1.0f / (n + 2.0f);
-    const vf t = x < -87.0f ? zero() : n * q;
-    return {x * t, fma(x * q, (4.0f * e) * ((e + 1.0f) * q), t)};
-}
-
-FLAME_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
-
-FLAME_INLINE vf silu(vf x) { return x * (x < -87.0f ? zero() : sigmoid(x)); }
-
-FLAME_INLINE ValueGrad silu_grad(vf x) {
-    const vf s = x < -87.0f ? zero() : sigmoid(x);
-    const vf value = x * s;
-    return {value, fma(value, 1.0f - s, s)};
-}
-
-// NaN stays NaN, as in PyTorch.
-FLAME_INLINE vf relu(vf x) { return x < 0.0f ? zero() : x; }
-
-template <Activation kind>
-FLAME_INLINE vf activate(vf x) {
-    if constexpr (kind == Activation::kRelu) return relu(x);
-    if constexpr (kind == Activation::kSilu) return silu(x);
-    if constexpr (kind == Activation::kMish) return mish(x);
-}
-
-template <Activation kind>
-FLAME_INLINE ValueGrad activate_grad(vf x) {
-    if constexpr (kind == Activation::kRelu) return {relu(x), x > 0.0f ? splat(1.0f) : zero()};
-    if constexpr (kind == Activation::kSilu) return silu_grad(x);
-    if constexpr (kind == Activation::kMish) return mish_grad(x);
-}
+// e^x with x clamped to [-87.3, 88.3]: the result is a positive normal float. NaN gives e^88.3.
+FLAME_INLINE vf exp(vf x) { return exp_bounded(max(min(x, splat(88.3f)), splat(-87.3f))); }
 
 }  // namespace flame::FLAME_ISA
