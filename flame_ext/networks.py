@@ -71,6 +71,18 @@ class Evaluator(Protocol):
     def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
         """As `Critics.q_min` for rows, differentiable with respect to the action alone."""
 
+    def reweighted_velocity(
+        self,
+        obs: Tensor,
+        z: Tensor,
+        signal: Tensor,
+        scale: Tensor,
+        alpha: float,
+        num_candidates: int,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity and ESS of `policies.reweighting.reverse_reweighted`, without gradient."""
+
 
 class FlatMLP(nn.Module):
     """An ensemble of equally shaped MLPs over one flat parameter.

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from flame_ext import _core
 from flame_ext.agent import MAX_ALPHA, Agent
 from flame_ext.backends import TorchBackend, make_backend
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.errors import BackendUnavailableError
+from flame_ext.policies import reweighting
 from flame_ext.policies.reweighting import damped_logits, resample
 from flame_ext.replay import Batch
 
@@ -172,10 +174,23 @@ def test_diffusion_has_no_density() -> None:
         make_agent("diffusion", entropy_in_target=True).update(make_batch())
 
 
+def native_uniform(
+    reference: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator
+) -> torch.Tensor:
+    """What the native reweighting draws: the Philox stream of a seed from the generator."""
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return torch.from_numpy(_core.philox_uniform(seed, 0, 0, math.prod(shape))).view(shape)
+
+
+@pytest.mark.parametrize("proposal", ["reverse", "policy"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_ten_updates_agree_between_torch_and_native(algorithm: str) -> None:
+def test_ten_updates_agree_between_torch_and_native(
+    algorithm: str, proposal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Loss by loss, from the same weights and draws; then the parameters."""
+    monkeypatch.setattr(reweighting, "uniform_like", native_uniform)
     options = {"hidden_sizes": (32, 24), "policy_delay": 1, "num_candidates": 8}
+    options["proposal"] = proposal
     config = make_config(algorithm, overrides={**SMALL, **options})
     agents = [
         Agent(config, OBS, ACT, make_backend(name, torch.device("cpu")), seed=0)

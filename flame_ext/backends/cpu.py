@@ -28,8 +28,10 @@ _DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
 class CpuBackend(TorchBackend):
     """Critic step, target update and every large evaluation inside the losses by native kernels.
 
-    Autograd only joins the flow policy's native pieces (exact density, MeanFlow loss, Qmin); the
-    Gaussian policy's own network is differentiated by PyTorch.
+    Autograd only joins the flow policy's native pieces (exact density, MeanFlow loss, Qmin, the
+    reweighted velocity). PyTorch still differentiates the Gaussian and the diffusion policy's own
+    network, a reverse-KL term through ``multi_step`` or ``one_step_trace``, and one without
+    entropy (``reverse_kl_entropy=False``).
     """
 
     name = "cpu"
@@ -78,7 +80,7 @@ class NativeEvaluator:
         rows = torch.cat([block.expand(*batch, -1) for block in blocks], dim=-1)
         flat_rows = rows.reshape(-1, rows.shape[-1])
         out = self.core.mlp_forward(self.spec, _array(self.network.flat), _array(flat_rows))
-        return torch.from_numpy(out).view(self.network.members, *batch, -1)
+        return torch.from_numpy(out).view(self.network.members, *batch, out.shape[-1])
 
     def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
         """As `Critics.q_min` for rows, differentiable with respect to the action alone."""
@@ -123,7 +125,7 @@ class NativeEvaluator:
             *self.density_arguments(states, samples, table), divergence, probes
         )
         return LogProb(
-            torch.from_numpy(action).view(*shape, -1),
+            torch.from_numpy(action).view(*shape, noise.shape[-1]),
             torch.from_numpy(log_prob).view(shape),
             torch.from_numpy(folded).view(shape),
         )
@@ -141,7 +143,7 @@ class NativeEvaluator:
         action, _, _ = self.core.flow_density(
             *self.density_arguments(states, samples, flow_steps(steps, flow)), "none"
         )
-        return torch.from_numpy(action).view(*shape, -1)
+        return torch.from_numpy(action).view(*shape, noise.shape[-1])
 
     def reweighted_velocity(
         self,
@@ -163,8 +165,8 @@ class NativeEvaluator:
             _array(self.network.flat),
             _array(obs.contiguous()),
             _array(z.contiguous()),
-            _array(signal.reshape(-1)),
-            _array(scale.reshape(-1)),
+            _array(signal.reshape(-1).contiguous()),
+            _array(scale.reshape(-1).contiguous()),
             alpha,
             num_candidates=num_candidates,
             seed=seed,

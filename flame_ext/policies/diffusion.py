@@ -72,10 +72,11 @@ class DiffusionActor(Actor):
             signal, scale = schedule[(t * steps).round().long().squeeze(1) - 1].chunk(2, dim=1)
             source = self.action(obs, normal_like(obs, shape, generator))
             z = signal * source + scale * normal_like(obs, shape, generator)
-            reweighted, _, noise = reverse_reweighted(
+            reweighted = reverse_reweighted(
                 critics, obs, z, signal, scale, alpha, self.config.num_candidates, generator
             )
-            target = torch.einsum("bk,bka->ba", reweighted.weights, noise)
+            # E[noise] from E[noise - action] and z = signal E[action] + scale E[noise].
+            target = (z + signal * reweighted.velocity) / (signal + scale)
         loss = (self.network.velocity(z, t, t, obs) - target).square().sum(-1).mean()
         ess = reweighted.ess.mean() / self.config.num_candidates
         return ActorLoss(loss, None, ess, {"reweighted_loss": loss.detach()})

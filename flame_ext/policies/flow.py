@@ -228,7 +228,7 @@ class FlowActor(Actor):
         shape = (len(obs), self.action_dim)
         source = self._source_actions(obs, action, critics, alpha, generator)
         z = (1 - t) * source + t * normal_like(obs, shape, generator)
-        reweighted, _, _ = reverse_reweighted(
+        reweighted = reverse_reweighted(
             critics, obs, z, 1 - t, t, alpha, self.config.num_candidates, generator
         )
         return z, reweighted

@@ -20,7 +20,7 @@ def reverse_reweighted(
     alpha: Tensor,
     num_candidates: int,
     generator: torch.Generator,
-) -> tuple[Reweighted, Tensor, Tensor]:
+) -> Reweighted:
     """Reverse samples of z weighted by exp(Qmin / alpha) (FLAME, Sec. 4.1).
 
     Args:
@@ -32,14 +32,16 @@ def reverse_reweighted(
         alpha: Temperature, scalar.
         num_candidates: K.
         generator: Source of the uniform draws.
-
-    Returns:
-        The reweighted velocity, the candidates and their noise, both ``(B, K, A)``.
     """
+    if critics.evaluator is not None:
+        velocity, ess = critics.evaluator.reweighted_velocity(
+            obs, z, signal, scale, float(alpha), num_candidates, generator
+        )
+        return Reweighted(velocity, ess, None)
     uniform = uniform_like(z, (len(z), num_candidates, z.shape[-1]), generator)
     action, noise = reverse_candidates(z, signal, scale, uniform)
     logits = critics.candidate_q_min(obs, action) / alpha
-    return reweighted_velocity(logits, action, noise), action, noise
+    return reweighted_velocity(logits, action, noise)
 
 
 def resample(action: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
