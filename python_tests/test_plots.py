@@ -131,11 +131,11 @@ def scripted(directions):
 
 def test_rollouts_count_every_goal():
     directions = [(1, 0), (0, 1), (0, 1), (-1, 0), (0, -1), (1, 0), (1, 0), (0, 1)]
-    rollouts = rollout_goals(scripted(directions), len(directions))
+    rollouts = rollout_goals(scripted(0.9 * np.array(directions)), len(directions))
     assert rollouts.goals.tolist() == [0, 1, 1, 2, 3, 0, 0, 1]
     assert rollouts.fractions.tolist() == [3 / 8, 3 / 8, 1 / 8, 1 / 8]
     assert {len(path) for path in rollouts.paths} == {6}
-    assert np.allclose(rollouts.paths[3][-1], (-5, 0), atol=0.1)
+    assert np.allclose(rollouts.paths[3][-1], (-4.5, 0), atol=0.1)
 
 
 def test_rollouts_that_reach_nothing_are_counted_too():
