@@ -11,6 +11,8 @@ everything else needs ``torch.no_grad()`` or parameters that require no gradient
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -56,7 +58,7 @@ def one_step_action(
             f"{'and no critics (B, A)' if critics is None else 'and critics (B, N, A)'} is expected"
         )
     _check_columns(net, obs, noise)
-    networks = [net] if critics is None else [net, critics]
+    networks: list[FlatMLP] = [net] if critics is None else [net, critics]
     if critics is None:
         if _native(backend, "one_step_action", networks, (obs, noise)):
             return NativeEvaluator(net).sample_flow(obs, noise, 1, "mean").clamp_(-1, 1)
@@ -182,7 +184,7 @@ def log_prob(
 def _native(
     backend: str,
     operator: str,
-    networks: list[FlatMLP],
+    networks: Sequence[FlatMLP],
     rows: tuple[Tensor, ...],
     differentiable: bool = False,
 ) -> bool:
@@ -217,7 +219,7 @@ def _has_tangent(x: Tensor) -> bool:
     """Whether forward-mode differentiation or a function transform follows this tensor."""
     return (
         torch._C._functorch.is_functorch_wrapped_tensor(x)
-        or forward_ad.unpack_dual(x).tangent is not None
+        or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
     )
 
 

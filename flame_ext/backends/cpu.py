@@ -117,7 +117,7 @@ class NativeEvaluator:
             return LogProb(*outputs)
         divergence = _DIVERGENCES["log_det" if estimator == "exact" else trace]
         states, samples = _per_state(obs, noise)
-        shape = torch.broadcast_shapes(obs.shape[:-1], noise.shape[:-1])
+        shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
         probes = None
         if divergence == "probe" and probe is not None:
             probes = _array(probe.expand(*shape, -1).reshape(samples.shape))
@@ -139,7 +139,7 @@ class NativeEvaluator:
     def sample_flow(self, obs: Tensor, noise: Tensor, steps: int, flow: Flow) -> Tensor:
         """As `reference.sample_flow`, without gradient: observations enter once per state."""
         states, samples = _per_state(obs, noise)
-        shape = torch.broadcast_shapes(obs.shape[:-1], noise.shape[:-1])
+        shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
         action, _, _ = self.core.flow_density(
             *self.density_arguments(states, samples, flow_steps(steps, flow)), "none"
         )
@@ -284,7 +284,7 @@ def _per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """States ``(S, O)`` and samples ``(S, K, A)`` or ``(S, A)`` of broadcastable arguments."""
     if noise.dim() == 3 and obs.dim() == 3 and obs.shape[:2] == (len(noise), 1):
         return obs.squeeze(1), noise
-    shape = torch.broadcast_shapes(obs.shape[:-1], noise.shape[:-1])
+    shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
     return (
         obs.expand(*shape, -1).reshape(-1, obs.shape[-1]),
         noise.expand(*shape, -1).reshape(-1, noise.shape[-1]),
