@@ -19,6 +19,10 @@ from flame_ext.errors import BackendUnavailableError, RunDirectoryError, check_c
 
 POLICY_FILE = "policy.safetensors"
 _FORMAT = 1
+_ALGORITHMS = ("flame", "flame-r", "sac", "diffusion")
+# The choices of flame_ext.config.Algorithm, which cannot be imported without torch.
+_ALGORITHMS = ("flame", "flame-r", "sac", "diffusion")
+_TENSORS = ("actor.flat", "critics.flat")
 # Where a run directory keeps policies, in the order `load` looks for them.
 _PLACES = ("", "checkpoint", "best")
 
@@ -216,6 +220,7 @@ def load(
 
     Raises:
         RunDirectoryError: If no policy is there, or the file is not one.
+        ValueError: If the policy is of an algorithm that this version does not know.
     """
     file = _find(Path(path))
     from safetensors import SafetensorError, safe_open
@@ -232,8 +237,16 @@ def load(
         for bound in ("action_low", "action_high"):
             header[bound] = tuple(header[bound])
         spec = PolicySpec(**header)
+        check_choice("algorithm", spec.algorithm, _ALGORITHMS)
+        missing = sorted({"actor.flat", "critics.flat"} - tensors.keys())
+        if missing:
+            raise RunDirectoryError(f"{file} lacks the weights {', '.join(missing)}")
+        missing = [name for name in _TENSORS if name not in tensors]
+        if missing:
+            raise RunDirectoryError(f"{file} lacks the weights {', '.join(missing)}")
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise RunDirectoryError(f"{file} is not a flame_ext policy: {error}") from error
+    check_choice("algorithm", spec.algorithm, _ALGORITHMS)
     if seed is None:
         seed = secrets.randbits(63)
     return Policy(spec, make_engine(spec, tensors, backend=backend, precision=precision, seed=seed))

@@ -13,7 +13,7 @@ from flame_ext.agent import Agent
 from flame_ext.backends import TorchBackend
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.errors import RunDirectoryError
-from flame_ext.policy import Policy, PolicySpec, fixed_noise, load, save_policy
+from flame_ext.policy import _ALGORITHMS, Policy, PolicySpec, fixed_noise, load, save_policy
 
 OBS, ACT = 5, 3
 LOW, HIGH = (-1.0, 0.0, -2.0), (1.0, 4.0, 3.0)
@@ -125,9 +125,19 @@ def test_refuses_what_does_not_fit(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
 
 
-def test_other_formats_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_other_algorithms_and_missing_weights_are_refused(tmp_path: Path, backend: str) -> None:
     policy, _ = make_policy(tmp_path, "flame")
-    broken = dataclasses.replace(policy.spec, algorithm="unheard-of")
-    save_policy(tmp_path / "x" / "policy.safetensors", broken, {})
-    with pytest.raises((RunDirectoryError, ValueError), match=r"unheard-of|not a flame_ext"):
-        load(tmp_path / "x")
+    flat = np.zeros(16, np.float32)
+    unknown = dataclasses.replace(policy.spec, algorithm="unheard-of")
+    file = tmp_path / "x" / "policy.safetensors"
+    save_policy(file, unknown, {"actor.flat": flat, "critics.flat": flat})
+    with pytest.raises(ValueError, match="unheard-of"):
+        load(file, backend=backend)
+    save_policy(file, policy.spec, {"actor.flat": flat})
+    with pytest.raises(RunDirectoryError, match=r"lacks the weights critics\.flat"):
+        load(file, backend=backend)
+
+
+def test_every_algorithm_is_known_without_torch() -> None:
+    assert sorted(_ALGORITHMS) == sorted(ALGORITHMS)
