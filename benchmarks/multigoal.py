@@ -32,12 +32,13 @@ ALGORITHMS = ("flame", "sac")
 SHARED = {
     "learning_starts": 8_000,
     "num_envs": 8,
-    "hidden_sizes": (64, 64),
+    "hidden_sizes": (128, 128),
     "batch_size": 128,
     "policy_batch_size": 128,
     "updates_per_step": 0.75,
     # The policy's masses of equally good goals settle as its step shrinks.
-    "final_policy_learning_rate": 5e-5,
+    "final_policy_learning_rate": 2e-4,
+    "policy_delay": 1,
     "gamma": 0.95,
     "tau": 0.02,
     "temperature": "fixed",
