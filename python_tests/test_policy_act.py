@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
 from flame_ext import _core
 
@@ -246,7 +247,7 @@ def test_gaussian_policy(isa, particles):
     np.testing.assert_allclose(packed.act(obs, noise), expected, atol=2e-6)
 
 
-def test_half_weights_are_rounded_once(isa):
+def test_half_weights_are_rounded_once(isa, flush_denormals):
     """With weights that fp16 holds exactly, fp16 storage gives the fp32 result; else its error."""
     case = Case.random(12, 17, 6, hidden=(64, 48))
     obs, noise = case.inputs(33)
@@ -262,7 +263,15 @@ def test_half_weights_are_rounded_once(isa):
         assert np.abs(half - case.actions(obs[rows], noise[rows])[:, 0]).max() < 1e-2
 
 
-def test_half_conversion_matches_numpy(isa):
+@pytest.fixture(params=[False, True], ids=["denormals kept", "denormals flushed"])
+def flush_denormals(request):
+    """Training flushes denormals for the rest of the process; packed weights must not change."""
+    torch.set_flush_denormal(request.param)
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_half_conversion_matches_numpy(isa, flush_denormals):
     """One input column, one hidden unit per value: the weights come back through the output."""
     values = np.concatenate(
         [

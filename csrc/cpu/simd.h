@@ -105,11 +105,13 @@ FLAME_INLINE vf load_half(const uint16_t* p) {
 #elif defined(FLAME_ISA_AVX2)
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-    // Exponent and mantissa move to their float32 place; the product mends the exponent's bias and
-    // turns subnormal halves into normal floats.
+    // Exponent and mantissa move to their float32 place with the exponent's bias mended; subnormal
+    // halves are counts of 2^-24. No subnormal float occurs: the process may flush those to zero.
     const vi h = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vi);
-    const vi magnitude = (h & 0x7FFF) << 13;
-    const vf value = reinterpret_cast<vf>(magnitude) * 0x1p112f;
+    const vi code = h & 0x7FFF;
+    const vf normal = reinterpret_cast<vf>((code << 13) + (112 << 23));
+    const vf tiny = __builtin_convertvector(code, vf) * 0x1p-24f;
+    const vf value = code < 0x400 ? tiny : normal;
     return reinterpret_cast<vf>(reinterpret_cast<vi>(value) | ((h & 0x8000) << 16));
 #endif
 }
