@@ -2,7 +2,9 @@
 
 Every run is one `flame-ext train` process on one thread; as many run side by side as `--jobs`.
 Finished runs are kept and interrupted ones resume, so the command can be repeated until the matrix
-is complete. Evaluation curves, settings, the learning-curve figure and a table go to `--results`.
+is complete. Every run's curve and settings, the provenance of each (commit, versions, machine,
+command, as of its start), the learning-curve figures and the tables go to `--results`. The
+algorithm `sb3-sac` is Stable-Baselines3's SAC (`sb3_sac.py`); it starts again when interrupted.
 
 Run: python benchmarks/learning/matrix.py --tasks HalfCheetah-v5 --algorithms flame sac \
          --seeds 3 --steps 100000 --jobs 2 --results benchmarks/results/halfcheetah-100k
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from aggregate import bootstrap, interquartile_mean, probability_of_improvement
 
 from flame_ext.plots import plot_learning_curves
 
@@ -50,25 +53,32 @@ def train(run: Run, arguments: argparse.Namespace) -> Path:
     if _last_step(directory) >= arguments.steps:
         return directory
     if (directory / "checkpoint" / "manifest.json").exists():
-        what = ["--resume", str(directory)]
+        what = ["-m", "flame_ext.cli", "train", "--resume", str(directory)]
     else:
         # Without a checkpoint nothing of it can be continued.
         shutil.rmtree(directory, ignore_errors=True)
-        what = [run.task, "--algorithm", run.algorithm, "--preset", arguments.preset]
-        what += ["--seed", str(run.seed), "--run-dir", str(directory)]
-        what += [f"--set={option}" for option in arguments.set]
-    command = [sys.executable, "-m", "flame_ext.cli", "train", *what, "--steps"]
-    Path(arguments.runs).mkdir(parents=True, exist_ok=True)
+        Path(arguments.runs).mkdir(parents=True, exist_ok=True)
+        _provenance_file(directory).write_text(json.dumps(provenance(), indent=1) + "\n")
+        what = _start(run, arguments, directory)
+    command = [sys.executable, *what, "--steps", str(arguments.steps)]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with (Path(arguments.runs) / f"{run.name}.log").open("a") as log:
-        subprocess.run(
-            [*command, str(arguments.steps)],
-            check=True,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **threads},
-        )
+    with directory.with_suffix(".log").open("a") as log:
+        environment = {**os.environ, **threads}
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
     return directory
+
+
+def _start(run: Run, arguments: argparse.Namespace, directory: Path) -> list[str]:
+    common = [run.task, "--seed", str(run.seed), "--run-dir", str(directory)]
+    common += [f"--set={option}" for option in arguments.set]
+    if run.algorithm == "sb3-sac":
+        return [str(Path(__file__).with_name("sb3_sac.py")), *common]
+    what = ["--algorithm", run.algorithm, "--preset", arguments.preset]
+    return ["-m", "flame_ext.cli", "train", *common, *what]
+
+
+def _provenance_file(directory: Path) -> Path:
+    return directory.with_suffix(".provenance.json")
 
 
 def _last_step(directory: Path) -> int:
@@ -83,31 +93,75 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def report(directories: dict[Run, Path], arguments: argparse.Namespace) -> None:
-    """Copies the curves, writes the provenance, draws the figure and prints the table."""
+    """Copies the curves and their provenance, draws the figures, writes and prints the tables."""
     results = Path(arguments.results)
     results.mkdir(parents=True, exist_ok=True)
+    origins = {}
     for run, directory in directories.items():
         shutil.copy(directory / "evaluations.csv", results / f"{run.name}.csv")
         shutil.copy(directory / "config.json", results / f"{run.name}.json")
-    (results / "provenance.json").write_text(json.dumps(provenance(), indent=1) + "\n")
-    plot_learning_curves(list(directories.values()), results / "learning_curves.png")
-    lines = ["| task | algorithm | seeds | last | per seed | mean of last 10 % | best |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+        origins[run.name] = json.loads(_provenance_file(directory).read_text())
+    (results / "provenance.json").write_text(json.dumps(origins, indent=1) + "\n")
+    for task in arguments.tasks:
+        runs = [d for run, d in directories.items() if run.task == task]
+        plot_learning_curves(runs, results / f"{task.replace('/', '_')}.png")
+    lines = ["| task | algorithm | seeds | last | per seed | mean of last 10 % | best | minutes |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for task in arguments.tasks:
         for algorithm in arguments.algorithms:
             lines.append(_table_row(task, algorithm, directories, arguments.steps))
+    lines += ["", *_comparison(directories, arguments)]
     (results / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def _comparison(directories: dict[Run, Path], arguments: argparse.Namespace) -> list[str]:
+    """Every algorithm against the baseline, pooled over tasks."""
+    last = {
+        algorithm: np.array(
+            [
+                [
+                    float(
+                        _rows(directories[Run(task, algorithm, seed)] / "evaluations.csv")[-1][
+                            "mean_return"
+                        ]
+                    )
+                    for seed in range(arguments.seeds)
+                ]
+                for task in arguments.tasks
+            ]
+        )
+        for algorithm in arguments.algorithms
+    }
+    base = last.get(arguments.baseline)
+    if base is None or base.mean(1).min() <= 0:
+        return []  # a ratio to a negative return says nothing
+    lines = [
+        f"Last return divided by {arguments.baseline}'s mean on the task; 95 % stratified "
+        "bootstrap intervals.",
+        "",
+        "| algorithm | IQM | probability of improvement |",
+        "| --- | --- | --- |",
+    ]
+    for algorithm, scores in last.items():
+        iqm = bootstrap(interquartile_mean, scores / base.mean(1, keepdims=True))
+        better = bootstrap(probability_of_improvement, scores, base)
+        lines.append(f"| {algorithm} | {iqm} | {better} |")
+    return lines
 
 
 def _table_row(task: str, algorithm: str, directories: dict[Run, Path], steps: int) -> str:
     curves = [
         np.array(
-            [(float(r["step"]), float(r["mean_return"])) for r in _rows(d / "evaluations.csv")]
+            [
+                [float(row[name]) for name in ("step", "mean_return", "wall_time")]
+                for row in _rows(d / "evaluations.csv")
+            ]
         )
         for run, d in directories.items()
         if (run.task, run.algorithm) == (task, algorithm)
     ]
+    minutes = np.array([c[-1, 2] / 60 for c in curves])
     last = np.array([c[-1, 1] for c in curves])
     tail = np.array([c[c[:, 0] > 0.9 * steps, 1].mean() for c in curves])
     best = np.array([c[:, 1].max() for c in curves])
@@ -119,6 +173,7 @@ def _table_row(task: str, algorithm: str, directories: dict[Run, Path], steps: i
         " ".join(f"{value:.0f}" for value in last),
         f"{tail.mean():.0f} +- {tail.std():.0f}",
         f"{best.mean():.0f} +- {best.std():.0f}",
+        f"{minutes.mean():.1f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -153,6 +208,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["HalfCheetah-v5"])
     parser.add_argument("--algorithms", nargs="+", default=["flame", "sac"])
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1")
+    parser.add_argument("--baseline", default="sac", help="what the others are compared with")
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--preset", default="default")
     parser.add_argument("--set", nargs="*", default=[], help="options as KEY=VALUE for every run")
