@@ -25,7 +25,7 @@ inline std::string shape_text(const py::array& a) {
     for (py::ssize_t i = 0; i < a.ndim(); ++i) {
         text += (i > 0 ? ", " : "") + std::to_string(a.shape(i));
     }
-    return text + ")";
+    return text + (a.ndim() == 1 ? ",)" : ")");
 }
 
 inline void check_float32(const py::array& a, const char* name) {
@@ -60,6 +60,7 @@ inline const float* dense(const py::array& a, const char* name,
         wanted += (i > 0 ? ", " : "") + std::to_string(size);
         ++i;
     }
+    if (shape.size() == 1) wanted += ",";
     check(same, name, " has shape ", shape_text(a), "; it must be (", wanted, ")");
     check((a.flags() & py::array::c_style) != 0, name,
           " is not C-contiguous; pass numpy.ascontiguousarray of it");

@@ -3,13 +3,16 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <limits>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "bindings.h"
+#include "bindings_arrays.h"
 #include "check.h"
 #include "packed_policy.h"
 
@@ -118,10 +121,12 @@ int64_t particles_of(const Floats& noise, bool batch, int64_t rows, int64_t acti
     const auto axes = noise.ndim();
     const bool fits = (axes == lead + 1 || axes == lead + 2) &&
                       (!batch || noise.shape(0) == rows) && noise.shape(axes - 1) == action_dim;
-    check(fits,
-          "noise does not fit: for obs (O,) give (A,) or (N, A), for obs (B, O) give (B, A) or "
-          "(B, N, A), here with A = ",
-          action_dim, batch ? concat(" and B = ", rows) : "");
+    if (!fits) {  // an if, not check(): its message would be put together on every call
+        throw std::invalid_argument(concat(
+            "noise does not fit: for obs (O,) give (A,) or (N, A), for obs (B, O) give (B, A) or "
+            "(B, N, A), here with A = ",
+            action_dim, batch ? concat(" and B = ", rows) : ""));
+    }
     return axes == lead + 2 ? noise.shape(lead) : 1;
 }
 
@@ -130,6 +135,11 @@ py::array_t<float> act(const PackedPolicy& policy, py::array obs,
                        uint64_t stream, uint64_t offset) {
     const MatrixView view = obs_view(obs);
     const bool batch = obs.ndim() == 2;
+    if (view.columns != policy.obs_dim()) {
+        const auto dim = policy.obs_dim();
+        throw std::invalid_argument(concat("obs has shape ", shape_text(obs),
+                                           ", this policy takes (", dim, ",) or (B, ", dim, ")"));
+    }
     const int64_t action_dim = policy.action_dim();
     if (noise) num_particles = particles_of(*noise, batch, view.rows, action_dim);
     auto out = batch ? py::array_t<float>({view.rows, action_dim}) : py::array_t<float>(action_dim);
@@ -140,6 +150,88 @@ py::array_t<float> act(const PackedPolicy& policy, py::array obs,
         policy.act(view, num_particles, base, {seed, stream, offset}, action);
     }
     return out;
+}
+
+// --- `act` is called at every control step, where pybind's dispatch and casters would take a tenth
+// of an action's time. So it is a METH_FASTCALL method that reads its arguments itself.
+
+constexpr std::array kActArguments = {"obs", "noise", "num_particles", "seed", "stream", "offset"};
+using ActArguments = std::array<py::handle, kActArguments.size()>;
+
+// Arguments by position and by keyword; missing ones stay null.
+ActArguments read_arguments(PyObject* const* values, Py_ssize_t positional, PyObject* keywords) {
+    ActArguments arguments;
+    if (positional > static_cast<Py_ssize_t>(arguments.size())) {
+        throw py::type_error(
+            concat("act() takes at most ", arguments.size(), " arguments, got ", positional));
+    }
+    std::copy_n(values, positional, arguments.begin());
+    const Py_ssize_t named = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
+    for (Py_ssize_t i = 0; i < named; ++i) {
+        PyObject* name = PyTuple_GET_ITEM(keywords, i);
+        const auto known = std::find_if(kActArguments.begin(), kActArguments.end(), [&](auto text) {
+            return PyUnicode_CompareWithASCIIString(name, text) == 0;
+        });
+        const auto index = static_cast<size_t>(known - kActArguments.begin());
+        if (known == kActArguments.end() || arguments[index]) {
+            throw py::type_error(concat("act() got an unexpected or repeated argument '",
+                                        std::string(py::str(name)), "'"));
+        }
+        arguments[index] = values[positional + i];
+    }
+    if (!arguments[0]) throw py::type_error("act() misses its argument 'obs'");
+    return arguments;
+}
+
+template <typename Array>
+Array array_of(py::handle value) {
+    if (py::isinstance<Array>(value)) return py::reinterpret_borrow<Array>(value);
+    Array array = Array::ensure(value);
+    if (!array) throw py::error_already_set();
+    return array;
+}
+
+template <typename Integer>
+Integer integer_of(py::handle value, Integer missing) {
+    return value ? py::cast<Integer>(value) : missing;
+}
+
+PyObject* act_fastcall(PyObject* self, PyObject* const* values, Py_ssize_t positional,
+                       PyObject* keywords) {
+    try {
+        const auto [obs, noise, num_particles, seed, stream, offset] =
+            read_arguments(values, positional, keywords);
+        const auto* policy = static_cast<const PackedPolicy*>(
+            reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr());
+        check(policy != nullptr, "this PackedPolicy was not initialised");
+        std::optional<Floats> base;
+        if (noise && !noise.is_none()) base = array_of<Floats>(noise);
+        return act(*policy, array_of<py::array>(obs), base, integer_of<int64_t>(num_particles, 1),
+                   integer_of<uint64_t>(seed, 0), integer_of<uint64_t>(stream, 0),
+                   integer_of<uint64_t>(offset, 0))
+            .release()
+            .ptr();
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const py::builtin_exception& error) {
+        error.set_error();
+    } catch (const std::invalid_argument& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+void bind_act(py::class_<PackedPolicy>& type) {
+    static PyMethodDef method = {
+        "act",
+        reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&act_fastcall)),
+        METH_FASTCALL | METH_KEYWORDS,
+        "act(obs, noise=None, num_particles=1, seed=0, stream=0, offset=0)",
+    };
+    auto* owner = reinterpret_cast<PyTypeObject*>(type.ptr());
+    type.attr("act") = py::reinterpret_steal<py::object>(PyDescr_NewMethod(owner, &method));
 }
 
 py::array_t<float> q_min(const PackedPolicy& policy, py::array obs, const Floats& action) {
@@ -176,8 +268,9 @@ double read_weights_seconds(const PackedPolicy& policy, int repeats) {
 }  // namespace
 
 void bind_policy(py::module_& m) {
-    py::class_<PackedPolicy>(m, "PackedPolicy")
-        .def(py::init(&pack_policy), py::kw_only(), py::arg("kind"), py::arg("obs_dim"),
+    py::class_<PackedPolicy> type(m, "PackedPolicy");
+    bind_act(type);
+    type.def(py::init(&pack_policy), py::kw_only(), py::arg("kind"), py::arg("obs_dim"),
              py::arg("action_dim"), py::arg("policy"), py::arg("hidden"), py::arg("activation"),
              py::arg("layer_norm") = false, py::arg("time_features") = py::none(),
              py::arg("steps") = py::none(), py::arg("log_std_range") = std::pair(-5.0f, 2.0f),
@@ -187,9 +280,6 @@ void bind_policy(py::module_& m) {
              py::arg("obs_shift") = py::none(), py::arg("obs_scale") = py::none(),
              py::arg("obs_clip") = 10.0f, py::arg("action_middle") = py::none(),
              py::arg("action_half") = py::none())
-        .def("act", &act, py::arg("obs"), py::arg("noise") = py::none(),
-             py::arg("num_particles") = 1, py::arg("seed") = 0, py::arg("stream") = 0,
-             py::arg("offset") = 0)
         .def("q_min", &q_min, py::arg("obs"), py::arg("action"))
         .def_property_readonly("obs_dim", &PackedPolicy::obs_dim)
         .def_property_readonly("action_dim", &PackedPolicy::action_dim)

@@ -176,13 +176,15 @@ def latency_table(task: str = "halfcheetah", *, seconds: float = 0.3) -> str:
     return "\n".join(lines)
 
 
-def untrained_policy(algorithm: str, obs_dim: int, action_dim: int) -> Policy:
-    """A policy with fresh weights and the default options of ``algorithm``."""
+def untrained_policy(
+    algorithm: str, obs_dim: int, action_dim: int, preset: str = "default"
+) -> Policy:
+    """A policy with fresh weights and the preset options of ``algorithm``."""
     from flame_ext.config import make_config
     from flame_ext.networks import Critics
     from flame_ext.policies import make_actor
 
-    config = make_config(algorithm)
+    config = make_config(algorithm, preset)
     critics = Critics(
         obs_dim,
         action_dim,

@@ -66,9 +66,10 @@ class ActingEngine(Protocol):
     def act(
         self, obs: NDArray[Any], noise: Array | None, num_particles: int, draw: int
     ) -> NDArray[np.float32]:
-        """Best of N by Qmin: obs ``(B, O)``, noise ``(B, N, A)`` -> ``(B, A)``.
+        """Best of N by Qmin: obs ``(B, O)``, noise ``(B, N, A)`` -> ``(B, A)``, or one row of each.
 
-        Without noise the engine draws its own, numbered by `draw`.
+        Without noise the engine draws its own, numbered by `draw`. The engine checks the shapes:
+        nothing but the kernel should stand between an observation and its action.
         """
 
     def q_min(self, obs: NDArray[Any], action: Array) -> NDArray[np.float32]:
@@ -113,19 +114,18 @@ class Policy:
         Raises:
             ValueError: If the shape does not fit or num_particles < 1.
         """
-        obs = np.asarray(obs)
-        rows = self._rows(obs)
         if num_particles < 1:
             raise ValueError(f"num_particles={num_particles}: give at least 1")
         noise = None
         if deterministic:
-            noise = np.tile(fixed_noise(num_particles, self.spec.action_dim), (len(rows), 1, 1))
-        action = self._engine.act(rows, noise, num_particles, next(self._draws))
-        return action[0] if obs.ndim == 1 else action
+            noise = fixed_noise(num_particles, self.spec.action_dim)
+            if np.ndim(obs) == 2:
+                noise = np.tile(noise, (len(obs), 1, 1))
+        return self._engine.act(obs, noise, num_particles, next(self._draws))
 
     def q_value(self, obs: NDArray[Any], action: NDArray[Any]) -> NDArray[np.float32]:
         """Qmin(s, a): obs ``(B, O)``, action ``(B, A)`` in environment units -> ``(B,)``."""
-        rows = self._rows(np.asarray(obs))
+        rows = observation_rows(obs, self.spec.obs_dim)
         actions = np.atleast_2d(np.asarray(action, np.float64))
         if actions.shape != (len(rows), self.spec.action_dim):
             raise ValueError(
@@ -134,14 +134,20 @@ class Policy:
         middle, half = self.spec.action_middle_and_half()
         return self._engine.q_min(rows, ((actions - middle) / half).astype(np.float32))
 
-    def _rows(self, obs: NDArray[Any]) -> NDArray[Any]:
-        rows = obs[None] if obs.ndim == 1 else obs
-        if rows.ndim != 2 or rows.shape[1] != self.spec.obs_dim:
-            raise ValueError(
-                f"obs has shape {obs.shape}, this policy takes ({self.spec.obs_dim},) or "
-                f"(B, {self.spec.obs_dim})"
-            )
-        return rows
+
+def observation_rows(obs: NDArray[Any], obs_dim: int) -> NDArray[Any]:
+    """One observation ``(O,)`` or a batch ``(B, O)`` as ``(B, O)``.
+
+    Raises:
+        ValueError: If the shape does not fit.
+    """
+    obs = np.asarray(obs)
+    rows = obs[None] if obs.ndim == 1 else obs
+    if rows.ndim != 2 or rows.shape[1] != obs_dim:
+        raise ValueError(
+            f"obs has shape {obs.shape}, this policy takes ({obs_dim},) or (B, {obs_dim})"
+        )
+    return rows
 
 
 @functools.lru_cache(maxsize=32)

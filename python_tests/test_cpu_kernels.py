@@ -662,7 +662,7 @@ def test_refusals_say_what_to_do():
         _core.twin_q(spec, flat, obs[:, :2], actions)
     with pytest.raises(ValueError, match="parameters has dtype float64; it must be float32"):
         _core.twin_q(spec, flat.astype(np.float64), obs, actions)
-    with pytest.raises(ValueError, match=r"parameters has shape \(7\)"):
+    with pytest.raises(ValueError, match=r"parameters has shape \(7,\)"):
         _core.twin_q(spec, flat[:7], obs, actions)
     with pytest.raises(ValueError, match="strided columns"):
         _core.twin_q(spec, flat, np.asfortranarray(obs), actions)

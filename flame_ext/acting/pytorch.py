@@ -13,7 +13,7 @@ from flame_ext.config import make_config
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.policies import make_actor
 from flame_ext.policies.base import best_action
-from flame_ext.policy import Array, PolicySpec
+from flame_ext.policy import Array, PolicySpec, observation_rows
 from flame_ext.sampling import OBSERVATION_CLIP
 
 
@@ -36,21 +36,21 @@ class TorchActingEngine:
         _load(self._critics, tensors["critics.flat"])
         self._shift, self._scale = (tensors.get(f"normalizer.{n}") for n in ("shift", "scale"))
         self._middle, self._half = spec.action_middle_and_half()
-        self._action_dim, self._seed = spec.action_dim, seed
+        self._seed = seed
 
     @torch.no_grad()
     def act(
         self, obs: NDArray[Any], noise: Array | None, num_particles: int, draw: int
     ) -> NDArray[np.float32]:
-        shape = (len(obs), num_particles, self._action_dim)
+        rows = observation_rows(obs, self._actor.obs_dim)
+        shape = (len(rows), num_particles, self._actor.action_dim)
         if noise is None:
             rng = np.random.default_rng((self._seed, draw))
             noise = rng.standard_normal(shape, np.float32)
-        action = best_action(self._actor, self._critics, self._normalize(obs), torch.tensor(noise))
-        scaled: NDArray[np.float32] = (self._middle + self._half * action.numpy()).astype(
-            np.float32
-        )
-        return scaled
+        base = torch.tensor(noise).view(shape)
+        unit = best_action(self._actor, self._critics, self._normalize(rows), base).numpy()
+        action: NDArray[np.float32] = (self._middle + self._half * unit).astype(np.float32)
+        return action[0] if np.ndim(obs) == 1 else action
 
     @torch.no_grad()
     def q_min(self, obs: NDArray[Any], action: Array) -> NDArray[np.float32]:
