@@ -194,3 +194,10 @@ def test_sac_learns_the_pendulum(tmp_path: Path) -> None:
         "InvertedPendulum-v5", algorithm="sac", config=options, run_dir=tmp_path / "run"
     )
     assert trainer.run(total_steps=5_000).final_return > 30
+
+
+def test_training_leaves_denormals_to_the_caller(tmp_path: Path) -> None:
+    number = torch.full((), 1e-40)
+    assert float(number * 1) > 0
+    tiny(tmp_path / "run").run(total_steps=80)
+    assert float(number * 1) > 0
