@@ -58,7 +58,7 @@ class Config:
         alpha_interval: Critic updates per temperature update.
         target_entropy_scale: Target entropy is this times the action dimension, in nats. A tanh
             Gaussian reaches -1 by saturating; a flow's entropy is that of its unclipped map, where
-            -1 would mean a standard deviation of 0.09.
+            -0.75 means a standard deviation of 0.11.
         target_ess: Effective sample size that ``temperature="ess"`` holds, as a fraction of K.
         entropy_in_target: Whether the TD target subtracts alpha log pi(a'|s').
         entropy_estimator: Estimator of log pi, see `flame_ext.reference.log_prob`.
@@ -125,7 +125,7 @@ class Config:
     initial_alpha: float = 0.05
     alpha_learning_rate: float = 1e-3
     alpha_interval: int = 1
-    target_entropy_scale: float = 0.0
+    target_entropy_scale: float = -0.75
     target_ess: float = 0.25
     entropy_in_target: bool = True
     entropy_estimator: Estimator = "exact"
