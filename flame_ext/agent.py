@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flame_ext.backends import Backend
+from flame_ext.backends.torch import adam_moments
 from flame_ext.config import Config
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.policies import make_actor
@@ -109,7 +110,7 @@ class Agent:
         c = self.config
         target = self._td_target(batch)
         metrics = self.backend.critic_step(self.critics, batch.obs, batch.action, target)
-        self.optimizers["critics"].step()
+        self.backend.optimizer_step(self.optimizers["critics"])
         self.updates += 1
         if self.updates % c.policy_delay == 0:
             metrics |= self._policy_step(
@@ -144,7 +145,7 @@ class Agent:
             result = self.backend.actor_step(
                 self.actor, obs, action, self.critics, self.alpha, self.generator
             )
-        self.optimizers["actor"].step()
+        self.backend.optimizer_step(self.optimizers["actor"])
         metrics = {name: float(value) for name, value in result.metrics.items()}
         metrics |= {"policy_loss": result.loss.item()}
         log_prob = result.log_prob
@@ -194,7 +195,7 @@ class Agent:
         state["updates"] = torch.tensor(self.updates)
         state["generator"] = self.generator.get_state()
         for name, optimizer in self.optimizers.items():
-            for slot, value in _moments(optimizer).items():
+            for slot, value in adam_moments(optimizer).items():
                 state[f"optimizer.{name}.{slot}"] = value
         return state
 
@@ -217,23 +218,12 @@ class Agent:
         self.updates = int(state["updates"])
         self.generator.set_state(state["generator"].cpu())
         for name, optimizer in self.optimizers.items():
-            for slot, value in _moments(optimizer).items():
+            for slot, value in adam_moments(optimizer).items():
                 value.copy_(state[f"optimizer.{name}.{slot}"])
 
 
 def _adam(parameter: Tensor, learning_rate: float) -> torch.optim.Adam:
     return torch.optim.Adam([parameter], lr=learning_rate, fused=True)
-
-
-def _moments(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
-    """Adam's state for its one parameter, created as zeros if no step was taken yet."""
-    parameter = optimizer.param_groups[0]["params"][0]
-    state = optimizer.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
-    return {slot: state[slot] for slot in ("step", "exp_avg", "exp_avg_sq")}
 
 
 @contextmanager

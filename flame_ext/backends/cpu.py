@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flame_ext.backends.torch import TorchBackend
+from flame_ext.backends.torch import TorchBackend, adam_moments
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.reference import (
@@ -58,6 +58,22 @@ class CpuBackend(TorchBackend):
             _array(target),
         )
         return {"critic_loss": sum(losses), "q_mean": float(np.mean(means))}
+
+    def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
+        (group,) = optimizer.param_groups
+        (parameter,) = group["params"]
+        moments = adam_moments(optimizer)
+        moments["step"] += 1
+        self._core.adam(
+            _array(parameter),
+            _array(parameter.grad),
+            _array(moments["exp_avg"]),
+            _array(moments["exp_avg_sq"]),
+            int(moments["step"]),
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+        )
 
     def soft_update(self, target: Tensor, online: Tensor, tau: float) -> None:
         self._core.soft_update(_array(target), _array(online), tau)

@@ -43,7 +43,22 @@ class TorchBackend:
         result.loss.backward()  # type: ignore[no-untyped-call]
         return result
 
+    def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
+        """One Adam step of a network's flat buffer."""
+        optimizer.step()
+
     @torch.no_grad()
     def soft_update(self, target: Tensor, online: Tensor, tau: float) -> None:
         """Target <- target + tau (online - target), in place."""
         target.lerp_(online, tau)
+
+
+def adam_moments(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    """Adam's state for its one parameter, created as zeros if no step was taken yet."""
+    parameter = optimizer.param_groups[0]["params"][0]
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+    return {slot: state[slot] for slot in ("step", "exp_avg", "exp_avg_sq")}
