@@ -131,10 +131,10 @@ class Agent:
             sample = self.actor.sample(obs, noise[:, 0], self.generator)
             bonus = self.alpha * sample.log_prob
         if c.entropy_in_target and c.target_particles == 1:
-            next_action = sample.action.clamp(-1, 1)
+            value = self.target_critics.q_min(obs, sample.action.clamp(-1, 1))
         else:
-            next_action = best_action(self.actor, self.target_critics, obs, noise)
-        value = self.target_critics.q_min(obs, next_action)
+            candidates = self.actor.action(obs.unsqueeze(1), noise)
+            value = self.target_critics.candidate_q_min(obs, candidates).amax(1)
         if c.entropy_in_target:
             value = value - bonus
         reward = c.reward_scale * batch.reward
