@@ -7,23 +7,25 @@ one then the other, so that both see the same machine; the ratio is that of the 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flame_ext import ops
+from flame_ext import _core, ops
 from flame_ext.agent import Agent
 from flame_ext.backends import make_backend
 from flame_ext.config import make_config
 from flame_ext.networks import Critics, MeanVelocityNet
 from flame_ext.replay import Batch
 
-B, K, OBS, ACT, HIDDEN = 256, 32, 17, 6, (256, 256, 256)
+B, K, OBS, ACT, HIDDEN = 256, 64, 17, 6, (256, 256, 256)
 ROUNDS = 7
 
 
@@ -38,8 +40,28 @@ def make_networks(activation: Any) -> tuple[MeanVelocityNet, Critics]:
     return net, Critics(OBS, ACT, HIDDEN, activation=activation, generator=g)
 
 
+def mlp_flop(rows: int, sizes: Sequence[int]) -> int:
+    """Operations of one MLP's matrix products on `rows` rows."""
+    return 2 * rows * sum(a * b for a, b in itertools.pairwise(sizes))
+
+
+def twin_q_flop() -> int:
+    """Two critics on B x K candidates, the observations' part of layer one once per state."""
+    return 2 * (mlp_flop(B, (OBS, HIDDEN[0])) + mlp_flop(B * K, (ACT, *HIDDEN, 1)))
+
+
+@pytest.fixture(autouse=True)
+def equal_threads() -> None:
+    """PyTorch gets as many threads as the kernels."""
+    torch.set_num_threads(_core.num_threads())
+
+
 def compare(
-    benchmark: Any, name: str, native: Callable[[], Any], torch_form: Callable[[], Any]
+    benchmark: Any,
+    name: str,
+    native: Callable[[], Any],
+    torch_form: Callable[[], Any],
+    flop: int | None = None,
 ) -> None:
     """Times both alternately, reports the native one and prints the ratio of medians."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -53,12 +75,19 @@ def compare(
     ours, theirs = (1e3 * statistics.median(seconds) for seconds in times)
     benchmark.extra_info |= {"native_ms": ours, "torch_ms": theirs, "ratio": theirs / ours}
     print(f"\n{name}: native {ours:.2f} ms, PyTorch {theirs:.2f} ms, ratio {theirs / ours:.2f}")
+    if flop is not None:
+        peak = _core.peak_gflops()
+        floor = flop / peak / 1e6
+        print(
+            f"  {flop / 1e9:.2f} GFLOP in matrix products, floor {floor:.2f} ms at {peak:.0f} "
+            f"GFLOP/s ({_core.num_threads()} threads): {floor / ours:.0%} of the peak"
+        )
     benchmark.pedantic(native, rounds=ROUNDS)
 
 
 @pytest.mark.parametrize("activation", ["mish", "relu"])
 def test_twin_q(benchmark: Any, activation: str) -> None:
-    """Qmin of 256 x 32 candidates, no gradient."""
+    """Qmin of 256 x 64 candidates, no gradient."""
     _, critics = make_networks(activation)
     obs, action = draw(B, OBS), draw(B, K, ACT).tanh()
     plain = make_networks(activation)[1]
@@ -73,11 +102,12 @@ def test_twin_q(benchmark: Any, activation: str) -> None:
             f"twin Q, {activation}",
             lambda: critics.candidate_q_min(obs, action),
             lambda: plain.candidate_q_min(obs, action),
+            twin_q_flop(),
         )
 
 
 def test_reweighted_velocity(benchmark: Any) -> None:
-    """Candidates, twin Q and softmax sums of 256 x 32 reverse samples."""
+    """Candidates, twin Q and softmax sums of 256 x 64 reverse samples."""
     _, critics = make_networks("mish")
     obs, z, t = draw(B, OBS), draw(B, ACT), torch.linspace(0.02, 0.98, B).unsqueeze(1)
 
@@ -90,7 +120,8 @@ def test_reweighted_velocity(benchmark: Any) -> None:
     with torch.no_grad():
         # Different draws of the same estimate: equal within its Monte-Carlo error.
         assert ((run("cpu") - run("torch")) * t).abs().max() < 2
-        compare(benchmark, "reweighted velocity", lambda: run("cpu"), lambda: run("torch"))
+        native, plain = (functools.partial(run, name) for name in ("cpu", "torch"))
+        compare(benchmark, "reweighted velocity", native, plain, twin_q_flop())
 
 
 def test_meanflow_step(benchmark: Any) -> None:
@@ -104,7 +135,9 @@ def test_meanflow_step(benchmark: Any) -> None:
         return torch.autograd.grad(loss, net.flat)[0]
 
     assert torch.allclose(run("cpu"), run("torch"), rtol=1e-3, atol=1e-4)
-    compare(benchmark, "MeanFlow step", lambda: run("cpu"), lambda: run("torch"))
+    # Primal, tangent and, for the primal only, both gradients.
+    flop = 4 * mlp_flop(B, net.layer_sizes)
+    compare(benchmark, "MeanFlow step", lambda: run("cpu"), lambda: run("torch"), flop)
 
 
 @pytest.mark.parametrize("samples", [0, 8])
@@ -123,7 +156,10 @@ def test_exact_log_prob(benchmark: Any, samples: int) -> None:
 
     assert torch.allclose(run("cpu"), run("torch"), rtol=1e-3, atol=1e-3)
     name = "exact log pi and gradient" if samples == 0 else f"exact log pi of {samples} samples"
-    compare(benchmark, name, lambda: run("cpu"), lambda: run("torch"))
+    # Primal and one tangent per action dimension; with a gradient, both products' transposes too.
+    passes = 3 if samples == 0 else samples
+    flop = passes * (1 + ACT) * mlp_flop(B, net.layer_sizes)
+    compare(benchmark, name, lambda: run("cpu"), lambda: run("torch"), flop)
 
 
 @pytest.mark.parametrize("algorithm", ["flame", "flame-r", "sac"])

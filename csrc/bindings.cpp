@@ -4,12 +4,17 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
 #include "api.h"
 #include "check.h"
+#include "cpu/kernels.h"
+#include "cpu/machine_probe.h"
 #include "philox.h"
 #include "thread_pool.h"
 
@@ -24,6 +29,28 @@ std::vector<std::string> isas(bool (*accept)(Isa)) {
         if (accept(static_cast<Isa>(i))) names.emplace_back(isa_name(static_cast<Isa>(i)));
     }
     return names;
+}
+
+// Best of a few bursts of multiply-adds on every thread of the pool, in GFLOP/s.
+double peak_gflops() {
+    constexpr int64_t kRounds = 1 << 20;
+    constexpr int kBursts = 10;
+    const py::gil_scoped_release release;
+    const int threads = num_threads();
+    const auto& k = kernels();
+    std::vector<float> sinks(static_cast<size_t>(threads));
+    double best = std::numeric_limits<double>::infinity();
+    for (int i = 0; i < kBursts; ++i) {
+        const auto start = std::chrono::steady_clock::now();
+        parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) sinks[t] = k.multiply_add(kRounds);
+        });
+        const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+        best = std::min(best, elapsed.count());
+    }
+    volatile float sink = sinks[0];
+    (void)sink;
+    return 2e-9 * static_cast<double>(kRounds) * kProbeChains * k.vector_floats * threads / best;
 }
 
 py::dict build_info() {
@@ -129,6 +156,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("set_isa", &set_isa, py::arg("name"));
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("n"));
+    m.def("peak_gflops", &peak_gflops);
     m.def("cuda_devices", &cuda_devices);
 
     m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));

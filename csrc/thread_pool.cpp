@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -19,9 +20,9 @@ namespace flame {
 namespace {
 
 constexpr int kMaxThreads = 256;
-// Workers poll this often before they sleep: about 10-20 us, the gap between two kernels of one
-// step.
-constexpr int kSpins = 4000;
+// Threads poll this often before they give up their CPU: 10-30 us, the gap between two kernels.
+constexpr int kSpins = 2000;
+constexpr int kYields = 20;
 
 inline void cpu_pause() {
 #if defined(__x86_64__)
@@ -54,20 +55,23 @@ struct Job {
     ChunkFn fn = nullptr;
     void* context = nullptr;
     int64_t n = 0;
-    int chunks = 0;
+    uint32_t chunks = 0;
 
-    void run(int chunk) const {
+    void run(uint32_t chunk) const {
         const int64_t begin = n * chunk / chunks;
         const int64_t end = n * (chunk + 1) / chunks;
         if (begin < end) fn(context, begin, end);
     }
 };
 
+// Whoever is running takes the next chunk, the caller included. On a machine with other work a
+// worker may not get a CPU for milliseconds; then the caller has done its part too, instead of
+// waiting for it.
 class Pool {
   public:
     explicit Pool(int workers) {
         threads_.reserve(static_cast<size_t>(workers));
-        for (int i = 0; i < workers; ++i) threads_.emplace_back([this, i] { work(i + 1); });
+        for (int i = 0; i < workers; ++i) threads_.emplace_back([this] { work(); });
     }
 
     ~Pool() {
@@ -81,32 +85,51 @@ class Pool {
 
     int workers() const { return static_cast<int>(threads_.size()); }
 
-    // job.chunks - 1 <= workers(); the caller runs chunk 0.
     void run(const Job& job) {
+        uint32_t generation;
         {
             std::lock_guard<std::mutex> lock(mutex_);
             job_ = job;
             error_ = nullptr;
-            pending_.store(workers(), std::memory_order_relaxed);
-            generation_.fetch_add(1, std::memory_order_release);
+            finished_.store(0, std::memory_order_relaxed);
+            generation = generation_.load(std::memory_order_relaxed) + 1;
+            next_.store(ticket(generation, 0), std::memory_order_release);
+            generation_.store(generation, std::memory_order_release);
         }
         wake_.notify_all();
-        run_chunk(job, 0);
-        // Wait for every worker, also those without a chunk: job_ must not change under them.
-        while (pending_.load(std::memory_order_acquire) != 0) wait_step();
+        take_chunks(job, generation);
+        for (int i = 0; finished_.load(std::memory_order_acquire) != job.chunks; ++i) wait(i);
         if (error_) std::rethrow_exception(error_);
     }
 
   private:
-    void wait_step() {
-        for (int i = 0; i < kSpins; ++i) {
-            if (pending_.load(std::memory_order_acquire) == 0) return;
-            cpu_pause();
-        }
-        std::this_thread::yield();
+    static uint64_t ticket(uint32_t generation, uint32_t chunk) {
+        return static_cast<uint64_t>(generation) << 32 | chunk;
     }
 
-    void run_chunk(const Job& job, int chunk) {
+    // Runs chunks until none is left or, for a worker that comes late, another job has begun.
+    void take_chunks(const Job& job, uint32_t generation) {
+        uint64_t next = next_.load(std::memory_order_acquire);
+        while (next < ticket(generation, job.chunks) && next >= ticket(generation, 0)) {
+            if (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) continue;
+            run_chunk(job, static_cast<uint32_t>(next));
+            finished_.fetch_add(1, std::memory_order_release);
+            next = next_.load(std::memory_order_acquire);
+        }
+    }
+
+    // A chunk in progress usually ends soon; if its thread lost the CPU, it may need ours.
+    static void wait(int attempt) {
+        if (attempt < kSpins) {
+            cpu_pause();
+        } else if (attempt < kSpins + kYields) {
+            std::this_thread::yield();
+        } else {
+            std::this_thread::sleep_for(std::chrono::microseconds(50));
+        }
+    }
+
+    void run_chunk(const Job& job, uint32_t chunk) {
         try {
             job.run(chunk);
         } catch (...) {
@@ -115,23 +138,24 @@ class Pool {
         }
     }
 
-    void work(int id);
+    void work();
 
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<std::thread> threads_;
     Job job_;
     std::exception_ptr error_;
-    std::atomic<uint64_t> generation_{0};
-    std::atomic<int> pending_{0};
+    std::atomic<uint32_t> generation_{0};
+    std::atomic<uint64_t> next_{0};  // ticket of the next chunk to take
+    std::atomic<uint32_t> finished_{0};
     std::atomic<bool> stop_{false};
 };
 
 thread_local bool inside_pool = false;
 
-void Pool::work(int id) {
+void Pool::work() {
     inside_pool = true;
-    uint64_t seen = 0;
+    uint32_t seen = 0;
     for (;;) {
         for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) {
             cpu_pause();
@@ -144,8 +168,7 @@ void Pool::work(int id) {
             seen = generation_.load();
             job = job_;
         }
-        if (id < job.chunks) run_chunk(job, id);
-        pending_.fetch_sub(1, std::memory_order_release);
+        take_chunks(job, seen);
     }
 }
 
@@ -209,7 +232,7 @@ void parallel_for_raw(int64_t n, int64_t grain, ChunkFn fn, void* context) {
         Nested() { inside_pool = true; }
         ~Nested() { inside_pool = false; }
     } nested;
-    s.pool->run({fn, context, n, chunks});
+    s.pool->run({fn, context, n, static_cast<uint32_t>(chunks)});
 }
 
 }  // namespace flame

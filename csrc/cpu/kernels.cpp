@@ -1,5 +1,6 @@
 #include "cpu/kernels.h"
 
+#include "cpu/machine_probe.h"
 #include "cpu/policy_act_kernel.h"
 #include "cpu/simd.h"
 #include "cpu/training_kernels.h"
@@ -8,10 +9,9 @@ namespace flame::FLAME_ISA {
 
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
-    kLanes,       policy_act,  read_stream,         mlp_forward,
-    twin_q,       critic_step, q_gradient,          meanflow_step,
-    flow_density, flow_record, reweighted_velocity, truncated_normals,
-    adam,         soft_update,
+    kLanes,      policy_act,          read_stream,       multiply_add,  mlp_forward,
+    twin_q,      critic_step,         q_gradient,        meanflow_step, flow_density,
+    flow_record, reweighted_velocity, truncated_normals, adam,          soft_update,
 };
 
 }  // namespace flame::FLAME_ISA

@@ -21,6 +21,7 @@ struct CpuKernels {
     int vector_floats;  // lanes of simd.h's vector, for reports
     void (*policy_act)(const ActTask& task, int64_t begin, int64_t end, float* workspace);
     float (*read_stream)(const float* data, int64_t floats);
+    float (*multiply_add)(int64_t rounds);
     void (*mlp_forward)(const MlpForwardArgs& args);
     void (*twin_q)(const TwinQArgs& args);
     void (*critic_step)(const CriticStepArgs& args);
