@@ -36,6 +36,8 @@ TRUE_ENTROPY = 0.4218
 class BanditQ:
     """The known Q in the place of learned critics; observations are empty."""
 
+    evaluator = None  # no kernel computes it
+
     def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
         """Q ``(..., A) -> (...)``."""
         squares = (action.unsqueeze(-2) - MODES.to(action)).square().sum(-1)

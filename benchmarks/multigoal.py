@@ -58,6 +58,7 @@ OPTIONS: dict[str, dict[str, object]] = {
         "num_candidates": 16,
         "instantaneous_fraction": 0.25,
         "acting_fraction": 0.25,
+        "initial_action_std": 0.35,
         "train_particles": 1,
         "target_particles": 4,
     },

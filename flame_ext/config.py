@@ -120,10 +120,10 @@ class Config:
     final_policy_learning_rate: float | None = None
     policy_delay: int = 1
     policy_batch_size: int = 128
-    initial_action_std: float = 0.35
+    initial_action_std: float = 0.2
     temperature: Temperature = "entropy"
     initial_alpha: float = 0.05
-    alpha_learning_rate: float = 1e-3
+    alpha_learning_rate: float = 3e-3
     alpha_interval: int = 1
     target_entropy_scale: float = -0.75
     target_ess: float = 0.25
@@ -277,7 +277,9 @@ _MULTI_STEP: dict[str, Any] = {
     "instantaneous_fraction": 1.0,
     "acting_fraction": 0.0,
     "num_candidates": 32,
+    "initial_action_std": 0.35,
     "temperature": "ess",
+    "alpha_learning_rate": 1e-3,
     "target_ess": 0.15,
     "entropy_in_target": False,
 }
@@ -298,6 +300,7 @@ _ALGORITHM: dict[str, dict[str, Any]] = {
         "target_particles": 1,
         "eval_particles": 1,
         "entropy_in_target": True,
+        "alpha_learning_rate": 1e-3,
         "target_entropy_scale": -1.0,
     },
     "diffusion": _MULTI_STEP,
