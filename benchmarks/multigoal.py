@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from learning.matrix import provenance
+from learning.provenance import provenance
 
 from flame_ext import Trainer, load
 from flame_ext.loggers import EVALUATIONS_FILE, read_evaluations

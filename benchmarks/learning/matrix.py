@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -27,10 +25,9 @@ from pathlib import Path
 
 import numpy as np
 from aggregate import bootstrap, interquartile_mean, probability_of_improvement
+from provenance import provenance
 
 from flame_ext.plots import plot_learning_curves
-
-PACKAGES = ("flame_ext", "torch", "numpy", "gymnasium", "mujoco")
 
 
 @dataclass(frozen=True)
@@ -176,28 +173,6 @@ def _table_row(task: str, algorithm: str, directories: dict[Run, Path], steps: i
         f"{minutes.mean():.1f}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def provenance() -> dict[str, object]:
-    """Commit, versions, machine and command behind a result."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {
-        "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "machine": f"{model}, {os.cpu_count()} cores",
-    }
 
 
 def main() -> None:

@@ -1,0 +1,34 @@
+"""Where a result came from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES = ("flame_ext", "torch", "numpy", "gymnasium", "mujoco")
+
+
+def provenance() -> dict[str, object]:
+    """Commit, versions, machine and command behind a result."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "commit": commit,
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": f"{model}, {os.cpu_count()} cores",
+    }
