@@ -42,7 +42,7 @@ SHARED = {
     "gamma": 0.95,
     "tau": 0.02,
     "temperature": "fixed",
-    "initial_alpha": 0.2,
+    "initial_alpha": 0.3,
     "exploration_noise": 0.2,
     "eval_interval": 0,
     "eval_episodes": 5,
