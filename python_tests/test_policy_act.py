@@ -466,7 +466,7 @@ def test_bad_arguments_are_named():
     case = Case.random(23, 17, 6)
     packed = case.pack()
     obs, noise = case.inputs(2, 3)
-    with pytest.raises(ValueError, match="obs has 16 columns, this policy takes 17"):
+    with pytest.raises(ValueError, match=r"obs has shape \(2, 16\), this policy takes \(17,\)"):
         packed.act(obs[:, 1:], noise)
     with pytest.raises(ValueError, match=r"noise does not fit.*A = 6 and B = 2"):
         packed.act(obs, noise[:1])
