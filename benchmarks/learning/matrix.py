@@ -13,7 +13,6 @@ Run: python benchmarks/learning/matrix.py --tasks HalfCheetah-v5 --algorithms fl
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -22,12 +21,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from aggregate import bootstrap, interquartile_mean, probability_of_improvement
 from provenance import provenance
 
+from flame_ext.loggers import read_evaluations
 from flame_ext.plots import plot_learning_curves
+
+Evaluations = dict[str, list[Any]]  # columns of one run's evaluations.csv
+Curves = dict[tuple[str, str], list[Evaluations]]  # by task and algorithm, one per seed
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,12 @@ def _provenance_file(directory: Path) -> Path:
     return directory.with_suffix(".provenance.json")
 
 
-def _last_step(directory: Path) -> int:
-    curve = directory / "evaluations.csv"
-    rows = _rows(curve) if curve.exists() else []
-    return int(rows[-1]["step"]) if rows else 0
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
+def _last_step(directory: Path) -> float:
+    try:
+        steps: list[float] = read_evaluations(directory)["step"]
+    except FileNotFoundError:
+        return 0
+    return steps[-1] if steps else 0
 
 
 def report(directories: dict[Run, Path], arguments: argparse.Namespace) -> None:
@@ -104,29 +105,25 @@ def report(directories: dict[Run, Path], arguments: argparse.Namespace) -> None:
         plot_learning_curves(runs, results / f"{task.replace('/', '_')}.png")
     lines = ["| task | algorithm | seeds | last | per seed | mean of last 10 % | best | minutes |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for task in arguments.tasks:
-        for algorithm in arguments.algorithms:
-            lines.append(_table_row(task, algorithm, directories, arguments.steps))
-    lines += ["", *_comparison(directories, arguments)]
+    curves = {
+        (task, algorithm): [
+            read_evaluations(directories[Run(task, algorithm, seed)])
+            for seed in range(arguments.seeds)
+        ]
+        for task in arguments.tasks
+        for algorithm in arguments.algorithms
+    }
+    lines += [_table_row(*cell, runs, arguments.steps) for cell, runs in curves.items()]
+    lines += ["", *_comparison(curves, arguments)]
     (results / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
-def _comparison(directories: dict[Run, Path], arguments: argparse.Namespace) -> list[str]:
+def _comparison(curves: Curves, arguments: argparse.Namespace) -> list[str]:
     """Every algorithm against the baseline, pooled over tasks."""
     last = {
         algorithm: np.array(
-            [
-                [
-                    float(
-                        _rows(directories[Run(task, algorithm, seed)] / "evaluations.csv")[-1][
-                            "mean_return"
-                        ]
-                    )
-                    for seed in range(arguments.seeds)
-                ]
-                for task in arguments.tasks
-            ]
+            [[c["mean_return"][-1] for c in curves[task, algorithm]] for task in arguments.tasks]
         )
         for algorithm in arguments.algorithms
     }
@@ -147,25 +144,21 @@ def _comparison(directories: dict[Run, Path], arguments: argparse.Namespace) -> 
     return lines
 
 
-def _table_row(task: str, algorithm: str, directories: dict[Run, Path], steps: int) -> str:
-    curves = [
-        np.array(
-            [
-                [float(row[name]) for name in ("step", "mean_return", "wall_time")]
-                for row in _rows(d / "evaluations.csv")
-            ]
-        )
-        for run, d in directories.items()
-        if (run.task, run.algorithm) == (task, algorithm)
-    ]
-    minutes = np.array([c[-1, 2] / 60 for c in curves])
-    last = np.array([c[-1, 1] for c in curves])
-    tail = np.array([c[c[:, 0] > 0.9 * steps, 1].mean() for c in curves])
-    best = np.array([c[:, 1].max() for c in curves])
+def _table_row(task: str, algorithm: str, runs: list[Evaluations], steps: int) -> str:
+    minutes = np.array([run["wall_time"][-1] / 60 for run in runs])
+    returns = [np.array(run["mean_return"]) for run in runs]
+    last = np.array([r[-1] for r in returns])
+    tail = np.array(
+        [
+            r[np.array(run["step"]) > 0.9 * steps].mean()
+            for r, run in zip(returns, runs, strict=True)
+        ]
+    )
+    best = np.array([r.max() for r in returns])
     cells = [
         task,
         algorithm,
-        str(len(curves)),
+        str(len(runs)),
         f"{last.mean():.0f} +- {last.std():.0f}",
         " ".join(f"{value:.0f}" for value in last),
         f"{tail.mean():.0f} +- {tail.std():.0f}",
