@@ -72,3 +72,22 @@ def isa(request: pytest.FixtureRequest):
     core.set_isa(request.param)
     yield request.param
     core.set_isa(before)
+
+
+@pytest.fixture(params=[*_supported_isas(), "cuda rising", "cuda falling", "cuda small"])
+def kernels(request: pytest.FixtureRequest):
+    """Run the test with each set of training kernels: the CPU's, then CUDA's executed on the host.
+
+    Threads that run in rising and in falling order agree only where no barrier is missing. "small"
+    is a device with little shared memory, which takes other tiles.
+    """
+    core = importlib.import_module("flame_ext._core")
+    before = core.isa_active()
+    name = request.param
+    if name.startswith("cuda"):
+        order = "falling" if name.endswith("falling") else "rising"
+        core.run_cuda_on_host(order, 99 * 1024 if name.endswith("small") else 227 * 1024)
+    else:
+        core.set_isa(name)
+    yield name
+    core.set_isa(before)

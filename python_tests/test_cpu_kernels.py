@@ -18,6 +18,7 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 EPS = float(np.finfo(np.float32).eps)
 ACTIVATIONS = ("relu", "silu", "mish")
 each_isa = pytest.mark.usefixtures("isa")
+each_target = pytest.mark.usefixtures("kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def assert_as_accurate(ours: Array, single: torch.Tensor, exact: torch.Tensor) -
         (100, (23, 100, 101, 102, 1), 3),
     ],
 )
-@each_isa
+@each_target
 def test_mlp_forward(activation, layer_norm, rows, sizes, members):
     net = FlatMLP(
         (sizes[0],),
@@ -115,7 +116,7 @@ def test_mlp_forward(activation, layer_norm, rows, sizes, members):
     assert_as_accurate(ours, single, exact)
 
 
-@each_isa
+@each_target
 def test_mlp_forward_takes_strided_and_unaligned_rows():
     net = FlatMLP((7,), (32,), 3, generator=torch.Generator().manual_seed(0))
     memory = draw(21 * 12 + 1)[1:].reshape(21, 12)
@@ -127,7 +128,7 @@ def test_mlp_forward_takes_strided_and_unaligned_rows():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@each_isa
+@each_target
 def test_activations_at_extreme_inputs(activation):
     """One unit with weight 1 passes its activation through; no input may overflow or turn NaN."""
     net = FlatMLP((1,), (1,), 1, activation=activation)
@@ -156,7 +157,7 @@ def test_activations_at_extreme_inputs(activation):
         (3, 5, 4, 2, ()),
     ],
 )
-@each_isa
+@each_target
 def test_twin_q(layer_norm, states, candidates, obs_dim, action_dim, hidden):
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
     obs, actions = draw(states, obs_dim), np.tanh(draw(states, candidates, action_dim))

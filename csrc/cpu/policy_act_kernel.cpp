@@ -12,7 +12,7 @@
 
 #include <math.h>
 
-#include "cpu/mlp_activation.h"
+#include "mlp_activation.h"
 #include "cpu/simd.h"
 #include "philox.h"
 

@@ -1,0 +1,70 @@
+#include "cuda/on_host.h"
+
+#include <atomic>
+#include <stdexcept>
+#include <utility>
+
+#include "cuda/mlp_forward.h"
+#include "cuda/twin_q.h"
+
+namespace flame {
+namespace {
+
+using namespace flame::FLAME_ISA;
+
+std::atomic<bool> falling_order{false};
+std::atomic<size_t> shared_floats{0};
+
+Launcher launcher() { return {falling_order.load(), shared_floats.load()}; }
+
+// Workspace of one call; a value that no kernel wrote is NaN and shows in the results.
+class HostMemory {
+  public:
+    explicit HostMemory(size_t bytes) : words_(bytes / sizeof(float) + kSlack, NAN) {}
+    Carver carver() {
+        const auto address = reinterpret_cast<uintptr_t>(words_.data());
+        return Carver(reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment));
+    }
+
+  private:
+    static constexpr size_t kAlignment = 256;
+    static constexpr size_t kSlack = kAlignment / sizeof(float);
+    std::vector<float> words_;
+};
+
+// Counts what operation(args, memory) takes, then runs it.
+template <typename Carve, typename Run>
+void with_memory(Carve&& carve, Run&& run) {
+    Carver counter(nullptr);
+    carve(counter);
+    HostMemory memory(counter.used());
+    Carver carver = memory.carver();
+    run(carver);
+}
+
+template <typename Result, typename... Args>
+Result missing(Args...) {
+    throw std::runtime_error("this operation has no CUDA kernel");
+}
+
+void host_mlp_forward(const MlpForwardArgs& a) { mlp_forward(launcher(), a); }
+
+void host_twin_q(const TwinQArgs& a) {
+    with_memory([&](Carver& m) { carve_twin_q(a, m); },
+                [&](Carver& m) { twin_q(launcher(), a, m); });
+}
+
+const CpuKernels kTable = {
+    1,       missing, missing, missing, host_mlp_forward, host_twin_q, missing, missing,
+    missing, missing, missing, missing, missing,          missing,     missing,
+};
+
+}  // namespace
+
+const CpuKernels* cuda_on_host(bool falling, size_t shared_bytes) {
+    falling_order = falling;
+    shared_floats = shared_bytes / sizeof(float);
+    return &kTable;
+}
+
+}  // namespace flame
