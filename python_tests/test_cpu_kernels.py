@@ -206,7 +206,7 @@ def critic_gradient(
         (33, 3, 2, (), 2),
     ],
 )
-@each_isa
+@each_target
 def test_critic_step(activation, layer_norm, rows, obs_dim, action_dim, hidden, members):
     critics = make_critics(
         obs_dim, action_dim, hidden, layer_norm=layer_norm, activation=activation, members=members
@@ -226,7 +226,7 @@ def test_critic_step(activation, layer_norm, rows, obs_dim, action_dim, hidden, 
     assert np.allclose(gradients, 2 * once, rtol=1e-6, atol=1e-9)
 
 
-@each_isa
+@each_target
 def test_critic_step_with_extreme_targets():
     critics = make_critics(17, 6, (64, 64), layer_norm=True)
     obs, action = draw(65, 17, scale=1e2), np.tanh(draw(65, 6))
@@ -246,7 +246,7 @@ def test_critic_step_with_extreme_targets():
     ("rows", "obs_dim", "action_dim", "hidden"),
     [(1, 1, 1, (8,)), (31, 17, 6, (64, 64)), (257, 3, 6, (40, 40, 40)), (33, 376, 17, (48, 32))],
 )
-@each_isa
+@each_target
 def test_q_gradient(layer_norm, rows, obs_dim, action_dim, hidden):
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
     obs, action = draw(rows, obs_dim), np.tanh(draw(rows, action_dim))
@@ -432,7 +432,7 @@ def to_tensors(dtype: torch.dtype, *arrays: Array) -> list[torch.Tensor]:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), POLICIES)
-@each_isa
+@each_target
 def test_meanflow_step(activation, layer_norm, rows, obs_dim, action_dim, hidden):
     net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)
     obs, z, velocity = (

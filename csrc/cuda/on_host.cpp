@@ -4,7 +4,10 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cuda/critic_step.h"
+#include "cuda/meanflow_step.h"
 #include "cuda/mlp_forward.h"
+#include "cuda/q_gradient.h"
 #include "cuda/twin_q.h"
 
 namespace flame {
@@ -54,9 +57,37 @@ void host_twin_q(const TwinQArgs& a) {
                 [&](Carver& m) { twin_q(launcher(), a, m); });
 }
 
+void host_critic_step(const CriticStepArgs& a) {
+    with_memory([&](Carver& m) { carve_critic_step(launcher(), a, m); },
+                [&](Carver& m) { critic_step(launcher(), a, m); });
+}
+
+void host_q_gradient(const QGradientArgs& a) {
+    with_memory([&](Carver& m) { carve_q_gradient(launcher(), a, m); },
+                [&](Carver& m) { q_gradient(launcher(), a, m); });
+}
+
+void host_meanflow_step(const MeanFlowStepArgs& a) {
+    with_memory([&](Carver& m) { carve_meanflow_step(launcher(), a, m); },
+                [&](Carver& m) { meanflow_step(launcher(), a, m); });
+}
+
 const CpuKernels kTable = {
-    1,       missing, missing, missing, host_mlp_forward, host_twin_q, missing, missing,
-    missing, missing, missing, missing, missing,          missing,     missing,
+    1,
+    missing,
+    missing,
+    missing,
+    host_mlp_forward,
+    host_twin_q,
+    host_critic_step,
+    host_q_gradient,
+    host_meanflow_step,
+    missing,
+    missing,
+    missing,
+    missing,
+    missing,
+    missing,
 };
 
 }  // namespace
