@@ -190,4 +190,5 @@ PYBIND11_MODULE(_core, m) {
 
     bind_policy(m);
     bind_training(m);
+    bind_cuda(m);
 }

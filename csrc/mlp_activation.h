@@ -7,11 +7,7 @@
 #pragma once
 
 #include "api.h"
-#if defined(FLAME_SCALAR)
-#include "cuda/scalar.h"
-#else
-#include "cpu/simd.h"
-#endif
+#include "lanes.h"
 
 namespace flame::FLAME_ISA {
 

@@ -280,7 +280,7 @@ def test_q_gradient(layer_norm, rows, obs_dim, action_dim, hidden):
         (29.99, 30.0),
     ],
 )
-@each_isa
+@each_target
 def test_truncated_normal_inverts_the_distribution_function(low, high):
     """Phi(x) relative to the interval must give the uniform draw back, also 30 deviations out."""
     rng = np.random.default_rng(0)
@@ -328,7 +328,7 @@ def reverse_inputs(states: int, obs_dim: int, action_dim: int) -> tuple[Array, .
         (257, 5, 17, 6, (40, 40)),
     ],
 )
-@each_isa
+@each_target
 @torch.no_grad()
 def test_reweighted_velocity(scale, alpha, states, candidates, obs_dim, action_dim, hidden):
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=True)
@@ -361,7 +361,7 @@ def test_reweighted_velocity(scale, alpha, states, candidates, obs_dim, action_d
         assert (agrees | ~decided).mean() > 0.95
 
 
-@each_isa
+@each_target
 def test_reweighted_velocity_draws_from_the_philox_stream():
     critics = make_critics(3, 6, (16,))
     inputs = reverse_inputs(11, 3, 6)
@@ -373,6 +373,7 @@ def test_reweighted_velocity_draws_from_the_philox_stream():
         assert np.array_equal(a, b)
 
 
+@each_target
 def test_resampled_candidates_follow_the_weights():
     """At t = 1 candidates are uniform; resampling them by Q draws from the target (SIR)."""
     critics = make_critics(1, 1, (16,))
@@ -484,7 +485,7 @@ def away_from_kinks(net: MeanVelocityNet, obs: Array, noise: Array) -> Array:
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), POLICIES)
-@each_isa
+@each_target
 def test_exact_density(activation, layer_norm, rows, obs_dim, action_dim, hidden):
     net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)
     obs, noise = draw(rows, obs_dim), draw(rows, action_dim)
@@ -510,7 +511,7 @@ def test_exact_density(activation, layer_norm, rows, obs_dim, action_dim, hidden
         ({"estimator": "multi_step", "steps": 5, "trace": "hutchinson"}, "probe"),
     ],
 )
-@each_isa
+@each_target
 def test_density_estimators_with_several_samples_per_state(options, divergence):
     net = make_policy(17, 6, (64, 48))
     obs, noise = draw(7, 17), draw(7, 23, 6)
@@ -582,7 +583,7 @@ def test_sample_without_density_has_the_action_gradient_alone():
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 1000, 40_003])
-@each_isa
+@each_target
 def test_adam_follows_torch(size):
     start = draw(size)
     ours, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
@@ -597,7 +598,7 @@ def test_adam_follows_torch(size):
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 40_003])
-@each_isa
+@each_target
 def test_soft_update(size):
     target, online = draw(size), draw(size, seed=1)
     wanted = target + 0.005 * (online.astype(np.float64) - target)

@@ -4,10 +4,13 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cuda/adam.h"
 #include "cuda/critic_step.h"
+#include "cuda/flow_density.h"
 #include "cuda/meanflow_step.h"
 #include "cuda/mlp_forward.h"
 #include "cuda/q_gradient.h"
+#include "cuda/reweighted_velocity.h"
 #include "cuda/twin_q.h"
 
 namespace flame {
@@ -26,7 +29,8 @@ class HostMemory {
     explicit HostMemory(size_t bytes) : words_(bytes / sizeof(float) + kSlack, NAN) {}
     Carver carver() {
         const auto address = reinterpret_cast<uintptr_t>(words_.data());
-        return Carver(reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment));
+        return Carver(
+            reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment));
     }
 
   private:
@@ -72,6 +76,32 @@ void host_meanflow_step(const MeanFlowStepArgs& a) {
                 [&](Carver& m) { meanflow_step(launcher(), a, m); });
 }
 
+void host_reweighted_velocity(const ReweightedArgs& a) {
+    // Half of the offset comes from memory, as in a captured graph.
+    ReweightedArgs rest = a;
+    rest.offset = a.offset / 2;
+    const uint64_t more = a.offset - rest.offset;
+    with_memory([&](Carver& m) { count_reweighted(a, m); },
+                [&](Carver& m) { reweighted_velocity(launcher(), rest, &more, m); });
+}
+
+void host_flow_density(const FlowDensityArgs& a) { flow_density(launcher(), a); }
+
+void host_truncated_normals(const TruncatedNormalArgs& a) {
+    for (int64_t i = 0; i < a.count; ++i) {
+        const TruncatedInterval t = truncated_interval(a.low[i], a.high[i]);
+        a.output[i] = static_cast<float>(truncated_draw(t.log_upper, t.p_upper, t.ratio, t.lower,
+                                                        t.upper, t.sign, a.uniform[i]));
+    }
+}
+
+void host_adam(const AdamArgs& a) {
+    AdamSchedule schedule{a.learning_rate, a.step - 1};
+    adam(launcher(), a, &schedule);
+}
+
+void host_soft_update(const SoftUpdateArgs& a) { soft_update(launcher(), a); }
+
 const CpuKernels kTable = {
     1,
     missing,
@@ -82,12 +112,12 @@ const CpuKernels kTable = {
     host_critic_step,
     host_q_gradient,
     host_meanflow_step,
+    host_flow_density,
     missing,
-    missing,
-    missing,
-    missing,
-    missing,
-    missing,
+    host_reweighted_velocity,
+    host_truncated_normals,
+    host_adam,
+    host_soft_update,
 };
 
 }  // namespace

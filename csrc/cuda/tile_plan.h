@@ -41,10 +41,12 @@ static inline TilePlan tile_plan(int rows_per_warp, int64_t samples, int group, 
 // For `samples` samples of `group` rows each. extra_per_row: floats of shared memory that the
 // kernel wants beyond its tile.
 static inline TilePlan plan_tiles(const Launcher& launch, const MlpSpec& spec, int64_t samples,
-                                  int group, size_t extra_per_row, int blocks_per_tile = 1) {
+                                  int group, size_t extra_per_row, int blocks_per_tile = 1,
+                                  int least_ld = 0) {
     constexpr int64_t kEnoughBlocks = 128;  // about one for each multiprocessor of a large device
     constexpr int kChoices[] = {8, 4, 2};
-    const int ld = widest_padded(spec);
+    const int widest = widest_padded(spec);
+    const int ld = widest > least_ld ? widest : least_ld;
     TilePlan best{};
     for (const int rows_per_warp : kChoices) {
         const TilePlan plan = tile_plan(rows_per_warp, samples, group, ld, extra_per_row);
@@ -54,9 +56,10 @@ static inline TilePlan plan_tiles(const Launcher& launch, const MlpSpec& spec, i
     }
     const TilePlan least = tile_plan(2, samples, group, ld, extra_per_row);
     check(best.samples > 0, "a network whose widest layer has ", ld, " columns and ", group - 1,
-          " tangents needs ", least.shared * sizeof(float), " bytes of shared memory and a tile of ",
-          group, " rows; this device has ", launch.shared_limit() * sizeof(float),
-          " bytes and tiles of up to ", 8 * kWarps, " rows: use narrower layers or backend='torch'");
+          " tangents needs ", least.shared * sizeof(float),
+          " bytes of shared memory and a tile of ", group, " rows; this device has ",
+          launch.shared_limit() * sizeof(float), " bytes and tiles of up to ", 8 * kWarps,
+          " rows: use narrower layers or backend='torch'");
     return best;
 }
 

@@ -9,4 +9,10 @@ void cuda_twin_q(const TwinQArgs& args, void* workspace, void* stream) {
     isa_cuda::twin_q(isa_cuda::Launcher(stream), args, memory);
 }
 
+size_t cuda_workspace_bytes(const TwinQArgs& args) {
+    isa_cuda::Carver memory(nullptr);
+    isa_cuda::carve_twin_q(args, memory);
+    return memory.used();
+}
+
 }  // namespace flame
