@@ -78,8 +78,8 @@ def isa(request: pytest.FixtureRequest):
 def kernels(request: pytest.FixtureRequest):
     """Run the test with each set of training kernels: the CPU's, then CUDA's executed on the host.
 
-    The second CUDA set runs threads in falling order, which matters only where a barrier is missing,
-    and has the shared memory of a small device, which takes other tiles.
+    The second CUDA set runs threads in falling order, which matters only where a barrier is
+    missing, and has the shared memory of a small device, which takes other tiles.
     """
     core = importlib.import_module("flame_ext._core")
     before = core.isa_active()

@@ -89,9 +89,9 @@ void run_cuda_on_host(const std::string& order, int64_t shared_bytes) {
     check(order == "rising" || order == "falling" || order == "off", "order is '", order,
           "'; choose one of: rising, falling, off");
     check(shared_bytes > 0, "shared_bytes is ", shared_bytes, "; it must be positive");
-    replace_kernels(order == "off" ? nullptr
-                                   : cuda_on_host(order == "falling",
-                                                  static_cast<size_t>(shared_bytes)));
+    replace_kernels(order == "off"
+                        ? nullptr
+                        : cuda_on_host(order == "falling", static_cast<size_t>(shared_bytes)));
 }
 
 // --- Random numbers

@@ -61,19 +61,11 @@ size_t twin_q(const MlpSpec& spec, Pointer parameters, int64_t states, int candi
 size_t critic_step(const MlpSpec& spec, Pointer parameters, Pointer gradients, int64_t rows,
                    int action_dim, Pointer obs, Pointer action, Pointer target, Pointer loss,
                    Pointer q_mean, Pointer workspace, Pointer stream) {
-    const CriticStepArgs args{spec,
-                              at<float>(parameters),
-                              at<float>(gradients),
-                              rows,
-                              action_dim,
-                              at<float>(obs),
-                              spec.sizes[0] - action_dim,
-                              at<float>(action),
-                              action_dim,
-                              at<float>(target),
-                              at<double>(loss),
-                              at<double>(q_mean),
-                              nullptr};
+    const CriticStepArgs args{
+        spec,       at<float>(parameters), at<float>(gradients),       rows,
+        action_dim, at<float>(obs),        spec.sizes[0] - action_dim, at<float>(action),
+        action_dim, at<float>(target),     at<double>(loss),           at<double>(q_mean),
+        nullptr};
     return with_workspace(args, workspace,
                           [&](void* memory) { cuda_critic_step(args, memory, at<void>(stream)); });
 }

@@ -1,4 +1,7 @@
-"""Native CPU training kernels against PyTorch in float64 (`flame_ext.networks`, `reference`)."""
+"""Native training kernels against PyTorch in float64 (`flame_ext.networks`, `reference`).
+
+The CPU's for every instruction set of this machine and CUDA's, executed on the host.
+"""
 
 from __future__ import annotations
 
@@ -609,8 +612,11 @@ def test_soft_update(size):
 # --- Threads and refusals -------------------------------------------------------------------------
 
 
-def run_everything(threads: int) -> list[Array]:
-    """All kernels on one input, with the given number of threads."""
+def run_everything(threads: int, recorded: bool = True) -> list[Array]:
+    """All kernels on one input, with the given number of threads.
+
+    CUDA has no kernel that records the density for a gradient.
+    """
     _core.set_num_threads(threads)
     critics = make_critics(17, 6, (72, 64), layer_norm=True)
     spec, flat = spec_of(critics), array(critics.flat)
@@ -623,8 +629,12 @@ def run_everything(threads: int) -> list[Array]:
     t = 0.01 + 0.99 * np.abs(np.tanh(draw(301, seed=7)))
     flow_args = obs, action, 0.5 * t, t, draw(301, 6, seed=8)
     flow_loss = _core.meanflow_step(policy, weights, flow_gradients, *flow_args)
-    recorded = _core.RecordedDensity(policy, weights, obs, draw(301, 6, seed=9), *flow_tables(1))
-    recorded.backward(kl_gradients, draw(301, 6), draw(301))
+    reverse_kl: list[Array] = []
+    if recorded:
+        density_args = policy, weights, obs, draw(301, 6, seed=9), *flow_tables(1)
+        density = _core.RecordedDensity(*density_args)
+        density.backward(kl_gradients, draw(301, 6), draw(301))
+        reverse_kl = [density.log_prob, kl_gradients]
     parameters, first, second = flat.copy(), np.zeros_like(flat), np.zeros_like(flat)
     _core.adam(parameters, gradients, first, second, 1, 1e-3, 0.9, 0.999, 1e-8)
     _core.soft_update(first, parameters, 0.3)
@@ -638,8 +648,7 @@ def run_everything(threads: int) -> list[Array]:
         first,
         flow_gradients,
         np.asarray(flow_loss),
-        recorded.log_prob,
-        kl_gradients,
+        *reverse_kl,
         *_core.q_gradient(spec, flat, obs, action),
         *_core.reweighted_velocity(
             spec, flat, obs, action, 1 - t, t, 0.2, num_candidates=7, seed=3, resample=True
@@ -678,3 +687,24 @@ def test_refusals_say_what_to_do():
         _core.MlpSpec((3, 1), members=1, activation="gelu", layer_norm=False)
     with pytest.raises(ValueError, match="first step is 1"):
         _core.adam(flat.copy(), flat, flat.copy(), flat.copy(), 0, 1e-3, 0.9, 0.999, 1e-8)
+
+
+def test_cuda_kernels_do_not_depend_on_the_order_of_threads():
+    """A value read in the phase that writes it would differ: the sign of a missing barrier."""
+    before = _core.isa_active()
+    results = []
+    for order in ("rising", "falling"):
+        _core.run_cuda_on_host(order)
+        results.append(run_everything(1, recorded=False))
+    _core.set_isa(before)
+    for rising, falling in zip(*results, strict=True):
+        assert np.array_equal(rising, falling)
+
+
+def test_cuda_kernels_refuse_what_does_not_fit_the_device():
+    net = FlatMLP((8,), (1024,), 3)
+    before = _core.isa_active()
+    _core.run_cuda_on_host("rising", 48 * 1024)
+    with pytest.raises(ValueError, match=r"1024 columns need .* this device has 49152 bytes"):
+        _core.mlp_forward(spec_of(net), array(net.flat), draw(4, 8))
+    _core.set_isa(before)

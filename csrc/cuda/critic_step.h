@@ -23,10 +23,10 @@ struct CriticStepKernel {
     CriticStepArgs a;
     Tape tape;
     float* q;  // (members, rows)
-    int ld;
+    TileLds lds;
 
     FLAME_BODY void operator()(const Block& block) const {
-        auto tile = make_tile<kRowsPerWarp>(block, ld);
+        auto tile = make_tile<kRowsPerWarp>(block, lds);
         const int member = static_cast<int>(block.index / tape.tiles);
         const int64_t index = block.index % tape.tiles;
         const int64_t first = index * tile.kRows;
@@ -93,7 +93,7 @@ struct CriticMemory {
 static inline CriticMemory carve_critic_step(const Launcher& launch, const CriticStepArgs& a,
                                              Carver& memory) {
     CriticMemory m{};
-    m.plan = plan_tiles(launch, a.spec, a.rows, 1, 0, a.spec.members);
+    m.plan = plan_tiles(launch, a.spec, {a.rows, 1, a.spec.members});
     m.tape = carve_tape(a.spec, a.rows, m.plan.tiles, true, memory);
     m.q = a.q != nullptr ? a.q : memory.floats(static_cast<size_t>(a.spec.members) * a.rows);
     return m;
@@ -103,7 +103,7 @@ static inline void critic_step(const Launcher& launch, const CriticStepArgs& a, 
     const CriticMemory m = carve_critic_step(launch, a, memory);
     with_rows(m.plan, [&](auto rows) {
         const CriticStepKernel<decltype(rows)::value> kernel{make_view(a.spec, a.parameters), a,
-                                                             m.tape, m.q, m.plan.ld};
+                                                             m.tape, m.q, m.plan.lds};
         launch(kernel, m.plan.tiles * a.spec.members, m.plan.shared);
     });
     weight_gradients(launch, a.spec, m.tape, a.gradients);

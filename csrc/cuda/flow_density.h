@@ -24,10 +24,10 @@ struct FlowDensityKernel {
     FlowDensityArgs a;
     int tangents;
     int samples;  // per tile
-    int ld;
+    TileLds lds;
 
     FLAME_BODY void operator()(const Block& block) const {
-        auto tile = make_tile<kRowsPerWarp>(block, ld);
+        auto tile = make_tile<kRowsPerWarp>(block, lds);
         const int64_t first = block.index * samples;
         const int64_t left = a.states * a.samples - first;
         const int count = left < samples ? static_cast<int>(left) : samples;
@@ -36,6 +36,7 @@ struct FlowDensityKernel {
             if (t < count) start(first + t);
         });
         for (int step = 0; step < a.steps; ++step) {
+            tile = make_tile<kRowsPerWarp>(block, lds);
             load_rows(block, tile, count * group, net.layers[0].in, [&](int r, int c) {
                 const int64_t b = first + r / group;
                 return r % group == 0 ? input(b, step, c) : input_tangent(b, r % group - 1, c);
@@ -116,12 +117,11 @@ static inline void flow_density(const Launcher& launch, const FlowDensityArgs& a
     const int tangents = a.divergence == Divergence::kNone    ? 0
                          : a.divergence == Divergence::kProbe ? 1
                                                               : a.action_dim;
-    // Wide enough for a tile's A x A matrices of doubles in one of its buffers.
-    const TilePlan plan =
-        plan_tiles(launch, a.spec, rows, 1 + tangents, 0, 1, padded(2 * a.action_dim));
+    // Wide enough for a tile's A x A matrices of doubles in either of its buffers.
+    const TilePlan plan = plan_tiles(launch, a.spec, {rows, 1 + tangents, 1, 0, 2 * a.action_dim});
     with_rows(plan, [&](auto rows_per_warp) {
         const FlowDensityKernel<decltype(rows_per_warp)::value> kernel{
-            make_view(a.spec, a.parameters), a, tangents, plan.samples, plan.ld};
+            make_view(a.spec, a.parameters), a, tangents, plan.samples, plan.lds};
         launch(kernel, plan.tiles, plan.shared);
     });
 }

@@ -52,9 +52,8 @@ class Launcher {
         int device = 0;
         cuda_check(cudaGetDevice(&device), "cudaGetDevice");
         int bytes = 0;
-        cuda_check(
-            cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-            "cudaDeviceGetAttribute");
+        cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                   "cudaDeviceGetAttribute");
         shared_limit_ = static_cast<size_t>(bytes) / sizeof(float);
     }
 
@@ -64,10 +63,10 @@ class Launcher {
     void operator()(const Kernel& kernel, int64_t blocks, size_t shared_floats) const {
         if (blocks == 0) return;
         const size_t bytes = shared_floats * sizeof(float);
-        cuda_check(cudaFuncSetAttribute(run_kernel<Kernel>,
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(bytes)),
-                   "cudaFuncSetAttribute");
+        cuda_check(
+            cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes)),
+            "cudaFuncSetAttribute");
         run_kernel<Kernel><<<static_cast<unsigned>(blocks), kThreads, bytes, stream_>>>(kernel);
         cuda_check(cudaGetLastError(), Kernel::kName);
     }

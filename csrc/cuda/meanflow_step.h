@@ -24,10 +24,10 @@ struct MeanFlowStepKernel {
     MeanFlowStepArgs a;
     Tape tape;
     double* errors;  // (rows)
-    int ld;
+    TileLds lds;
 
     FLAME_BODY void operator()(const Block& block) const {
-        auto tile = make_tile<kRowsPerWarp>(block, ld);
+        auto tile = make_tile<kRowsPerWarp>(block, lds);
         constexpr int kSamples = Tile<kRowsPerWarp>::kRows / kMeanFlowGroup;
         const int64_t first = block.index * kSamples;
         const int64_t left = a.rows - first;
@@ -44,7 +44,7 @@ struct MeanFlowStepKernel {
         block.each_warp([&](const Warp& warp) {
             for (int i = warp.index; i < samples; i += kWarps) {
                 output_delta(warp, tile.x + kMeanFlowGroup * i * tile.ld, tile.ld,
-                             tile.y + i * tile.ld, first + i, kept.output_delta(i, a.action_dim));
+                             tile.y + i * tile.ld_y, first + i, kept.output_delta(i, a.action_dim));
             }
         });
         tile.swap();
@@ -107,7 +107,7 @@ struct MeanFlowMemory {
 static inline MeanFlowMemory carve_meanflow_step(const Launcher& launch, const MeanFlowStepArgs& a,
                                                  Carver& memory) {
     MeanFlowMemory m{};
-    m.plan = plan_tiles(launch, a.spec, a.rows, kMeanFlowGroup, 0);
+    m.plan = plan_tiles(launch, a.spec, {a.rows, kMeanFlowGroup});
     m.tape = carve_tape(a.spec, a.rows, m.plan.tiles, true, memory);
     m.errors = memory.array<double>(a.rows);
     return m;
@@ -118,7 +118,7 @@ static inline void meanflow_step(const Launcher& launch, const MeanFlowStepArgs&
     const MeanFlowMemory m = carve_meanflow_step(launch, a, memory);
     with_rows(m.plan, [&](auto rows) {
         const MeanFlowStepKernel<decltype(rows)::value> kernel{make_view(a.spec, a.parameters), a,
-                                                               m.tape, m.errors, m.plan.ld};
+                                                               m.tape, m.errors, m.plan.lds};
         launch(kernel, m.plan.tiles, m.plan.shared);
     });
     weight_gradients(launch, a.spec, m.tape, a.gradients);

@@ -4,8 +4,8 @@
 // (members, rows, out) dense. All device memory of the caller; no workspace.
 //
 // Operations 2 rows sum(in out) per member. Critics 23 -> 3 x 256 -> 1, two members, 25600 rows:
-// 14 GFLOP, floor 0.21 ms at 67 TFLOP/s; inputs and outputs 2.6 MB, 0.8 us at 3.35 TB/s; the 0.56 MB
-// of a member's weights come from L2 once per tile of 64 rows: 0.45 GB.
+// 14 GFLOP, floor 0.21 ms at 67 TFLOP/s; inputs and outputs 2.6 MB, 0.8 us at 3.35 TB/s; the 0.56
+// MB of a member's weights come from L2 once per tile of 64 rows: 0.45 GB.
 #pragma once
 
 #include "cpu/training.h"
@@ -20,17 +20,16 @@ struct MlpForwardKernel {
     MlpView net;
     MlpForwardArgs a;
     int64_t tiles;
-    int ld;
+    TileLds lds;
 
     FLAME_BODY void operator()(const Block& block) const {
-        auto tile = make_tile<kRowsPerWarp>(block, ld);
+        auto tile = make_tile<kRowsPerWarp>(block, lds);
         const int member = static_cast<int>(block.index / tiles);
         const int64_t first = block.index % tiles * tile.kRows;
         const int64_t left = a.rows - first;
         const int rows = left < tile.kRows ? static_cast<int>(left) : tile.kRows;
-        load_rows(block, tile, rows, net.layers[0].in, [&](int r, int c) {
-            return a.input[(first + r) * a.input_ld + c];
-        });
+        load_rows(block, tile, rows, net.layers[0].in,
+                  [&](int r, int c) { return a.input[(first + r) * a.input_ld + c]; });
         forward_tile(block, tile, net, member, rows, 0, NoTape{});
         const int out = net.layers[net.num_layers - 1].out;
         float* to = a.output + (member * a.rows + first) * out;
@@ -44,10 +43,10 @@ struct MlpForwardKernel {
 
 static inline void mlp_forward(const Launcher& launch, const MlpForwardArgs& a) {
     if (a.rows == 0) return;
-    const TilePlan plan = plan_tiles(launch, a.spec, a.rows, 1, 0, a.spec.members);
+    const TilePlan plan = plan_tiles(launch, a.spec, {a.rows, 1, a.spec.members});
     with_rows(plan, [&](auto rows) {
         const MlpForwardKernel<decltype(rows)::value> kernel{make_view(a.spec, a.parameters), a,
-                                                             plan.tiles, plan.ld};
+                                                             plan.tiles, plan.lds};
         launch(kernel, plan.tiles * a.spec.members, plan.shared);
     });
 }

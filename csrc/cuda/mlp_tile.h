@@ -11,7 +11,13 @@
 
 namespace flame::FLAME_ISA {
 
-// Two buffers (rows, ld): x holds what the next layer reads, y receives what it gives.
+// Floats from row to row of a tile's two buffers: the first also takes the network's inputs.
+struct TileLds {
+    int first;
+    int second;
+};
+
+// Two buffers: x (rows, ld) holds what the next layer reads, y (rows, ld_y) receives what it gives.
 template <int kRowsPerWarp>
 struct Tile {
     static constexpr int kRows = kWarps * kRowsPerWarp;
@@ -20,19 +26,17 @@ struct Tile {
     float* slab;
     float* extra;  // what the plan asked for beyond the tile
     int ld;
+    int ld_y;
 
-    FLAME_BODY void swap() {
-        float* t = x;
-        x = y;
-        y = t;
-    }
+    FLAME_BODY void swap() { *this = {y, x, slab, extra, ld_y, ld}; }
 };
 
 template <int kRowsPerWarp>
-FLAME_INLINE Tile<kRowsPerWarp> make_tile(const Block& block, int ld) {
+FLAME_INLINE Tile<kRowsPerWarp> make_tile(const Block& block, const TileLds& lds) {
     constexpr int kRows = Tile<kRowsPerWarp>::kRows;
-    float* slab = block.shared + 2 * kRows * ld;
-    return {block.shared, block.shared + kRows * ld, slab, slab + 2 * kSlabFloats, ld};
+    float* y = block.shared + kRows * lds.first;
+    float* slab = y + kRows * lds.second;
+    return {block.shared, y, slab, slab + 2 * kSlabFloats, lds.first, lds.second};
 }
 
 FLAME_INLINE int round_up(int n) { return (n + kPadding - 1) / kPadding * kPadding; }
@@ -43,9 +47,8 @@ FLAME_INLINE void load_rows(const Block& block, const Tile<kRowsPerWarp>& tile, 
                             int columns, Value&& value) {
     block.each_warp([&](const Warp& warp) {
         for (int r = warp.index; r < rows; r += kWarps) {
-            warp.each(round_up(columns), [&](int c) {
-                tile.x[r * tile.ld + c] = c < columns ? value(r, c) : 0.0f;
-            });
+            warp.each(round_up(columns),
+                      [&](int c) { tile.x[r * tile.ld + c] = c < columns ? value(r, c) : 0.0f; });
         }
     });
 }
@@ -57,10 +60,9 @@ template <int kRowsPerWarp, typename Init>
 FLAME_INLINE void linear_from(const Block& block, Tile<kRowsPerWarp>& tile, const LayerView& layer,
                               int depth, int rows, Init&& init) {
     const Operand<true> weight{layer.weight, layer.in, depth, layer.out};
-    multiply<kRowsPerWarp>(block, rows, tile.x, tile.ld, weight, tile.slab,
-                           [&](int r, int c, float sum) {
-                               tile.y[r * tile.ld + c] = sum + init(r, c);
-                           });
+    multiply<kRowsPerWarp>(
+        block, rows, tile.x, tile.ld, weight, tile.slab,
+        [&](int r, int c, float sum) { tile.y[r * tile.ld_y + c] = sum + init(r, c); });
     tile.swap();
 }
 
@@ -77,7 +79,7 @@ FLAME_INLINE void dot_outputs(const Block& block, Tile<kRowsPerWarp>& tile, cons
                 const float* w = layer.weight + static_cast<int64_t>(o) * layer.in;
                 const float sum = warp.sum(layer.in, [&](int c) { return x[c] * w[c]; });
                 warp.each(1, [&](int) {
-                    tile.y[r * tile.ld + o] = r % group == 0 ? sum + layer.bias[o] : sum;
+                    tile.y[r * tile.ld_y + o] = r % group == 0 ? sum + layer.bias[o] : sum;
                 });
             }
         }
@@ -126,8 +128,7 @@ FLAME_INLINE void activate_sample(const Warp& warp, const LayerView& layer, floa
     if (layer.gain != nullptr) {
         const float count = static_cast<float>(n);
         mean = warp.sum(n, [&](int c) { return x[c]; }) / count;
-        const float squares =
-            warp.sum(n, [&](int c) { return (x[c] - mean) * (x[c] - mean); });
+        const float squares = warp.sum(n, [&](int c) { return (x[c] - mean) * (x[c] - mean); });
         inverse_std = 1.0f / sqrtf(squares / count + kLayerNormEps);
         for (int t = 1; t <= tangents; ++t) {
             normalise_tangent(warp, x + t * ld, x, n, mean, inverse_std);

@@ -56,7 +56,7 @@ struct SlabPart {
 template <bool kByColumn>
 FLAME_INLINE SlabPart fetch_slab(const Operand<kByColumn>& b, int k0, int n0, int thread) {
     SlabPart part;
-FLAME_UNROLL
+    FLAME_UNROLL
     for (int i = 0; i < kSlabPart; ++i) {
         const int e = thread + i * kThreads;
         const int k = k0 + slab_k<kByColumn>(e);
@@ -70,7 +70,7 @@ FLAME_UNROLL
 
 template <bool kByColumn>
 FLAME_INLINE void put_slab(const SlabPart& part, int thread, float* slab) {
-FLAME_UNROLL
+    FLAME_UNROLL
     for (int i = 0; i < kSlabPart; ++i) {
         const int e = thread + i * kThreads;
         slab[slab_k<kByColumn>(e) * kSlabLd + slab_n<kByColumn>(e)] = part.v[i];
@@ -86,17 +86,17 @@ struct RowSums {
 template <int kRowsPerWarp>
 FLAME_INLINE void add_slab(RowSums<kRowsPerWarp>& sums, const float* x, int ldx, const float* slab,
                            int lane) {
-FLAME_UNROLL
+    FLAME_UNROLL
     for (int k = 0; k < kSlabDepth; k += 4) {
         Vec4 left[kRowsPerWarp];
-FLAME_UNROLL
+        FLAME_UNROLL
         for (int r = 0; r < kRowsPerWarp; ++r) left[r] = load4(x + r * ldx + k);
-FLAME_UNROLL
+        FLAME_UNROLL
         for (int kk = 0; kk < 4; ++kk) {
             const Vec4 right = load4(slab + (k + kk) * kSlabLd + 4 * lane);
-FLAME_UNROLL
+            FLAME_UNROLL
             for (int r = 0; r < kRowsPerWarp; ++r) {
-FLAME_UNROLL
+                FLAME_UNROLL
                 for (int n = 0; n < 4; ++n) {
                     sums.v[r][n] = fmaf(left[r].v[kk], right.v[n], sums.v[r][n]);
                 }
@@ -134,9 +134,9 @@ FLAME_INLINE void multiply(const Block& block, int rows, const float* x, int ldx
         block.each_thread([&](int thread) {
             const int first = thread / kLanesPerWarp * kRowsPerWarp;
             const int column = n0 + 4 * (thread % kLanesPerWarp);
-FLAME_UNROLL
+            FLAME_UNROLL
             for (int r = 0; r < kRowsPerWarp; ++r) {
-FLAME_UNROLL
+                FLAME_UNROLL
                 for (int n = 0; n < 4; ++n) {
                     if (first + r < rows && column + n < b.columns) {
                         emit(first + r, column + n, sums[thread].v[r][n]);

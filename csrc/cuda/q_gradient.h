@@ -19,15 +19,16 @@ struct QGradientKernel {
     MlpView net;
     QGradientArgs a;
     Tape tape;
-    int ld;
+    TileLds lds;
 
     FLAME_BODY void operator()(const Block& block) const {
-        auto tile = make_tile<kRowsPerWarp>(block, ld);
+        auto tile = make_tile<kRowsPerWarp>(block, lds);
         const int64_t first = block.index * tile.kRows;
         const int64_t left = a.rows - first;
         const int rows = left < tile.kRows ? static_cast<int>(left) : tile.kRows;
         float* q = tile.extra;  // (members, kRows)
         for (int m = 0; m < net.members; ++m) {
+            tile = make_tile<kRowsPerWarp>(block, lds);
             load_rows(block, tile, rows, net.layers[0].in, [&](int r, int c) {
                 const int64_t b = first + r;
                 return c < a.action_dim ? a.action[b * a.action_ld + c]
@@ -81,7 +82,7 @@ struct QGradientMemory {
 static inline QGradientMemory carve_q_gradient(const Launcher& launch, const QGradientArgs& a,
                                                Carver& memory) {
     QGradientMemory m{};
-    m.plan = plan_tiles(launch, a.spec, a.rows, 1, a.spec.members);
+    m.plan = plan_tiles(launch, a.spec, {a.rows, 1, 1, a.spec.members});
     m.tape = carve_tape(a.spec, a.rows, m.plan.tiles, false, memory);
     return m;
 }
@@ -91,7 +92,7 @@ static inline void q_gradient(const Launcher& launch, const QGradientArgs& a, Ca
     const QGradientMemory m = carve_q_gradient(launch, a, memory);
     with_rows(m.plan, [&](auto rows) {
         const QGradientKernel<decltype(rows)::value> kernel{make_view(a.spec, a.parameters), a,
-                                                            m.tape, m.plan.ld};
+                                                            m.tape, m.plan.lds};
         launch(kernel, m.plan.tiles, m.plan.shared);
     });
 }

@@ -87,8 +87,8 @@ struct TileTape {
 
 // Gain and offset gradients of this tile: column sums of d normed and of d.
 template <int kRowsPerWarp>
-FLAME_INLINE void norm_partials(const Block& block, const Tile<kRowsPerWarp>& tile, int n,
-                                int rows, const TileTape& tape, int layer) {
+FLAME_INLINE void norm_partials(const Block& block, const Tile<kRowsPerWarp>& tile, int n, int rows,
+                                const TileTape& tape, int layer) {
     float* gain = tape.partial(layer);
     float* offset = gain + tape.tape->hidden[layer].ld;
     block.each_thread([&](int thread) {
@@ -132,7 +132,7 @@ FLAME_INLINE void backward_tile(const Block& block, Tile<kRowsPerWarp>& tile, co
         const Operand<false> weight{next.weight, next.in, next.out, next.in};
         multiply<kRowsPerWarp>(block, rows, tile.x, tile.ld, weight, tile.slab,
                                [&](int r, int c, float sum) {
-                                   tile.y[r * tile.ld + c] = sum * tape.row(l, r).slope[c];
+                                   tile.y[r * tile.ld_y + c] = sum * tape.row(l, r).slope[c];
                                });
         tile.swap();
         if (kGradients && layer.gain != nullptr) {

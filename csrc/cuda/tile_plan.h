@@ -9,8 +9,7 @@
 
 #include "check.h"
 #include "cuda/launch.h"
-#include "cuda/mlp_view.h"
-#include "cuda/product.h"
+#include "cuda/mlp_tile.h"
 
 namespace flame::FLAME_ISA {
 
@@ -18,48 +17,54 @@ struct TilePlan {
     int rows_per_warp;
     int samples;    // per tile; a sample is a row and its tangents
     int64_t tiles;  // per member
-    int ld;         // floats from row to row in shared memory
+    TileLds lds;
     size_t shared;  // floats
 };
 
-static inline int widest_padded(const MlpSpec& spec) {
-    int widest = 0;
-    for (int l = 0; l <= spec.num_layers; ++l) {
-        if (spec.sizes[l] > widest) widest = spec.sizes[l];
+// What a kernel asks of its tiles.
+struct TileDemand {
+    int64_t samples;
+    int group = 1;          // rows per sample: itself and its tangents
+    int members = 1;        // blocks per tile
+    int extra_per_row = 0;  // floats of shared memory beyond the tile
+    int least_ld = 0;       // of either buffer
+};
+
+static inline TileLds tile_lds(const MlpSpec& spec, int least) {
+    int second = padded(least);
+    for (int l = 1; l <= spec.num_layers; ++l) {
+        if (padded(spec.sizes[l]) > second) second = padded(spec.sizes[l]);
     }
-    return padded(widest);
+    const int input = padded(spec.sizes[0]);
+    return {input > second ? input : second, second};
 }
 
-static inline TilePlan tile_plan(int rows_per_warp, int64_t samples, int group, int ld,
-                                 size_t extra_per_row) {
+static inline TilePlan tile_plan(int rows_per_warp, const TileDemand& want, const TileLds& lds) {
     const int rows = kWarps * rows_per_warp;
-    const int fit = rows / group;
-    const size_t shared = rows * (2 * static_cast<size_t>(ld) + extra_per_row) + 2 * kSlabFloats;
-    return {rows_per_warp, fit, fit > 0 ? (samples + fit - 1) / fit : 0, ld, shared};
+    const int fit = rows / want.group;
+    const size_t per_row = static_cast<size_t>(lds.first) + lds.second + want.extra_per_row;
+    return {rows_per_warp, fit, fit > 0 ? (want.samples + fit - 1) / fit : 0, lds,
+            rows * per_row + 2 * kSlabFloats};
 }
 
-// For `samples` samples of `group` rows each. extra_per_row: floats of shared memory that the
-// kernel wants beyond its tile.
-static inline TilePlan plan_tiles(const Launcher& launch, const MlpSpec& spec, int64_t samples,
-                                  int group, size_t extra_per_row, int blocks_per_tile = 1,
-                                  int least_ld = 0) {
+static inline TilePlan plan_tiles(const Launcher& launch, const MlpSpec& spec,
+                                  const TileDemand& want) {
     constexpr int64_t kEnoughBlocks = 128;  // about one for each multiprocessor of a large device
-    constexpr int kChoices[] = {8, 4, 2};
-    const int widest = widest_padded(spec);
-    const int ld = widest > least_ld ? widest : least_ld;
+    constexpr int kChoices[] = {8, 4, 3, 2};
+    const TileLds lds = tile_lds(spec, want.least_ld);
     TilePlan best{};
     for (const int rows_per_warp : kChoices) {
-        const TilePlan plan = tile_plan(rows_per_warp, samples, group, ld, extra_per_row);
+        const TilePlan plan = tile_plan(rows_per_warp, want, lds);
         if (plan.samples == 0 || plan.shared > launch.shared_limit()) continue;
         best = plan;
-        if (rows_per_warp <= 4 || plan.tiles * blocks_per_tile >= kEnoughBlocks) break;
+        if (rows_per_warp <= 4 || plan.tiles * want.members >= kEnoughBlocks) break;
     }
-    const TilePlan least = tile_plan(2, samples, group, ld, extra_per_row);
-    check(best.samples > 0, "a network whose widest layer has ", ld, " columns and ", group - 1,
-          " tangents needs ", least.shared * sizeof(float),
-          " bytes of shared memory and a tile of ", group, " rows; this device has ",
-          launch.shared_limit() * sizeof(float), " bytes and tiles of up to ", 8 * kWarps,
-          " rows: use narrower layers or backend='torch'");
+    const TilePlan least = tile_plan(2, want, lds);
+    check(best.samples > 0, "layers of up to ", lds.first, " columns need ",
+          least.shared * sizeof(float), " bytes of shared memory for ", 2 * kWarps,
+          " rows, and a sample with its tangents takes ", want.group, " of at most ", 8 * kWarps,
+          " rows; this device has ", launch.shared_limit() * sizeof(float),
+          " bytes: use narrower layers or backend='torch'");
     return best;
 }
 
@@ -71,6 +76,8 @@ void with_rows(const TilePlan& plan, Body&& body) {
             return body(std::integral_constant<int, 8>{});
         case 4:
             return body(std::integral_constant<int, 4>{});
+        case 3:
+            return body(std::integral_constant<int, 3>{});
         default:
             return body(std::integral_constant<int, 2>{});
     }

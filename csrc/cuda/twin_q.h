@@ -24,10 +24,10 @@ struct ObservationPartKernel {
     TwinQArgs a;
     float* part;
     int64_t tiles;
-    int ld;
+    TileLds lds;
 
     FLAME_BODY void operator()(const Block& block) const {
-        auto tile = make_tile<kRowsPerWarp>(block, ld);
+        auto tile = make_tile<kRowsPerWarp>(block, lds);
         const int member = static_cast<int>(block.index / tiles);
         const int64_t first = block.index % tiles * tile.kRows;
         const int64_t left = a.states - first;
@@ -38,10 +38,10 @@ struct ObservationPartKernel {
                   [&](int r, int c) { return a.obs[(first + r) * a.obs_ld + c]; });
         const Operand<true> weight{layer.weight + a.action_dim, layer.in, obs_dim, layer.out};
         float* to = part + (member * a.states + first) * layer.out;
-        multiply<kRowsPerWarp>(block, rows, tile.x, tile.ld, weight, tile.slab,
-                               [&](int r, int c, float sum) {
-                                   to[static_cast<int64_t>(r) * layer.out + c] = sum + layer.bias[c];
-                               });
+        multiply<kRowsPerWarp>(
+            block, rows, tile.x, tile.ld, weight, tile.slab, [&](int r, int c, float sum) {
+                to[static_cast<int64_t>(r) * layer.out + c] = sum + layer.bias[c];
+            });
     }
 };
 
@@ -53,19 +53,19 @@ struct TwinQKernel {
     MlpView net;
     TwinQArgs a;
     const float* part;
-    int ld;
+    TileLds lds;
 
     FLAME_BODY void operator()(const Block& block) const {
-        auto tile = make_tile<kRowsPerWarp>(block, ld);
+        constexpr int kRows = Tile<kRowsPerWarp>::kRows;
         const int64_t total = a.states * a.candidates;
-        const int64_t first = block.index * tile.kRows;
+        const int64_t first = block.index * kRows;
         const int64_t left = total - first;
-        const int rows = left < tile.kRows ? static_cast<int>(left) : tile.kRows;
+        const int rows = left < kRows ? static_cast<int>(left) : kRows;
         for (int m = 0; m < net.members; ++m) {
+            auto tile = make_tile<kRowsPerWarp>(block, lds);
             const LayerView layer = member_layer(net, 0, m);
-            load_rows(block, tile, rows, a.action_dim, [&](int r, int c) {
-                return a.actions[(first + r) * a.action_dim + c];
-            });
+            load_rows(block, tile, rows, a.action_dim,
+                      [&](int r, int c) { return a.actions[(first + r) * a.action_dim + c]; });
             const float* from = part + m * a.states * layer.out;
             linear_from(block, tile, layer, a.action_dim, rows, [&](int r, int c) {
                 return from[(first + r) / a.candidates * layer.out + c];
@@ -93,15 +93,15 @@ static inline void twin_q(const Launcher& launch, const TwinQArgs& a, Carver& me
     const int64_t total = a.states * a.candidates;
     if (total == 0) return;
     const MlpView net = make_view(a.spec, a.parameters);
-    const TilePlan states = plan_tiles(launch, a.spec, a.states, 1, 0, a.spec.members);
+    const TilePlan states = plan_tiles(launch, a.spec, {a.states, 1, a.spec.members});
     with_rows(states, [&](auto rows) {
         const ObservationPartKernel<decltype(rows)::value> kernel{net, a, part, states.tiles,
-                                                                  states.ld};
+                                                                  states.lds};
         launch(kernel, states.tiles * a.spec.members, states.shared);
     });
-    const TilePlan candidates = plan_tiles(launch, a.spec, total, 1, 0);
+    const TilePlan candidates = plan_tiles(launch, a.spec, {total});
     with_rows(candidates, [&](auto rows) {
-        const TwinQKernel<decltype(rows)::value> kernel{net, a, part, candidates.ld};
+        const TwinQKernel<decltype(rows)::value> kernel{net, a, part, candidates.lds};
         launch(kernel, candidates.tiles, candidates.shared);
     });
 }

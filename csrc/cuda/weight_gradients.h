@@ -5,9 +5,9 @@
 // A block owns 64 x 64 of a weight (and, on the left edge, 64 of the vectors) and sums all rows in
 // order, in passes of 128 that are added up: no atomics, and no float takes thousands of terms.
 //
-// Operations 2 rows sum(in out) per member: critics 3 x 256, 256 rows, two members 0.14 GFLOP, floor
-// 2.1 us at 67 TFLOP/s; bytes: h and delta 3.1 MB, gradients 1.2 MB read and written, 1.6 us at
-// 3.35 TB/s (most of it stays in L2).
+// Operations 2 rows sum(in out) per member: critics 3 x 256, 256 rows, two members 0.14 GFLOP,
+// floor 2.1 us at 67 TFLOP/s; bytes: h and delta 3.1 MB, gradients 1.2 MB read and written, 1.6 us
+// at 3.35 TB/s (most of it stays in L2).
 #pragma once
 
 #include "cuda/tape.h"
@@ -148,7 +148,8 @@ struct WeightGradientsKernel {
                 add_slab(pass[thread], present, thread);
                 if (i == 0 && thread < kGradientTile) {
                     float sum = 0.0f;
-                    for (int k = 0; k < kGradientSlab; ++k) sum += present[k * kGradientLd + thread];
+                    for (int k = 0; k < kGradientSlab; ++k)
+                        sum += present[k * kGradientLd + thread];
                     bias[thread] += sum;
                 }
                 if ((row + kGradientSlab) % kGradientPass == 0) {
@@ -199,8 +200,8 @@ static inline GradientLayer gradient_layer(const MlpSpec& spec, const Tape& tape
     GradientLayer g{};
     g.in = spec.sizes[l];
     g.out = spec.sizes[l + 1];
-    g.blocks = (g.in + kGradientTile - 1) / kGradientTile *
-               ((g.out + kGradientTile - 1) / kGradientTile);
+    g.blocks =
+        (g.in + kGradientTile - 1) / kGradientTile * ((g.out + kGradientTile - 1) / kGradientTile);
     g.delta = last ? tape.output_delta : tape.hidden[l].delta;
     g.ldd = last ? g.out : tape.hidden[l].ld;
     g.x = l == 0 ? tape.input : tape.hidden[l - 1].h;

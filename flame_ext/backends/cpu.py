@@ -308,7 +308,7 @@ class _MeanFlowLoss(torch.autograd.Function):
     """The collapsed MeanFlow loss and its gradient, from one native call."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, evaluator: NativeEvaluator, *rows: Tensor) -> Tensor:
+    def forward(ctx: Any, _: Tensor, evaluator: NativeEvaluator, *rows: Tensor) -> Tensor:
         loss, gradient = evaluator.meanflow_gradient(*rows)
         ctx.save_for_backward(gradient)
         return loss
