@@ -93,7 +93,8 @@ class Launcher {
         std::vector<Vector> shared((shared_floats + 3) / 4);
         for (int64_t b = 0; b < blocks; ++b) {
             for (Vector& x : shared) x = {{NAN, NAN, NAN, NAN}};
-            kernel(Block{falling_ ? blocks - 1 - b : b, shared.data()->v, falling_});
+            kernel(Block{falling_ ? blocks - 1 - b : b, reinterpret_cast<float*>(shared.data()),
+                         falling_});
         }
     }
 
