@@ -40,10 +40,13 @@ def compile_file(source: Path, archs: tuple[str, ...]) -> str:
 
 def kernel_name(mangled: str) -> str:
     """`TwinQKernel<8>` of a mangled run_kernel instantiation, else the function's own name."""
-    found = re.search(r"\d+([A-Za-z]+Kernel)(?:ILi(\d+)E)?", mangled)
-    if found:
-        return found[1] + (f"<{found[2]}>" if found[2] else "")
-    return re.sub(r"^_ZN?K?|E?v?$", "", mangled)
+    for pattern in (
+        r"\d+([A-Za-z]+Kernel)(?:ILi(\d+)E)?",
+        r"\d+([a-z_]+_kernel)(?:IL\w+?E(\d+)E)?",
+    ):
+        if found := re.search(pattern, mangled):
+            return found[1] + (f"<{found[2]}>" if found[2] else "")
+    return mangled
 
 
 def parse(report: str, file: str) -> list[Row]:
