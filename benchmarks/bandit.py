@@ -55,7 +55,6 @@ OPTIONS = {
     "num_candidates": 32,
     "instantaneous_fraction": 0.25,
     "acting_fraction": 0.25,
-    "reweighting_weight": 1.0,
     "reverse_kl_weight": 0.1,
 }
 

@@ -52,14 +52,12 @@ SHARED = {
 OPTIONS: dict[str, dict[str, object]] = {
     "flame": {
         "reverse_kl_weight": 0.0,
-        "reweighting_weight": 1.0,
         "proposal": "reverse",
         "z_source": "target",
         "num_candidates": 16,
         "instantaneous_fraction": 0.25,
         "acting_fraction": 0.25,
         "initial_action_std": 0.35,
-        "train_particles": 1,
         "target_particles": 4,
     },
     "sac": {},

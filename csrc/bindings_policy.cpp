@@ -94,7 +94,7 @@ std::unique_ptr<PackedPolicy> pack_policy(
 }
 
 // A view of (O,) or (B, O) float32 or float64 of any strides; other dtypes are converted first.
-MatrixView obs_view(py::array& obs) {
+MatrixView obs_view(py::array& obs, int64_t obs_dim) {
     const auto is = [&](char code) {
         return obs.dtype().char_() == code && obs.dtype().byteorder() == '=';
     };
@@ -102,15 +102,21 @@ MatrixView obs_view(py::array& obs) {
     if (!single && !is('d')) {
         obs = Floats::ensure(obs);
         if (!obs) throw py::error_already_set();
-        return obs_view(obs);
+        return obs_view(obs, obs_dim);
     }
     check(obs.ndim() == 1 || obs.ndim() == 2, "obs has ", obs.ndim(),
           " axes; give one observation (O,) or a batch (B, O)");
     const bool batch = obs.ndim() == 2;
+    const auto columns = obs.shape(obs.ndim() - 1);
+    if (columns != obs_dim) {  // an if, not check(): its message would be put together every time
+        throw std::invalid_argument(concat("obs has shape ", shape_text(obs),
+                                           ", this policy takes (", obs_dim, ",) or (B, ", obs_dim,
+                                           ")"));
+    }
     return {obs.data(),
             !single,
             batch ? obs.shape(0) : 1,
-            obs.shape(obs.ndim() - 1),
+            columns,
             batch ? obs.strides(0) : 0,
             obs.strides(obs.ndim() - 1)};
 }
@@ -121,7 +127,7 @@ int64_t particles_of(const Floats& noise, bool batch, int64_t rows, int64_t acti
     const auto axes = noise.ndim();
     const bool fits = (axes == lead + 1 || axes == lead + 2) &&
                       (!batch || noise.shape(0) == rows) && noise.shape(axes - 1) == action_dim;
-    if (!fits) {  // an if, not check(): its message would be put together on every call
+    if (!fits) {  // as in obs_view
         throw std::invalid_argument(concat(
             "noise does not fit: for obs (O,) give (A,) or (N, A), for obs (B, O) give (B, A) or "
             "(B, N, A), here with A = ",
@@ -133,13 +139,8 @@ int64_t particles_of(const Floats& noise, bool batch, int64_t rows, int64_t acti
 py::array_t<float> act(const PackedPolicy& policy, py::array obs,
                        const std::optional<Floats>& noise, int64_t num_particles, uint64_t seed,
                        uint64_t stream, uint64_t offset) {
-    const MatrixView view = obs_view(obs);
+    const MatrixView view = obs_view(obs, policy.obs_dim());
     const bool batch = obs.ndim() == 2;
-    if (view.columns != policy.obs_dim()) {
-        const auto dim = policy.obs_dim();
-        throw std::invalid_argument(concat("obs has shape ", shape_text(obs),
-                                           ", this policy takes (", dim, ",) or (B, ", dim, ")"));
-    }
     const int64_t action_dim = policy.action_dim();
     if (noise) num_particles = particles_of(*noise, batch, view.rows, action_dim);
     auto out = batch ? py::array_t<float>({view.rows, action_dim}) : py::array_t<float>(action_dim);
@@ -235,7 +236,7 @@ void bind_act(py::class_<PackedPolicy>& type) {
 }
 
 py::array_t<float> q_min(const PackedPolicy& policy, py::array obs, const Floats& action) {
-    const MatrixView view = obs_view(obs);
+    const MatrixView view = obs_view(obs, policy.obs_dim());
     check(obs.ndim() == 2 && action.ndim() == 2 && action.shape(0) == view.rows &&
               action.shape(1) == policy.action_dim(),
           "q_min needs obs (B, ", policy.obs_dim(), ") and action (B, ", policy.action_dim(), ")");

@@ -181,8 +181,6 @@ int64_t best_of(const float* q, int64_t count) {
 
 void PackedPolicy::act(const MatrixView& obs, int64_t num_particles, const float* noise,
                        PhiloxKey key, float* action) const {
-    check(obs.columns == obs_dim_, "obs has ", obs.columns, " columns, this policy takes ",
-          obs_dim_);
     check(num_particles >= 1 && num_particles <= (1 << 24), "num_particles is ", num_particles,
           "; give 1 to ", 1 << 24);
     check(num_particles == 1 || has_critics(), "num_particles is ", num_particles,
@@ -219,8 +217,6 @@ float PackedPolicy::read_weights() const {
 }
 
 void PackedPolicy::q_min(const MatrixView& obs, const float* action, float* q) const {
-    check(obs.columns == obs_dim_, "obs has ", obs.columns, " columns, this policy takes ",
-          obs_dim_);
     check(has_critics(), "this policy was packed without critics, so it has no Q");
     if (obs.rows == 0) return;
     int64_t ld = 0;

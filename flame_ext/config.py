@@ -74,11 +74,9 @@ class Config:
             buffer, or samples of the target (one candidate resampled by its weight).
         instantaneous_fraction: Fraction of the batch with r = t.
         acting_fraction: Fraction of the batch with (r, t) = (0, 1), the pair that acts.
-        reweighting_weight: Weight of the Q-reweighted flow-matching loss.
+        reweighting_weight: Weight of alpha times the Q-reweighted flow-matching loss.
         reverse_kl_weight: Weight of E[alpha log pi - Qmin] through the exact one-step density.
         reverse_kl_entropy: Whether that term keeps its entropy part; without, it is -E[Qmin].
-        normalize_q: Divide that term by the batch's mean |Qmin|, which makes its weight comparable
-            across tasks (Fujimoto and Gu 2021).
         monotonicity_margin: The one-step map should have a Jacobian whose symmetric part has no
             eigenvalue below this; a Gaussian wall of this width stands against it. A strictly
             monotone map is injective, so that its density is exact, and by Brenier's theorem one
@@ -137,15 +135,14 @@ class Config:
     z_source: ZSource = "replay"
     instantaneous_fraction: float = 0.5
     acting_fraction: float = 0.25
-    reweighting_weight: float = 0.1
+    reweighting_weight: float = 1.0
     reverse_kl_weight: float = 1.0
     reverse_kl_entropy: bool = True
-    normalize_q: bool = False
     monotonicity_margin: float = 0.02
     boundary_width: float = 0.5
     flow: Flow = "mean"
     sampling_steps: int = 1
-    train_particles: int = 4
+    train_particles: int = 1
     exploration_noise: float = 0.0
     target_particles: int = 4
     eval_particles: int = 16
@@ -257,7 +254,6 @@ _PAPER: dict[str, Any] = {
     "z_source": "replay",
     "instantaneous_fraction": 0.0,
     "acting_fraction": 0.0,
-    "reweighting_weight": 1.0,
     "reverse_kl_weight": 0.0,
     "train_particles": 32,
     "target_particles": 32,
@@ -272,7 +268,6 @@ _MULTI_STEP: dict[str, Any] = {
     "policy_delay": 2,
     "policy_batch_size": 256,
     "proposal": "reverse",
-    "reweighting_weight": 1.0,
     "reverse_kl_weight": 0.0,
     "instantaneous_fraction": 1.0,
     "acting_fraction": 0.0,

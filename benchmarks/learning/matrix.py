@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from provenance import provenance
 
 from flame_ext.loggers import read_evaluations
 from flame_ext.plots import plot_learning_curves
+
+# The installed command: `python -m` in a checkout would import its sources, which have no kernels.
+FLAME_EXT = str(Path(sysconfig.get_path("scripts")) / "flame-ext")
 
 Evaluations = dict[str, list[Any]]  # columns of one run's evaluations.csv
 Curves = dict[tuple[str, str], list[Evaluations]]  # by task and algorithm, one per seed
@@ -54,17 +58,17 @@ def train(run: Run, arguments: argparse.Namespace) -> Path:
     if _last_step(directory) >= arguments.steps:
         return directory
     if (directory / "checkpoint" / "manifest.json").exists():
-        what = ["-m", "flame_ext.cli", "train", "--resume", str(directory)]
+        command = [FLAME_EXT, "train", "--resume", str(directory)]
     else:
         # Without a checkpoint nothing of it can be continued.
         shutil.rmtree(directory, ignore_errors=True)
         Path(arguments.runs).mkdir(parents=True, exist_ok=True)
         _provenance_file(directory).write_text(json.dumps(provenance(), indent=1) + "\n")
-        what = _start(run, arguments, directory)
-    command = [sys.executable, *what, "--steps", str(arguments.steps)]
+        command = _start(run, arguments, directory)
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with directory.with_suffix(".log").open("a") as log:
         environment = {**os.environ, **threads}
+        command += ["--steps", str(arguments.steps)]
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
     return directory
 
@@ -73,9 +77,9 @@ def _start(run: Run, arguments: argparse.Namespace, directory: Path) -> list[str
     common = [run.task, "--seed", str(run.seed), "--run-dir", str(directory)]
     common += [f"--set={option}" for option in arguments.set]
     if run.algorithm == "sb3-sac":
-        return [str(Path(__file__).with_name("sb3_sac.py")), *common]
+        return [sys.executable, str(Path(__file__).with_name("sb3_sac.py")), *common]
     what = ["--algorithm", run.algorithm, "--preset", arguments.preset]
-    return ["-m", "flame_ext.cli", "train", *common, *what]
+    return [FLAME_EXT, "train", *common, *what]
 
 
 def _provenance_file(directory: Path) -> Path:

@@ -142,7 +142,10 @@ class FlowActor(Actor):
             metrics["reverse_kl_loss"] = kl.detach()
         if c.reweighting_weight > 0:
             flow_loss, ess = self._reweighted_loss(obs, action, critics, alpha, generator)
-            loss = loss + c.reweighting_weight * flow_loss
+            # Both terms pull towards exp(Q / alpha), the reverse KL in units of reward. Without the
+            # factor alpha a low temperature would leave flow matching alone against Q, and with K
+            # candidates its target is much wider than exp(Q / alpha).
+            loss = loss + c.reweighting_weight * alpha * flow_loss
             metrics["reweighted_loss"] = flow_loss.detach()
         return ActorLoss(loss, mean_log_prob, ess, metrics)
 
@@ -155,14 +158,10 @@ class FlowActor(Actor):
             sample = self.sample(obs, noise, generator)
         else:
             sample = self._without_density(obs, noise)
-        clipped = sample.action.clamp(-1, 1)
-        q_min = critics.q_min(obs, clipped)
+        q_min = critics.q_min(obs, sample.action.clamp(-1, 1))
         q_scale = q_min.detach().abs().mean()
         walls = (alpha + WALL_SCALE * q_scale) * self._walls(sample).mean()
-        loss = reverse_kl(sample, q_min, alpha) + walls
-        if self.config.normalize_q:
-            loss = loss / q_scale
-        return loss, sample
+        return reverse_kl(sample, q_min, alpha) + walls, sample
 
     def _walls(self, sample: LogProb) -> Tensor:
         """Penalty where entropy would otherwise grow for free, ``(B,)``.
