@@ -72,3 +72,22 @@ def isa(request: pytest.FixtureRequest):
     core.set_isa(request.param)
     yield request.param
     core.set_isa(before)
+
+
+@pytest.fixture(params=[*_supported_isas(), "cuda", "cuda falling"])
+def kernels(request: pytest.FixtureRequest):
+    """Run the test with each set of training kernels: the CPU's, then CUDA's executed on the host.
+
+    The second CUDA set runs threads in falling order, which matters only where a barrier is
+    missing, and has the shared memory of a small device, which takes other tiles.
+    """
+    core = importlib.import_module("flame_ext._core")
+    before = core.isa_active()
+    name = request.param
+    if name.startswith("cuda"):
+        small = name == "cuda falling"
+        core.run_cuda_on_host("falling" if small else "rising", (99 if small else 227) * 1024)
+    else:
+        core.set_isa(name)
+    yield name
+    core.set_isa(before)

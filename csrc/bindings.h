@@ -3,9 +3,17 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "cpu/training.h"
+
 namespace flame {
 
 void bind_policy(pybind11::module_& m);
 void bind_training(pybind11::module_& m);
+void bind_cuda(pybind11::module_& m);  // nothing in a build without CUDA
+
+// "none", "log_det", "trace" or "probe"; throws for others.
+Divergence parse_divergence(const std::string& name);
 
 }  // namespace flame

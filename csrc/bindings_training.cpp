@@ -273,15 +273,6 @@ double py_meanflow_step(const MlpSpec& spec, const py::array& parameters,
 
 // --- Flow density
 
-Divergence parse_divergence(const std::string& name) {
-    if (name == "none") return Divergence::kNone;
-    if (name == "log_det") return Divergence::kLogDet;
-    if (name == "trace") return Divergence::kTrace;
-    check(name == "probe", "divergence is '", name,
-          "'; choose one of: none, log_det, trace, probe");
-    return Divergence::kProbe;
-}
-
 struct DensityResult {
     Array action;
     Array log_prob;
@@ -424,6 +415,15 @@ void py_soft_update(const py::array& target, const py::array& online, double tau
 }
 
 }  // namespace
+
+Divergence parse_divergence(const std::string& name) {
+    if (name == "none") return Divergence::kNone;
+    if (name == "log_det") return Divergence::kLogDet;
+    if (name == "trace") return Divergence::kTrace;
+    check(name == "probe", "divergence is '", name,
+          "'; choose one of: none, log_det, trace, probe");
+    return Divergence::kProbe;
+}
 
 void bind_training(py::module_& m) {
     py::class_<MlpSpec>(m, "MlpSpec")

@@ -4,14 +4,14 @@
 ``"cuda"`` are the native kernels, never a silent fallback: they raise for a derivative that they
 do not have. ``"auto"`` takes the best that has what is asked for.
 
-The native CPU kernels compute in float32. With respect to the network's parameters they
-differentiate `meanflow_loss`, and `log_prob` with ``estimator="exact"`` on rows ``(B, A)``, once;
+The native kernels compute in float32. With respect to the network's parameters they differentiate
+`meanflow_loss` and, on the CPU, `log_prob` with ``estimator="exact"`` on rows ``(B, A)``, once;
 everything else needs ``torch.no_grad()`` or parameters that require no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from flame_ext import reference
 from flame_ext.backends import BackendName, resolve_operator
 from flame_ext.backends.cpu import NativeEvaluator
+from flame_ext.backends.cuda import CudaEvaluator
 from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
 from flame_ext.reference import Estimator, LogProb, Reweighted, Trace
 from flame_ext.sampling import Flow
@@ -59,16 +60,15 @@ def one_step_action(
         )
     _check_columns(net, obs, noise)
     networks: list[FlatMLP] = [net] if critics is None else [net, critics]
+    native = _native(backend, "one_step_action", networks, (obs, noise))
     if critics is None:
-        if _native(backend, "one_step_action", networks, (obs, noise)):
-            return NativeEvaluator(net).sample_flow(obs, noise, 1, "mean").clamp_(-1, 1)
+        if native is not None:
+            return native(net).sample_flow(obs, noise, 1, "mean").clamp_(-1, 1)
         return reference.one_step_action(net, obs, noise)
-    if _native(backend, "one_step_action", networks, (obs, noise)):
-        particles = (
-            NativeEvaluator(net).sample_flow(obs.unsqueeze(1), noise, 1, "mean").clamp_(-1, 1)
-        )
-        best = NativeEvaluator(critics).candidates(obs, particles).argmax(dim=1)
-        return particles[torch.arange(len(particles)), best]
+    if native is not None:
+        particles = native(net).sample_flow(obs.unsqueeze(1), noise, 1, "mean").clamp_(-1, 1)
+        best = native(critics).candidates(obs, particles).argmax(dim=1)
+        return particles[torch.arange(len(particles), device=best.device), best]
     particles = reference.one_step_action(net, obs.unsqueeze(1), noise)
     return reference.best_of(critics, obs, particles)
 
@@ -110,8 +110,9 @@ def reweighted_velocity(
         )
     if not float(alpha) > 0:
         raise ValueError(f"alpha={float(alpha)} must be positive: weights are exp(Q / alpha)")
-    if _native(backend, "reweighted_velocity", [critics], (obs, z, t)):
-        velocity, ess = NativeEvaluator(critics).reweighted_velocity(
+    native = _native(backend, "reweighted_velocity", [critics], (obs, z, t))
+    if native is not None:
+        velocity, ess = native(critics).reweighted_velocity(
             obs, z, 1 - t, t, float(alpha), num_candidates, generator
         )
         return Reweighted(velocity, ess, None)
@@ -146,8 +147,9 @@ def meanflow_loss(
             f"t {tuple(t.shape)} must be (B, A), (B, A), (B, 1) and (B, 1)"
         )
     rows = (z, r, t, obs, velocity)
-    if _native(backend, "meanflow_loss", [net], rows, differentiable=True):
-        return NativeEvaluator(net).meanflow_loss(z, r, t, obs, velocity)
+    native = _native(backend, "meanflow_loss", [net], rows, lambda _: True)
+    if native is not None:
+        return native(net).meanflow_loss(z, r, t, obs, velocity)
     return reference.meanflow_loss(net, z, r, t, obs, velocity)
 
 
@@ -171,9 +173,15 @@ def log_prob(
     """
     _check_columns(net, obs, noise)
     rows = (obs, noise) if probe is None else (obs, noise, probe)
-    differentiable = NativeEvaluator.differentiates_log_prob(estimator, obs, noise)
-    if _native(backend, "log_prob", [net], rows, differentiable):
-        return NativeEvaluator(net).log_prob(
+    native = _native(
+        backend,
+        "log_prob",
+        [net],
+        rows,
+        lambda evaluator: evaluator.differentiates_log_prob(estimator, obs, noise),
+    )
+    if native is not None:
+        return native(net).log_prob(
             obs, noise, estimator=estimator, steps=steps, trace=trace, flow=flow, probe=probe
         )
     return reference.log_prob(
@@ -186,33 +194,35 @@ def _native(
     operator: str,
     networks: Sequence[FlatMLP],
     rows: tuple[Tensor, ...],
-    differentiable: bool = False,
-) -> bool:
-    """Whether the native CPU kernel computes this call.
+    differentiates: Callable[[type[NativeEvaluator]], bool] = lambda _: False,
+) -> type[NativeEvaluator] | None:
+    """The native kernels that compute this call, or None for PyTorch.
 
     Args:
         backend: What the caller asked for.
         operator: For messages.
         networks: Whose parameters are read.
         rows: The other tensors.
-        differentiable: Whether the kernel records a gradient by the parameters.
+        differentiates: Whether an evaluator's kernel records a gradient by the parameters.
 
     Raises:
-        ValueError: If ``backend="cpu"`` was asked for tensors or derivatives that it lacks.
+        ValueError: If a native backend was asked for tensors or derivatives that it lacks.
         BackendUnavailableError: If the build or machine lacks the backend.
     """
     flats = tuple(net.flat for net in networks)
-    if resolve_operator(backend, operator, rows + flats) != "cpu":
-        return False
-    wanted = rows if differentiable else rows + flats
+    name = resolve_operator(backend, operator, rows + flats)
+    if name == "torch":
+        return None
+    evaluator = CudaEvaluator if name == "cuda" else NativeEvaluator
+    wanted = rows if differentiates(evaluator) else rows + flats
     reverse = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
     refused = reverse or any(_has_tangent(x) for x in rows + flats)
-    if refused and backend == "cpu":
+    if refused and backend == name:
         raise ValueError(
-            f"backend='cpu' has no such derivative of {operator}: wrap the call in "
+            f"backend={name!r} has no such derivative of {operator}: wrap the call in "
             "torch.no_grad(), or use backend='torch' or 'auto'"
         )
-    return not refused
+    return None if refused else evaluator
 
 
 def _has_tangent(x: Tensor) -> bool:

@@ -165,7 +165,8 @@ def test_backends_do_not_fall_back() -> None:
     assert make_backend("cpu", cpu).name == "cpu"
     with pytest.raises(ValueError, match="did you mean 'torch'"):
         make_backend("torhc", cpu)
-    with pytest.raises(BackendUnavailableError, match="cuda"):
+    no_device = not _core.cuda_devices()
+    with pytest.raises(BackendUnavailableError if no_device else ValueError, match="cuda"):
         make_backend("cuda", cpu)
 
 

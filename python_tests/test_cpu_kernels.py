@@ -1,4 +1,7 @@
-"""Native CPU training kernels against PyTorch in float64 (`flame_ext.networks`, `reference`)."""
+"""Native training kernels against PyTorch in float64 (`flame_ext.networks`, `reference`).
+
+The CPU's for every instruction set of this machine and CUDA's, executed on the host.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 EPS = float(np.finfo(np.float32).eps)
 ACTIVATIONS = ("relu", "silu", "mish")
 each_isa = pytest.mark.usefixtures("isa")
+each_target = pytest.mark.usefixtures("kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +100,7 @@ def assert_as_accurate(ours: Array, single: torch.Tensor, exact: torch.Tensor) -
         (100, (23, 100, 101, 102, 1), 3),
     ],
 )
-@each_isa
+@each_target
 def test_mlp_forward(activation, layer_norm, rows, sizes, members):
     net = FlatMLP(
         (sizes[0],),
@@ -115,7 +119,7 @@ def test_mlp_forward(activation, layer_norm, rows, sizes, members):
     assert_as_accurate(ours, single, exact)
 
 
-@each_isa
+@each_target
 def test_mlp_forward_takes_strided_and_unaligned_rows():
     net = FlatMLP((7,), (32,), 3, generator=torch.Generator().manual_seed(0))
     memory = draw(21 * 12 + 1)[1:].reshape(21, 12)
@@ -127,7 +131,7 @@ def test_mlp_forward_takes_strided_and_unaligned_rows():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@each_isa
+@each_target
 def test_activations_at_extreme_inputs(activation):
     """One unit with weight 1 passes its activation through; no input may overflow or turn NaN."""
     net = FlatMLP((1,), (1,), 1, activation=activation)
@@ -156,7 +160,7 @@ def test_activations_at_extreme_inputs(activation):
         (3, 5, 4, 2, ()),
     ],
 )
-@each_isa
+@each_target
 def test_twin_q(layer_norm, states, candidates, obs_dim, action_dim, hidden):
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
     obs, actions = draw(states, obs_dim), np.tanh(draw(states, candidates, action_dim))
@@ -205,7 +209,7 @@ def critic_gradient(
         (33, 3, 2, (), 2),
     ],
 )
-@each_isa
+@each_target
 def test_critic_step(activation, layer_norm, rows, obs_dim, action_dim, hidden, members):
     critics = make_critics(
         obs_dim, action_dim, hidden, layer_norm=layer_norm, activation=activation, members=members
@@ -225,7 +229,7 @@ def test_critic_step(activation, layer_norm, rows, obs_dim, action_dim, hidden, 
     assert np.allclose(gradients, 2 * once, rtol=1e-6, atol=1e-9)
 
 
-@each_isa
+@each_target
 def test_critic_step_with_extreme_targets():
     critics = make_critics(17, 6, (64, 64), layer_norm=True)
     obs, action = draw(65, 17, scale=1e2), np.tanh(draw(65, 6))
@@ -245,7 +249,7 @@ def test_critic_step_with_extreme_targets():
     ("rows", "obs_dim", "action_dim", "hidden"),
     [(1, 1, 1, (8,)), (31, 17, 6, (64, 64)), (257, 3, 6, (40, 40, 40)), (33, 376, 17, (48, 32))],
 )
-@each_isa
+@each_target
 def test_q_gradient(layer_norm, rows, obs_dim, action_dim, hidden):
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
     obs, action = draw(rows, obs_dim), np.tanh(draw(rows, action_dim))
@@ -279,7 +283,7 @@ def test_q_gradient(layer_norm, rows, obs_dim, action_dim, hidden):
         (29.99, 30.0),
     ],
 )
-@each_isa
+@each_target
 def test_truncated_normal_inverts_the_distribution_function(low, high):
     """Phi(x) relative to the interval must give the uniform draw back, also 30 deviations out."""
     rng = np.random.default_rng(0)
@@ -327,7 +331,7 @@ def reverse_inputs(states: int, obs_dim: int, action_dim: int) -> tuple[Array, .
         (257, 5, 17, 6, (40, 40)),
     ],
 )
-@each_isa
+@each_target
 @torch.no_grad()
 def test_reweighted_velocity(scale, alpha, states, candidates, obs_dim, action_dim, hidden):
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=True)
@@ -360,7 +364,7 @@ def test_reweighted_velocity(scale, alpha, states, candidates, obs_dim, action_d
         assert (agrees | ~decided).mean() > 0.95
 
 
-@each_isa
+@each_target
 def test_reweighted_velocity_draws_from_the_philox_stream():
     critics = make_critics(3, 6, (16,))
     inputs = reverse_inputs(11, 3, 6)
@@ -372,6 +376,7 @@ def test_reweighted_velocity_draws_from_the_philox_stream():
         assert np.array_equal(a, b)
 
 
+@each_target
 def test_resampled_candidates_follow_the_weights():
     """At t = 1 candidates are uniform; resampling them by Q draws from the target (SIR)."""
     critics = make_critics(1, 1, (16,))
@@ -431,7 +436,7 @@ def to_tensors(dtype: torch.dtype, *arrays: Array) -> list[torch.Tensor]:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), POLICIES)
-@each_isa
+@each_target
 def test_meanflow_step(activation, layer_norm, rows, obs_dim, action_dim, hidden):
     net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)
     obs, z, velocity = (
@@ -483,7 +488,7 @@ def away_from_kinks(net: MeanVelocityNet, obs: Array, noise: Array) -> Array:
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), POLICIES)
-@each_isa
+@each_target
 def test_exact_density(activation, layer_norm, rows, obs_dim, action_dim, hidden):
     net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)
     obs, noise = draw(rows, obs_dim), draw(rows, action_dim)
@@ -509,7 +514,7 @@ def test_exact_density(activation, layer_norm, rows, obs_dim, action_dim, hidden
         ({"estimator": "multi_step", "steps": 5, "trace": "hutchinson"}, "probe"),
     ],
 )
-@each_isa
+@each_target
 def test_density_estimators_with_several_samples_per_state(options, divergence):
     net = make_policy(17, 6, (64, 48))
     obs, noise = draw(7, 17), draw(7, 23, 6)
@@ -581,7 +586,7 @@ def test_sample_without_density_has_the_action_gradient_alone():
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 1000, 40_003])
-@each_isa
+@each_target
 def test_adam_follows_torch(size):
     start = draw(size)
     ours, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
@@ -596,7 +601,7 @@ def test_adam_follows_torch(size):
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 40_003])
-@each_isa
+@each_target
 def test_soft_update(size):
     target, online = draw(size), draw(size, seed=1)
     wanted = target + 0.005 * (online.astype(np.float64) - target)
@@ -607,8 +612,11 @@ def test_soft_update(size):
 # --- Threads and refusals -------------------------------------------------------------------------
 
 
-def run_everything(threads: int) -> list[Array]:
-    """All kernels on one input, with the given number of threads."""
+def run_everything(threads: int, recorded: bool = True) -> list[Array]:
+    """All kernels on one input, with the given number of threads.
+
+    CUDA has no kernel that records the density for a gradient.
+    """
     _core.set_num_threads(threads)
     critics = make_critics(17, 6, (72, 64), layer_norm=True)
     spec, flat = spec_of(critics), array(critics.flat)
@@ -621,8 +629,12 @@ def run_everything(threads: int) -> list[Array]:
     t = 0.01 + 0.99 * np.abs(np.tanh(draw(301, seed=7)))
     flow_args = obs, action, 0.5 * t, t, draw(301, 6, seed=8)
     flow_loss = _core.meanflow_step(policy, weights, flow_gradients, *flow_args)
-    recorded = _core.RecordedDensity(policy, weights, obs, draw(301, 6, seed=9), *flow_tables(1))
-    recorded.backward(kl_gradients, draw(301, 6), draw(301))
+    reverse_kl: list[Array] = []
+    if recorded:
+        density_args = policy, weights, obs, draw(301, 6, seed=9), *flow_tables(1)
+        density = _core.RecordedDensity(*density_args)
+        density.backward(kl_gradients, draw(301, 6), draw(301))
+        reverse_kl = [density.log_prob, kl_gradients]
     parameters, first, second = flat.copy(), np.zeros_like(flat), np.zeros_like(flat)
     _core.adam(parameters, gradients, first, second, 1, 1e-3, 0.9, 0.999, 1e-8)
     _core.soft_update(first, parameters, 0.3)
@@ -636,8 +648,7 @@ def run_everything(threads: int) -> list[Array]:
         first,
         flow_gradients,
         np.asarray(flow_loss),
-        recorded.log_prob,
-        kl_gradients,
+        *reverse_kl,
         *_core.q_gradient(spec, flat, obs, action),
         *_core.reweighted_velocity(
             spec, flat, obs, action, 1 - t, t, 0.2, num_candidates=7, seed=3, resample=True
@@ -676,3 +687,24 @@ def test_refusals_say_what_to_do():
         _core.MlpSpec((3, 1), members=1, activation="gelu", layer_norm=False)
     with pytest.raises(ValueError, match="first step is 1"):
         _core.adam(flat.copy(), flat, flat.copy(), flat.copy(), 0, 1e-3, 0.9, 0.999, 1e-8)
+
+
+def test_cuda_kernels_do_not_depend_on_the_order_of_threads():
+    """A value read in the phase that writes it would differ: the sign of a missing barrier."""
+    before = _core.isa_active()
+    results = []
+    for order in ("rising", "falling"):
+        _core.run_cuda_on_host(order)
+        results.append(run_everything(1, recorded=False))
+    _core.set_isa(before)
+    for rising, falling in zip(*results, strict=True):
+        assert np.array_equal(rising, falling)
+
+
+def test_cuda_kernels_refuse_what_does_not_fit_the_device():
+    net = FlatMLP((8,), (1024,), 3)
+    before = _core.isa_active()
+    _core.run_cuda_on_host("rising", 48 * 1024)
+    with pytest.raises(ValueError, match=r"1024 columns need .* this device has 49152 bytes"):
+        _core.mlp_forward(spec_of(net), array(net.flat), draw(4, 8))
+    _core.set_isa(before)

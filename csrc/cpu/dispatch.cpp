@@ -130,4 +130,9 @@ const CpuKernels& kernels() {
     return *active_table.load(std::memory_order_acquire);
 }
 
+void replace_kernels(const CpuKernels* replacement) {
+    active_table.store(replacement != nullptr ? replacement : table(isa_active()),
+                       std::memory_order_release);
+}
+
 }  // namespace flame

@@ -6,8 +6,8 @@
 // other estimators replace the log-determinant by q tr J or q probe' J probe per step.
 #include "cpu/mlp_input.h"
 #include "cpu/mlp_tangent.h"
-#include "cpu/small_lu.h"
 #include "cpu/training_kernels.h"
+#include "small_lu.h"
 
 namespace flame::FLAME_ISA {
 namespace {

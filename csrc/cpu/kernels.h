@@ -35,7 +35,9 @@ struct CpuKernels {
     void (*soft_update)(const SoftUpdateArgs& args);
 };
 
-// The table of isa_active().
+// The table of isa_active(), or the one given to replace_kernels.
 const CpuKernels& kernels();
+// For tests: another table until the next set_isa, or null for that of isa_active() again.
+void replace_kernels(const CpuKernels* table);
 
 }  // namespace flame

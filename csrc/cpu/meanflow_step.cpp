@@ -10,24 +10,6 @@
 namespace flame::FLAME_ISA {
 namespace {
 
-constexpr int kFrequencies = kTimeFeatures / 4;
-
-// Features [sin w t, cos w t, sin w (t - r), cos w (t - r)] and their derivative along t.
-void time_features(float t, float r, float* feature, float* derivative) {
-    for (int i = 0; i < kFrequencies; ++i) {
-        const float w = static_cast<float>(0.5 + i * (2.5 / (kFrequencies - 1)));
-        const float times[2] = {t * w, (t - r) * w};
-        for (int k = 0; k < 2; ++k) {
-            const float s = __builtin_sinf(times[k]);
-            const float c = __builtin_cosf(times[k]);
-            feature[2 * k * kFrequencies + i] = s;
-            feature[(2 * k + 1) * kFrequencies + i] = c;
-            derivative[2 * k * kFrequencies + i] = w * c;
-            derivative[(2 * k + 1) * kFrequencies + i] = -w * s;
-        }
-    }
-}
-
 struct Inputs {
     const float* rows;  // (B, ldx): z, observation, time features
     ptrdiff_t ldx;
@@ -38,7 +20,11 @@ Inputs make_inputs(const MeanFlowStepArgs& a, Workspace& workspace) {
     float* feature = workspace.floats(a.rows * kTimeFeatures);
     float* tangent = workspace.floats(a.rows * kTimeFeatures);
     for (int64_t i = 0; i < a.rows; ++i) {
-        time_features(a.t[i], a.r[i], feature + i * kTimeFeatures, tangent + i * kTimeFeatures);
+        for (int c = 0; c < kTimeFeatures; ++c) {
+            const TimeFeature f = time_feature(c, a.t[i], a.r[i]);
+            feature[i * kTimeFeatures + c] = f.value;
+            tangent[i * kTimeFeatures + c] = f.derivative;
+        }
     }
     const int in = a.spec.sizes[0];
     const InputBlock blocks[3] = {{a.z, a.action_dim, a.action_dim},

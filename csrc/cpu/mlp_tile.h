@@ -2,8 +2,8 @@
 // gradient. The widest two activation buffers and one panel of weights are what must fit.
 #pragma once
 
-#include "cpu/mlp_activation.h"
 #include "cpu/mlp_pack.h"
+#include "mlp_activation.h"
 
 namespace flame::FLAME_ISA {
 

@@ -12,8 +12,8 @@
 
 #include <math.h>
 
-#include "cpu/mlp_activation.h"
 #include "cpu/simd.h"
+#include "mlp_activation.h"
 #include "philox.h"
 
 namespace flame::FLAME_ISA {

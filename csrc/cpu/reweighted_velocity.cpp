@@ -8,16 +8,15 @@
 #include <math.h>
 
 #include "cpu/training_kernels.h"
-#include "cpu/truncated_normal.h"
+#include "cpu/truncated_intervals.h"
 #include "cpu/twin_q_tile.h"
 #include "philox.h"
+#include "reverse_candidates.h"
 
 namespace flame::FLAME_ISA {
 namespace {
 
-constexpr int kGroupRows = 1536;            // candidate rows per task
-constexpr double kLeastSignal = 1e-3;       // below, the posterior over actions is uniform
-constexpr double kLargest = 1.0 - 0x1p-25;  // uniforms stay inside (0, 1)
+constexpr int kGroupRows = 1536;  // candidate rows per task
 
 // Running sums of one state; velocity and resampled are A values each.
 struct SoftmaxSums {
@@ -77,14 +76,11 @@ int states_per_group(int64_t states, int candidates) {
 // --- Candidates
 // -----------------------------------------------------------------------------------
 
-FLAME_INLINE bool is_uniform(const ReweightedArgs& a, int64_t state) {
-    return static_cast<double>(a.signal[state]) < kLeastSignal;
-}
-
 void set_intervals(const ReweightedArgs& a, const Group& group, const Scratch& s) {
     for (int i = 0; i < group.states; ++i) {
         const int64_t b = group.first + i;
-        const double signal = is_uniform(a, b) ? kLeastSignal : static_cast<double>(a.signal[b]);
+        const double signal =
+            posterior_is_uniform(a.signal[b]) ? kLeastSignal : static_cast<double>(a.signal[b]);
         const double scale = static_cast<double>(a.scale[b]);
         for (int j = 0; j < s.interval_ld; ++j) {
             const double z =
@@ -92,17 +88,6 @@ void set_intervals(const ReweightedArgs& a, const Group& group, const Scratch& s
             set_interval(s.intervals, i * s.interval_ld + j,
                          truncated_interval((z - signal) / scale, (z + signal) / scale));
         }
-    }
-}
-
-// Generator of the R_d sequence in n dimensions: g_j = phi^-(j + 1), phi^(n + 1) = phi + 1.
-void lattice_steps(int n, double* steps) {
-    double phi = 2.0;
-    for (int i = 0; i < 60; ++i) phi = __builtin_pow(1.0 + phi, 1.0 / (n + 1));
-    double g = 1.0;
-    for (int j = 0; j < n; ++j) {
-        g /= phi;
-        steps[j] = g;
     }
 }
 
@@ -126,37 +111,29 @@ void candidate_uniforms(const ReweightedArgs& a, const double* steps, int64_t st
         philox_uniforms(a, static_cast<uint64_t>(at), n, out);
     } else {
         philox_uniforms(a, static_cast<uint64_t>(state * n), n, out);
-        for (int j = 0; j < n; ++j) {
-            const double u = out[j] + k * steps[j];
-            out[j] = u - __builtin_floor(u);
-        }
+        for (int j = 0; j < n; ++j) out[j] = lattice_point(out[j], k, steps[j]);
     }
-    for (int j = 0; j < n; ++j) {
-        out[j] = out[j] > kLargest ? kLargest : (out[j] < 0x1p-30 ? 0x1p-30 : out[j]);
-    }
+    for (int j = 0; j < n; ++j) out[j] = inside_unit(out[j]);
 }
 
-// Action and noise of one candidate; z = signal action + scale noise holds to float rounding.
+// Action and noise of one candidate.
 void make_candidate(const ReweightedArgs& a, const Scratch& s, int64_t state, int position,
                     float* action, float* noise) {
     const int n = a.action_dim;
     const float* z = a.z + state * n;
-    const double signal = static_cast<double>(a.signal[state]);
-    const double scale = static_cast<double>(a.scale[state]);
-    const bool uniform = is_uniform(a, state);
-    double x[kDoubles];
+    const float signal = a.signal[state];
+    const bool uniform = posterior_is_uniform(signal);
+    double x[kDoubles] = {};
     for (int j = 0; j < n; j += kDoubles) {
         if (!uniform) {
             store_d(x, truncated_normal(s.intervals, position * s.interval_ld + j,
                                         load_d(s.uniform + j)));
         }
         for (int i = 0; i < kDoubles && j + i < n; ++i) {
-            const double at = static_cast<double>(z[j + i]);
-            double value = uniform ? 2.0 * s.uniform[j + i] - 1.0 : (at - scale * x[i]) / signal;
-            value = value > 1.0 ? 1.0 : (value < -1.0 ? -1.0 : value);
-            action[j + i] = static_cast<float>(value);
-            noise[j + i] =
-                static_cast<float>((at - signal * static_cast<double>(action[j + i])) / scale);
+            const ReverseCandidate c =
+                reverse_candidate(z[j + i], signal, a.scale[state], s.uniform[j + i], x[i]);
+            action[j + i] = c.action;
+            noise[j + i] = c.noise;
         }
     }
 }
@@ -191,13 +168,12 @@ void add_candidate(const ReweightedArgs& a, const Scratch& s, int position, doub
     }
 }
 
-// Gumbel's maximum: the candidate with the largest logit + noise is a draw by the weights.
+// Keeps the candidate with the largest Gumbel key.
 void offer_candidate(const ReweightedArgs& a, SoftmaxSums& sums, int64_t index, double logit,
                      const float* action, float* kept) {
     const uint64_t draw = static_cast<uint64_t>(index);
     const PhiloxBlock block = philox_block(a.seed, a.stream + 1, a.offset + draw / 4);
-    const double u = static_cast<double>(uniform_from_bits(block.v[draw % 4]));
-    const double key = logit - __builtin_log(-__builtin_log(u));
+    const double key = gumbel_key(logit, block.v[draw % 4]);
     if (key > sums.best_key) {
         sums.best_key = key;
         for (int j = 0; j < a.action_dim; ++j) kept[j] = action[j];

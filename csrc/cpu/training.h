@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "mlp_spec.h"
+#include "time_features.h"
 
 namespace flame {
 
@@ -148,8 +149,6 @@ struct FlowTape {
     int32_t action_dim;
     int64_t parameter_count;
 };
-
-constexpr int kTimeFeatures = 32;
 
 // How the uniforms of a state's K candidates are drawn.
 enum class Candidates : int32_t { kGiven = 0, kRandom = 1, kLattice = 2 };

@@ -1,4 +1,4 @@
-#include "cpu/truncated_normal.h"
+#include "cpu/truncated_intervals.h"
 
 #include "cpu/training_kernels.h"
 #include "thread_pool.h"

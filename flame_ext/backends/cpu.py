@@ -22,7 +22,7 @@ from flame_ext.reference import (
 from flame_ext.sampling import Flow, SamplerStep, flow_steps, time_feature_rows
 
 # What a kernel computes for `reference.log_prob`'s trace option.
-_DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
+DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
 
 
 class CpuBackend(TorchBackend):
@@ -50,7 +50,7 @@ class CpuBackend(TorchBackend):
             critics.flat.grad = torch.zeros_like(critics.flat)
         gradient = critics.flat.grad.zero_()
         losses, means, _ = self._core.critic_step(
-            _spec(critics),
+            mlp_spec(critics),
             _array(critics.flat),
             gradient.numpy(),
             _array(obs),
@@ -88,15 +88,57 @@ class NativeEvaluator:
 
     def __init__(self, network: FlatMLP) -> None:
         self.network, self.core = network, load_core()
-        self.spec = _spec(network)
+        self.spec = mlp_spec(network)
 
     def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
         """As `FlatMLP.forward`."""
         batch = np.broadcast_shapes(*(tuple(block.shape[:-1]) for block in blocks))
         rows = torch.cat([block.expand(*batch, -1) for block in blocks], dim=-1)
-        flat_rows = rows.reshape(-1, rows.shape[-1])
-        out = self.core.mlp_forward(self.spec, _array(self.network.flat), _array(flat_rows))
-        return torch.from_numpy(out).view(self.network.members, *batch, out.shape[-1])
+        out = self.forward_rows(rows.reshape(-1, rows.shape[-1]))
+        return out.view(self.network.members, *batch, out.shape[-1])
+
+    def forward_rows(self, rows: Tensor) -> Tensor:
+        """Outputs ``(members, B, out)`` of concatenated inputs ``(B, in)``."""
+        out = self.core.mlp_forward(self.spec, _array(self.network.flat), _array(rows))
+        return torch.from_numpy(out)
+
+    def q_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Qmin ``(B,)`` and its gradient with respect to the action ``(B, A)``."""
+        flat = _array(self.network.flat)
+        q, gradient = self.core.q_gradient(self.spec, flat, _array(obs), _array(action))
+        return torch.from_numpy(q), torch.from_numpy(gradient)
+
+    def meanflow_gradient(
+        self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The collapsed MeanFlow loss and its gradient in the flat layout."""
+        gradient = torch.zeros_like(self.network.flat)
+        loss = self.core.meanflow_step(
+            self.spec,
+            _array(self.network.flat),
+            gradient.numpy(),
+            _array(obs.contiguous()),
+            _array(z.contiguous()),
+            _array(r.reshape(-1)),
+            _array(t.reshape(-1)),
+            _array(velocity.contiguous()),
+        )
+        return gradient.new_tensor(loss), gradient
+
+    def density(
+        self,
+        obs: Tensor,
+        noise: Tensor,
+        table: list[SamplerStep],
+        divergence: str,
+        probe: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Action, log-density and fold flag of samples ``(S, A)`` or ``(S, K, A)``."""
+        arguments = self.density_arguments(obs, noise, table)
+        probes = None if probe is None else _array(probe)
+        outputs = self.core.flow_density(*arguments, divergence, probes)
+        action, log_prob, folded = (torch.from_numpy(x) for x in outputs)
+        return action, log_prob, folded
 
     def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
         """As `Critics.q_min` for rows, differentiable with respect to the action alone."""
@@ -131,19 +173,15 @@ class NativeEvaluator:
                 self.network.flat, obs, noise, self, table
             )
             return LogProb(*outputs)
-        divergence = _DIVERGENCES["log_det" if estimator == "exact" else trace]
-        states, samples = _per_state(obs, noise)
+        divergence = DIVERGENCES["log_det" if estimator == "exact" else trace]
+        states, samples = per_state(obs, noise)
         shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
         probes = None
         if divergence == "probe" and probe is not None:
-            probes = _array(probe.expand(*shape, -1).reshape(samples.shape))
-        action, log_prob, folded = self.core.flow_density(
-            *self.density_arguments(states, samples, table), divergence, probes
-        )
+            probes = probe.expand(*shape, -1).reshape(samples.shape)
+        action, log_prob, folded = self.density(states, samples, table, divergence, probes)
         return LogProb(
-            torch.from_numpy(action).view(*shape, noise.shape[-1]),
-            torch.from_numpy(log_prob).view(shape),
-            torch.from_numpy(folded).view(shape),
+            action.view(*shape, noise.shape[-1]), log_prob.view(shape), folded.view(shape)
         )
 
     @staticmethod
@@ -154,12 +192,10 @@ class NativeEvaluator:
 
     def sample_flow(self, obs: Tensor, noise: Tensor, steps: int, flow: Flow) -> Tensor:
         """As `reference.sample_flow`, without gradient: observations enter once per state."""
-        states, samples = _per_state(obs, noise)
+        states, samples = per_state(obs, noise)
         shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
-        action, _, _ = self.core.flow_density(
-            *self.density_arguments(states, samples, flow_steps(steps, flow)), "none"
-        )
-        return torch.from_numpy(action).view(*shape, noise.shape[-1])
+        action, _, _ = self.density(states, samples, flow_steps(steps, flow), "none")
+        return action.view(*shape, noise.shape[-1])
 
     def reweighted_velocity(
         self,
@@ -175,7 +211,7 @@ class NativeEvaluator:
 
         The uniforms are the kernel's own Philox draws, seeded by one draw of `generator`.
         """
-        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        seed = draw_seed(generator)
         velocity, ess, _ = self.core.reweighted_velocity(
             self.spec,
             _array(self.network.flat),
@@ -223,10 +259,9 @@ class _QMin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, action: Tensor, obs: Tensor, evaluator: NativeEvaluator) -> Tensor:
-        flat = _array(evaluator.network.flat)
-        q, gradient = evaluator.core.q_gradient(evaluator.spec, flat, _array(obs), _array(action))
-        ctx.save_for_backward(torch.from_numpy(gradient))
-        return torch.from_numpy(q)
+        q, gradient = evaluator.q_gradient(obs, action)
+        ctx.save_for_backward(gradient)
+        return q
 
     @staticmethod
     @once_differentiable
@@ -273,21 +308,10 @@ class _MeanFlowLoss(torch.autograd.Function):
     """The collapsed MeanFlow loss and its gradient, from one native call."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, evaluator: NativeEvaluator, *rows: Tensor) -> Tensor:
-        z, r, t, obs, velocity = (_array(x.contiguous()) for x in rows)
-        gradient = torch.zeros_like(flat)
-        loss = evaluator.core.meanflow_step(
-            evaluator.spec,
-            _array(flat),
-            gradient.numpy(),
-            obs,
-            z,
-            r.reshape(-1),
-            t.reshape(-1),
-            velocity,
-        )
+    def forward(ctx: Any, _: Tensor, evaluator: NativeEvaluator, *rows: Tensor) -> Tensor:
+        loss, gradient = evaluator.meanflow_gradient(*rows)
         ctx.save_for_backward(gradient)
-        return flat.new_tensor(loss)
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -296,7 +320,7 @@ class _MeanFlowLoss(torch.autograd.Function):
         return d_loss * gradient, *[None] * 6
 
 
-def _per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """States ``(S, O)`` and samples ``(S, K, A)`` or ``(S, A)`` of broadcastable arguments."""
     if noise.dim() == 3 and obs.dim() == 3 and obs.shape[:2] == (len(noise), 1):
         return obs.squeeze(1), noise
@@ -307,7 +331,14 @@ def _per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _spec(network: FlatMLP) -> Any:
+def draw_seed(generator: torch.Generator | None) -> int:
+    """One seed for a kernel's own generator."""
+    device = None if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
+def mlp_spec(network: FlatMLP) -> Any:
+    """The network's shape as the kernels take it."""
     return load_core().MlpSpec(
         list(network.layer_sizes),
         members=network.members,

@@ -2,7 +2,9 @@
 // accuracy is free beside the network, and I - J may be badly conditioned.
 #pragma once
 
-#include "cpu/simd.h"
+#include <math.h>
+
+#include "lanes.h"
 #include "mlp_spec.h"
 
 namespace flame::FLAME_ISA {
@@ -15,12 +17,12 @@ struct LogDet {
 };
 
 // In place LU with partial pivoting of the n x n row-major `m`; pivot[k] is the row swapped with k.
-static inline LogDet lu_factor(double* m, int n, int* pivot) {
+FLAME_INLINE LogDet lu_factor(double* m, int n, int* pivot) {
     LogDet result{0.0, false};
     for (int k = 0; k < n; ++k) {
         int best = k;
         for (int i = k + 1; i < n; ++i) {
-            if (__builtin_fabs(m[i * n + k]) > __builtin_fabs(m[best * n + k])) best = i;
+            if (::fabs(m[i * n + k]) > ::fabs(m[best * n + k])) best = i;
         }
         pivot[k] = best;
         if (best != k) {
@@ -33,7 +35,7 @@ static inline LogDet lu_factor(double* m, int n, int* pivot) {
         }
         const double diagonal = m[k * n + k];
         if (diagonal < 0.0) result.negative = !result.negative;
-        result.log_abs += __builtin_log(__builtin_fabs(diagonal));
+        result.log_abs += ::log(::fabs(diagonal));
         for (int i = k + 1; i < n; ++i) {
             const double factor = m[i * n + k] / diagonal;
             m[i * n + k] = factor;
@@ -44,7 +46,7 @@ static inline LogDet lu_factor(double* m, int n, int* pivot) {
 }
 
 // inverse (n x n, row-major) from lu_factor's result.
-static inline void lu_inverse(const double* lu, const int* pivot, int n, double* inverse) {
+FLAME_INLINE void lu_inverse(const double* lu, const int* pivot, int n, double* inverse) {
     double x[kMaxActions];
     for (int column = 0; column < n; ++column) {
         for (int i = 0; i < n; ++i) x[i] = i == column ? 1.0 : 0.0;

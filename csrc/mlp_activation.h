@@ -1,4 +1,5 @@
-// Hidden activations on vectors, with the first and second derivatives that training needs.
+// Hidden activations with the first and second derivatives that training needs: on vectors for
+// the CPU's instruction sets, on single floats for CUDA (cuda/scalar.h), from the same formulas.
 //
 // mish(x) = x tanh(softplus(x)) = x n / (n + 2) with n = e (e + 2), e = exp(x): one exponential and
 // one division. n / (n + 2) is formed before the product, because x n would overflow. Beyond x = 20
@@ -6,7 +7,7 @@
 #pragma once
 
 #include "api.h"
-#include "cpu/simd.h"
+#include "lanes.h"
 
 namespace flame::FLAME_ISA {
 
@@ -89,7 +90,7 @@ struct HiddenActivation<Activation::kMish> {
 
 // Calls body(HiddenActivation<...>{}) for the run-time choice.
 template <typename Body>
-static inline void with_activation(Activation activation, Body&& body) {
+FLAME_INLINE void with_activation(Activation activation, Body&& body) {
     switch (activation) {
         case Activation::kRelu:
             return body(HiddenActivation<Activation::kRelu>{});

@@ -1,5 +1,5 @@
-// N(0, 1) truncated to [low, high] by inverting its distribution function, in double and
-// vectorised.
+// N(0, 1) truncated to [low, high] by inverting its distribution function, in double: on vectors
+// for the CPU's instruction sets, one value at a time for CUDA (cuda/scalar.h).
 //
 // Per interval (scalar, once): reflect it so that it lies to the left, and take log Phi(upper) and
 // ratio = Phi(lower) / Phi(upper). Per draw u: log p = log Phi(upper) + log(u + (1 - u) ratio),
@@ -8,49 +8,22 @@
 // beyond |x| = 37 by Mills' ratio.
 #pragma once
 
-#include <string.h>
+#include <math.h>
 
-#include "cpu/simd.h"
+#include "lanes.h"
 
 namespace flame::FLAME_ISA {
-
-constexpr int kDoubles = kLanes / 2;
-typedef double vd __attribute__((vector_size(kDoubles * 8)));
-typedef int64_t vl __attribute__((vector_size(kDoubles * 8)));
-typedef uint64_t vu __attribute__((vector_size(kDoubles * 8)));
 
 constexpr double kSqrtHalf = 0.70710678118654752440;
 constexpr double kLogSqrt2Pi = 0.91893853320467274178;
 
-FLAME_INLINE vd splat_d(double a) { return a - vd{}; }
-
-FLAME_INLINE vd load_d(const double* p) {
-    vd a;
-    memcpy(&a, p, sizeof(a));
-    return a;
-}
-
-FLAME_INLINE void store_d(double* p, vd a) { memcpy(p, &a, sizeof(a)); }
-
-FLAME_INLINE vd sqrt_d(vd a) {
-    for (int i = 0; i < kDoubles; ++i) a[i] = __builtin_sqrt(a[i]);
-    return a;
-}
-
-FLAME_INLINE bool any(vl mask) {
-    int64_t found = 0;
-    for (int i = 0; i < kDoubles; ++i) found |= mask[i];
-    return found != 0;
-}
-
 // log(x) of positive normal doubles: x = m 2^k with m in [sqrt(1/2), sqrt(2)), log m by the series
 // of 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.1716; error about 1e-15 + 1e-16 |log x|.
 FLAME_INLINE vd log_d(vd x) {
-    const vu bits = reinterpret_cast<vu>(x);
+    const vu bits = bits_of(x);
     // The exponent as a double: in the low mantissa bits of 2^52.
-    vd k =
-        reinterpret_cast<vd>((bits >> 52) | 0x4330000000000000ull) - (4503599627370496.0 + 1023.0);
-    vd m = reinterpret_cast<vd>((bits & 0x000FFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
+    vd k = double_of((bits >> 52) | 0x4330000000000000ull) - (4503599627370496.0 + 1023.0);
+    vd m = double_of((bits & 0x000FFFFFFFFFFFFFull) | 0x3FF0000000000000ull);
     const vl high = m > 1.41421356237309504880;
     m = high ? m * 0.5 : m;
     k = high ? k + 1.0 : k;
@@ -67,7 +40,7 @@ FLAME_INLINE vd log_d(vd x) {
 template <int kTerms>
 FLAME_INLINE vd polynomial(vd x, const double (&c)[kTerms]) {
     vd p = splat_d(c[kTerms - 1]);
-#pragma GCC unroll 8
+    FLAME_UNROLL
     for (int i = kTerms - 2; i >= 0; --i) p = p * x + c[i];
     return p;
 }
@@ -127,16 +100,15 @@ FLAME_INLINE vd far_quantile(vd r) {
 // log of x sqrt(2 pi) e^(x^2 / 2) Phi(-x): the asymptotic series of Mills' ratio, for x > 25.
 FLAME_INLINE double log_mills_correction(double x) {
     const double i = 1.0 / (x * x);
-    return __builtin_log1p(-i * (1.0 - 3.0 * i * (1.0 - 5.0 * i * (1.0 - 7.0 * i))));
+    return ::log1p(-i * (1.0 - 3.0 * i * (1.0 - 5.0 * i * (1.0 - 7.0 * i))));
 }
 
 // Solves x^2 / 2 + log x - correction(x) + log sqrt(2 pi) = -log p; the iteration contracts by
 // 1/x^2.
-static inline double extreme_quantile(double log_p) {
-    double x = __builtin_sqrt(-2.0 * log_p);
+FLAME_INLINE double extreme_quantile(double log_p) {
+    double x = ::sqrt(-2.0 * log_p);
     for (int i = 0; i < 8; ++i) {
-        x = __builtin_sqrt(2.0 *
-                           (-log_p - kLogSqrt2Pi - __builtin_log(x) + log_mills_correction(x)));
+        x = ::sqrt(2.0 * (-log_p - kLogSqrt2Pi - ::log(x) + log_mills_correction(x)));
     }
     return x;
 }
@@ -158,7 +130,7 @@ FLAME_INLINE vd quantile_from_log(vd log_p, vd p) {
     vd y = near_quantile(r);
     if (any(r > 5.0)) y = r > 5.0 ? far_quantile(r) : y;
     for (int i = 0; i < kDoubles; ++i) {
-        if (r[i] > 26.0) y[i] = extreme_quantile(-tail[i]);
+        if (lane(r, i) > 26.0) set_lane(y, i, extreme_quantile(-lane(tail, i)));
     }
     return outside ? (upper ? y : -y) : x;
 }
@@ -167,8 +139,8 @@ FLAME_INLINE vd quantile_from_log(vd log_p, vd p) {
 // ------------------------------------------------------------------------------------
 
 FLAME_INLINE double log_ndtr(double x) {
-    if (x > -25.0) return __builtin_log(0.5 * __builtin_erfc(-x * kSqrtHalf));
-    return -0.5 * x * x - __builtin_log(-x) - kLogSqrt2Pi + log_mills_correction(-x);
+    if (x > -25.0) return ::log(0.5 * ::erfc(-x * kSqrtHalf));
+    return -0.5 * x * x - ::log(-x) - kLogSqrt2Pi + log_mills_correction(-x);
 }
 
 // What all draws from one interval share, in double per coordinate.
@@ -181,46 +153,25 @@ struct TruncatedInterval {
     double sign;  // -1 where reflected: then u -> 1 - u and x -> -x
 };
 
-static inline TruncatedInterval truncated_interval(double low, double high) {
+FLAME_INLINE TruncatedInterval truncated_interval(double low, double high) {
     TruncatedInterval t{};
     const bool reflect = low + high > 0.0;
     t.sign = reflect ? -1.0 : 1.0;
     t.lower = reflect ? -high : low;
     t.upper = reflect ? -low : high;
     t.log_upper = log_ndtr(t.upper);
-    t.p_upper = __builtin_exp(t.log_upper);
-    t.ratio = __builtin_exp(log_ndtr(t.lower) - t.log_upper);
+    t.p_upper = ::exp(t.log_upper);
+    t.ratio = ::exp(log_ndtr(t.lower) - t.log_upper);
     return t;
 }
 
-// The same as structure of arrays, so that draws of several coordinates go through one vector.
-struct IntervalArrays {
-    double* log_upper;
-    double* p_upper;
-    double* ratio;
-    double* lower;
-    double* upper;
-    double* sign;
-};
-
-FLAME_INLINE void set_interval(const IntervalArrays& to, int64_t i, const TruncatedInterval& t) {
-    to.log_upper[i] = t.log_upper;
-    to.p_upper[i] = t.p_upper;
-    to.ratio[i] = t.ratio;
-    to.lower[i] = t.lower;
-    to.upper[i] = t.upper;
-    to.sign[i] = t.sign;
-}
-
-// Draws of the intervals at position i .. i + kDoubles - 1 from uniforms in (0, 1).
-FLAME_INLINE vd truncated_normal(const IntervalArrays& at, int64_t i, vd u) {
-    const vd sign = load_d(at.sign + i);
+// A draw by the uniform u in (0, 1); the arguments are what TruncatedInterval holds.
+FLAME_INLINE vd truncated_draw(vd log_upper, vd p_upper, vd ratio, vd lower, vd upper, vd sign,
+                               vd u) {
     const vd v = sign < 0.0 ? 1.0 - u : u;
-    const vd mixed = v + (1.0 - v) * load_d(at.ratio + i);
-    const vd log_p = load_d(at.log_upper + i) + log_d(mixed);
-    vd x = quantile_from_log(log_p, load_d(at.p_upper + i) * mixed);
-    const vd lower = load_d(at.lower + i);
-    const vd upper = load_d(at.upper + i);
+    const vd mixed = v + (1.0 - v) * ratio;
+    const vd log_p = log_upper + log_d(mixed);
+    vd x = quantile_from_log(log_p, p_upper * mixed);
     x = x < lower ? lower : x;
     x = x > upper ? upper : x;
     return x * sign;

@@ -1,0 +1,161 @@
+"""CUDA kernels beside PyTorch eager and torch.compile with CUDA graphs, by device events.
+
+``python benchmarks/cuda_kernels.py --json FILE`` on a machine with a GPU. The floor of each row is
+its operations at the rate that a large float32 matrix product (no TF32) reaches in this process;
+nothing is asserted. HalfCheetah sizes: 17 observations, 6 actions, 3 x 256 units, 256 states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from flame_ext import reference
+from flame_ext.backends.cuda import CudaBackend, CudaEvaluator
+from flame_ext.networks import Critics, MeanVelocityNet
+
+B, K, OBS, ACT, HIDDEN = 256, 100, 17, 6, (256, 256, 256)
+ROUNDS = 30
+Run = Callable[[], Any]
+
+
+@dataclass
+class Row:
+    name: str
+    flop: float
+    floor_us: float
+    native_us: float
+    eager_us: float
+    compiled_us: float
+
+
+def device_us(run: Run) -> float:
+    """Median time of one call on the device, between two events."""
+    for _ in range(5):
+        run()
+    times = []
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def mlp_flop(rows: int, *sizes: int) -> float:
+    return 2.0 * rows * sum(a * b for a, b in itertools.pairwise(sizes))
+
+
+def peak_flop_per_us() -> float:
+    n = 4096
+    a, b = (torch.randn(n, n, device="cuda") for _ in range(2))
+    return 2.0 * n**3 / device_us(lambda: a @ b)
+
+
+def cases() -> list[tuple[str, float, Run, Run]]:
+    """Name, operations, native and PyTorch form."""
+    g = torch.Generator().manual_seed(0)
+    net = MeanVelocityNet(OBS, ACT, HIDDEN, generator=g).cuda()
+    critics = Critics(OBS, ACT, HIDDEN, generator=g).cuda()
+    policy, twin = CudaEvaluator(net), CudaEvaluator(critics)
+    obs, noise = torch.randn(B, OBS, device="cuda"), torch.randn(B, ACT, device="cuda")
+    t, target = torch.rand(B, 1, device="cuda"), torch.randn(B, device="cuda")
+    several = torch.rand(B, K, ACT, device="cuda") * 2 - 1
+    uniform = torch.rand(B, K, ACT, device="cuda").clamp_(1e-6, 1 - 1e-6)
+    inputs, width = OBS + ACT + 32, (*HIDDEN, ACT)
+    backend = CudaBackend()
+    seed = torch.Generator().manual_seed(0)
+
+    def critic_step() -> None:
+        critics.flat.grad = None
+        q = critics.q_values(obs, noise)
+        F.mse_loss(q, target.expand_as(q), reduction="none").mean(1).sum().backward()
+
+    def meanflow() -> None:
+        net.flat.grad = None
+        reference.meanflow_loss(net, noise, t / 2, t, obs, noise).backward()
+
+    @torch.no_grad()
+    def reweighted() -> Any:
+        action, eps = reference.reverse_candidates(noise, 1 - t, t, uniform)
+        logits = critics.candidate_q_min(obs, action) / 0.2
+        return reference.reweighted_velocity(logits, action, eps)
+
+    no_grad = torch.no_grad()
+    candidate_flop = 2 * (mlp_flop(B, OBS, HIDDEN[0]) + mlp_flop(B * K, ACT, *HIDDEN, 1))
+    found: list[tuple[str, float, Run, Run]] = [
+        (
+            "twin Q of 100 candidates",
+            candidate_flop,
+            lambda: twin.candidates(obs, several),
+            no_grad(lambda: critics.candidate_q_min(obs, several)),
+        ),
+        (
+            "reweighted velocity",
+            candidate_flop,
+            lambda: twin.reweighted_velocity(obs, noise, 1 - t, t, 0.2, K, seed),
+            reweighted,
+        ),
+        (
+            "critic step",
+            6 * mlp_flop(B, OBS + ACT, *HIDDEN, 1),
+            lambda: backend.critic_step(critics, obs, noise, target),
+            critic_step,
+        ),
+        (
+            "MeanFlow step",
+            4 * mlp_flop(B, inputs, *width),
+            lambda: policy.meanflow_gradient(noise, t / 2, t, obs, noise),
+            meanflow,
+        ),
+        (
+            "exact log pi",
+            (1 + ACT) * mlp_flop(B, inputs, *width),
+            no_grad(lambda: policy.log_prob(obs, noise)),
+            no_grad(lambda: reference.log_prob(net, obs, noise)),
+        ),
+    ]
+    for rows in (1, 16384):
+        s, z = torch.randn(rows, OBS, device="cuda"), torch.randn(rows, ACT, device="cuda")
+        found.append(
+            (
+                f"one-step action, {rows} states",
+                mlp_flop(rows, inputs, *width),
+                no_grad(lambda s=s, z=z: policy.sample_flow(s, z, 1, "mean")),
+                no_grad(lambda s=s, z=z: reference.sample_flow(net, s, z)),
+            )
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", required=True)
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    peak = peak_flop_per_us()
+    print(f"{torch.cuda.get_device_name()}: float32 product {peak / 1e6:.1f} TFLOP/s")
+    print(f"{'microseconds':<28}{'floor':>9}{'native':>9}{'eager':>9}{'compiled':>9}")
+    rows = []
+    for name, flop, native, eager in cases():
+        compiled = torch.compile(eager, mode="reduce-overhead")
+        times = [device_us(run) for run in (native, eager, compiled)]
+        rows.append(Row(name, flop, flop / peak, *times))
+        print(f"{name:<28}{flop / peak:9.1f}" + "".join(f"{x:9.1f}" for x in times))
+    with open(options.json, "w") as file:
+        device = torch.cuda.get_device_name()
+        json.dump({"device": device, "rows": [asdict(r) for r in rows]}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

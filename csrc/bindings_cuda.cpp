@@ -1,0 +1,208 @@
+// Python entry points of the CUDA operations. Device pointers and streams cross as integers: no
+// dependency on any tensor library. backends/cuda.py checks devices, types and shapes; sizes that
+// the arguments imply are its business too.
+//
+// A function that needs a workspace returns its size in bytes; with workspace = 0 it does only
+// that.
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "bindings.h"
+#include "check.h"
+#include "cuda/training.h"
+
+namespace flame {
+
+#if defined(FLAME_HAVE_CUDA)
+
+namespace {
+
+namespace py = pybind11;
+using Pointer = uintptr_t;
+
+template <typename T>
+T* at(Pointer pointer) {
+    return reinterpret_cast<T*>(pointer);
+}
+
+template <typename Args, typename Run>
+size_t with_workspace(const Args& args, Pointer workspace, Run&& run) {
+    const py::gil_scoped_release release;
+    if (workspace != 0) run(at<void>(workspace));
+    return cuda_workspace_bytes(args);
+}
+
+void mlp_forward(const MlpSpec& spec, Pointer parameters, int64_t rows, Pointer input,
+                 Pointer output, Pointer stream) {
+    const MlpForwardArgs args{spec,          at<float>(parameters), rows, at<float>(input),
+                              spec.sizes[0], at<float>(output)};
+    const py::gil_scoped_release release;
+    cuda_mlp_forward(args, at<void>(stream));
+}
+
+size_t twin_q(const MlpSpec& spec, Pointer parameters, int64_t states, int candidates,
+              int action_dim, Pointer obs, Pointer actions, Pointer q_min, Pointer workspace,
+              Pointer stream) {
+    const TwinQArgs args{spec,
+                         at<float>(parameters),
+                         states,
+                         candidates,
+                         action_dim,
+                         at<float>(obs),
+                         spec.sizes[0] - action_dim,
+                         at<float>(actions),
+                         at<float>(q_min),
+                         nullptr};
+    return with_workspace(args, workspace,
+                          [&](void* memory) { cuda_twin_q(args, memory, at<void>(stream)); });
+}
+
+size_t critic_step(const MlpSpec& spec, Pointer parameters, Pointer gradients, int64_t rows,
+                   int action_dim, Pointer obs, Pointer action, Pointer target, Pointer loss,
+                   Pointer q_mean, Pointer workspace, Pointer stream) {
+    const CriticStepArgs args{
+        spec,       at<float>(parameters), at<float>(gradients),       rows,
+        action_dim, at<float>(obs),        spec.sizes[0] - action_dim, at<float>(action),
+        action_dim, at<float>(target),     at<double>(loss),           at<double>(q_mean),
+        nullptr};
+    return with_workspace(args, workspace,
+                          [&](void* memory) { cuda_critic_step(args, memory, at<void>(stream)); });
+}
+
+size_t q_gradient(const MlpSpec& spec, Pointer parameters, int64_t rows, int action_dim,
+                  Pointer obs, Pointer action, Pointer q_min, Pointer gradient, Pointer workspace,
+                  Pointer stream) {
+    const QGradientArgs args{spec,
+                             at<float>(parameters),
+                             rows,
+                             action_dim,
+                             at<float>(obs),
+                             spec.sizes[0] - action_dim,
+                             at<float>(action),
+                             action_dim,
+                             at<float>(q_min),
+                             at<float>(gradient)};
+    return with_workspace(args, workspace,
+                          [&](void* memory) { cuda_q_gradient(args, memory, at<void>(stream)); });
+}
+
+size_t meanflow_step(const MlpSpec& spec, Pointer parameters, Pointer gradients, int64_t rows,
+                     Pointer obs, Pointer z, Pointer velocity, Pointer r, Pointer t, Pointer loss,
+                     Pointer workspace, Pointer stream) {
+    const int action_dim = spec.sizes[spec.num_layers];
+    const MeanFlowStepArgs args{spec,
+                                at<float>(parameters),
+                                at<float>(gradients),
+                                rows,
+                                action_dim,
+                                at<float>(obs),
+                                spec.sizes[0] - action_dim - kTimeFeatures,
+                                at<float>(z),
+                                at<float>(velocity),
+                                at<float>(velocity),
+                                at<float>(r),
+                                at<float>(t),
+                                at<double>(loss)};
+    return with_workspace(
+        args, workspace, [&](void* memory) { cuda_meanflow_step(args, memory, at<void>(stream)); });
+}
+
+size_t reweighted_velocity(const MlpSpec& spec, Pointer parameters, int64_t states, int candidates,
+                           int action_dim, Pointer obs, Pointer z, Pointer signal, Pointer scale,
+                           double alpha, uint64_t seed, uint64_t offset, Pointer draw_offset,
+                           Pointer velocity, Pointer ess, Pointer workspace, Pointer stream) {
+    const ReweightedArgs args{spec,
+                              at<float>(parameters),
+                              states,
+                              candidates,
+                              action_dim,
+                              at<float>(obs),
+                              spec.sizes[0] - action_dim,
+                              at<float>(z),
+                              at<float>(signal),
+                              at<float>(scale),
+                              alpha,
+                              Candidates::kRandom,
+                              nullptr,
+                              seed,
+                              0,
+                              offset,
+                              at<float>(velocity),
+                              at<float>(ess),
+                              nullptr};
+    return with_workspace(args, workspace, [&](void* memory) {
+        cuda_reweighted_velocity(args, at<uint64_t>(draw_offset), memory, at<void>(stream));
+    });
+}
+
+void flow_density(const MlpSpec& spec, Pointer parameters, int64_t states, int samples, Pointer obs,
+                  Pointer noise, int steps, int time_features, Pointer time, Pointer scale,
+                  const std::string& divergence, Pointer probe, Pointer action, Pointer log_prob,
+                  Pointer folded, Pointer stream) {
+    const int action_dim = spec.sizes[spec.num_layers];
+    const FlowDensityArgs args{spec,
+                               at<float>(parameters),
+                               states,
+                               samples,
+                               action_dim,
+                               at<float>(obs),
+                               spec.sizes[0] - action_dim - time_features,
+                               at<float>(noise),
+                               steps,
+                               time_features,
+                               at<float>(time),
+                               at<float>(scale),
+                               parse_divergence(divergence),
+                               at<float>(probe),
+                               at<float>(action),
+                               at<float>(log_prob),
+                               at<bool>(folded),
+                               nullptr};
+    const py::gil_scoped_release release;
+    cuda_flow_density(args, at<void>(stream));
+}
+
+void adam(int64_t count, Pointer parameters, Pointer gradients, Pointer first_moment,
+          Pointer second_moment, double beta1, double beta2, double epsilon, Pointer schedule,
+          Pointer stream) {
+    const AdamArgs args{count,
+                        at<float>(parameters),
+                        at<float>(gradients),
+                        at<float>(first_moment),
+                        at<float>(second_moment),
+                        0,
+                        0.0,
+                        beta1,
+                        beta2,
+                        epsilon};
+    const py::gil_scoped_release release;
+    cuda_adam(args, at<AdamSchedule>(schedule), at<void>(stream));
+}
+
+void soft_update(int64_t count, Pointer target, Pointer online, float tau, Pointer stream) {
+    const py::gil_scoped_release release;
+    cuda_soft_update({count, at<float>(target), at<float>(online), tau}, at<void>(stream));
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+    m.def("cuda_mlp_forward", &mlp_forward);
+    m.def("cuda_twin_q", &twin_q);
+    m.def("cuda_critic_step", &critic_step);
+    m.def("cuda_q_gradient", &q_gradient);
+    m.def("cuda_meanflow_step", &meanflow_step);
+    m.def("cuda_reweighted_velocity", &reweighted_velocity);
+    m.def("cuda_flow_density", &flow_density);
+    m.def("cuda_adam", &adam);
+    m.def("cuda_soft_update", &soft_update);
+}
+
+#else
+
+void bind_cuda(pybind11::module_&) {}
+
+#endif
+
+}  // namespace flame

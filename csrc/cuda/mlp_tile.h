@@ -1,0 +1,196 @@
+// An MLP on a tile of rows that stays in shared memory through all layers.
+//
+// Rows come in groups of 1 + T: a sample's value and T forward tangents, which pass through the
+// same products (without bias) and share the value's activation derivatives. T = 0 is the plain
+// network. A tile holds as many whole groups as fit.
+#pragma once
+
+#include "cuda/mlp_view.h"
+#include "cuda/product.h"
+#include "mlp_activation.h"
+
+namespace flame::FLAME_ISA {
+
+// Floats from row to row of a tile's two buffers: the first also takes the network's inputs.
+struct TileLds {
+    int first;
+    int second;
+};
+
+// Two buffers: x (rows, ld) holds what the next layer reads, y (rows, ld_y) receives what it gives.
+template <int kRowsPerWarp>
+struct Tile {
+    static constexpr int kRows = kWarps * kRowsPerWarp;
+    float* x;
+    float* y;
+    float* slab;
+    float* extra;  // what the plan asked for beyond the tile
+    int ld;
+    int ld_y;
+
+    FLAME_BODY void swap() { *this = {y, x, slab, extra, ld_y, ld}; }
+};
+
+template <int kRowsPerWarp>
+FLAME_INLINE Tile<kRowsPerWarp> make_tile(const Block& block, const TileLds& lds) {
+    constexpr int kRows = Tile<kRowsPerWarp>::kRows;
+    float* y = block.shared + kRows * lds.first;
+    float* slab = y + kRows * lds.second;
+    return {block.shared, y, slab, slab + 2 * kSlabFloats, lds.first, lds.second};
+}
+
+FLAME_INLINE int round_up(int n) { return (n + kPadding - 1) / kPadding * kPadding; }
+
+// x(row, column) = value(row, column), zero from `columns` to the padded end.
+template <int kRowsPerWarp, typename Value>
+FLAME_INLINE void load_rows(const Block& block, const Tile<kRowsPerWarp>& tile, int rows,
+                            int columns, Value&& value) {
+    block.each_warp([&](const Warp& warp) {
+        for (int r = warp.index; r < rows; r += kWarps) {
+            warp.each(round_up(columns),
+                      [&](int c) { tile.x[r * tile.ld + c] = c < columns ? value(r, c) : 0.0f; });
+        }
+    });
+}
+
+// --- Linear parts
+
+// x <- W x + init(row, column) over the layer's first `depth` inputs.
+template <int kRowsPerWarp, typename Init>
+FLAME_INLINE void linear_from(const Block& block, Tile<kRowsPerWarp>& tile, const LayerView& layer,
+                              int depth, int rows, Init&& init) {
+    const Operand<true> weight{layer.weight, layer.in, depth, layer.out};
+    multiply<kRowsPerWarp>(
+        block, rows, tile.x, tile.ld, weight, tile.slab,
+        [&](int r, int c, float sum) { tile.y[r * tile.ld_y + c] = sum + init(r, c); });
+    tile.swap();
+}
+
+// A few outputs: a dot product of a warp per row and output wastes no columns of a slab.
+constexpr int kFewOutputs = 32;
+
+template <int kRowsPerWarp>
+FLAME_INLINE void dot_outputs(const Block& block, Tile<kRowsPerWarp>& tile, const LayerView& layer,
+                              int rows, int group) {
+    block.each_warp([&](const Warp& warp) {
+        for (int r = warp.index; r < rows; r += kWarps) {
+            const float* x = tile.x + r * tile.ld;
+            for (int o = 0; o < layer.out; ++o) {
+                const float* w = layer.weight + static_cast<int64_t>(o) * layer.in;
+                const float sum = warp.sum(layer.in, [&](int c) { return x[c] * w[c]; });
+                warp.each(1, [&](int) {
+                    tile.y[r * tile.ld_y + o] = r % group == 0 ? sum + layer.bias[o] : sum;
+                });
+            }
+        }
+    });
+    tile.swap();
+}
+
+// x <- W x, plus the bias in the rows of values.
+template <int kRowsPerWarp>
+FLAME_INLINE void linear(const Block& block, Tile<kRowsPerWarp>& tile, const LayerView& layer,
+                         int rows, int group) {
+    if (layer.out <= kFewOutputs) return dot_outputs(block, tile, layer, rows, group);
+    linear_from(block, tile, layer, layer.in, rows,
+                [&](int r, int c) { return r % group == 0 ? layer.bias[c] : 0.0f; });
+}
+
+// --- Hidden units
+
+// What the backward pass needs of one sample in one layer; rows in global memory.
+struct TapeRow {
+    float* h;
+    float* slope;
+    float* normed;  // LayerNorm only, like inverse_std
+    float* inverse_std;
+};
+
+// x' <- s (x' - mean x' - xhat mean(xhat x')), the tangent of LayerNorm before its gain.
+FLAME_INLINE void normalise_tangent(const Warp& warp, float* dx, const float* x, int n, float mean,
+                                    float inverse_std) {
+    const float scale = 1.0f / static_cast<float>(n);
+    const float shift = scale * warp.sum(n, [&](int c) { return dx[c]; });
+    const float along =
+        scale * warp.sum(n, [&](int c) { return (x[c] - mean) * inverse_std * dx[c]; });
+    warp.each(n, [&](int c) {
+        dx[c] = (dx[c] - shift - (x[c] - mean) * inverse_std * along) * inverse_std;
+    });
+}
+
+// One sample's linear outputs x (and its tangents below it) through LayerNorm and activation.
+template <typename Act, bool kRecord>
+FLAME_INLINE void activate_sample(const Warp& warp, const LayerView& layer, float* x, int ld,
+                                  int tangents, const TapeRow& tape) {
+    const int n = layer.out;
+    float mean = 0.0f;
+    float inverse_std = 1.0f;
+    if (layer.gain != nullptr) {
+        const float count = static_cast<float>(n);
+        mean = warp.sum(n, [&](int c) { return x[c]; }) / count;
+        const float squares = warp.sum(n, [&](int c) { return (x[c] - mean) * (x[c] - mean); });
+        inverse_std = 1.0f / sqrtf(squares / count + kLayerNormEps);
+        for (int t = 1; t <= tangents; ++t) {
+            normalise_tangent(warp, x + t * ld, x, n, mean, inverse_std);
+        }
+        if (kRecord) warp.each(1, [&](int) { *tape.inverse_std = inverse_std; });
+    }
+    warp.each(round_up(n), [&](int c) {
+        if (c >= n) {
+            for (int t = 0; t <= tangents; ++t) x[t * ld + c] = 0.0f;
+            return;
+        }
+        float value = x[c];
+        float gain = 1.0f;
+        if (layer.gain != nullptr) {
+            const float normed = (value - mean) * inverse_std;
+            gain = layer.gain[c];
+            value = fmaf(normed, gain, layer.offset[c]);
+            if (kRecord) tape.normed[c] = normed;
+        }
+        float slope;
+        x[c] = Act::first(value, slope);
+        if (kRecord) {
+            tape.h[c] = x[c];
+            tape.slope[c] = slope;
+        }
+        for (int t = 1; t <= tangents; ++t) x[t * ld + c] *= slope * gain;
+    });
+}
+
+struct NoTape {
+    static constexpr bool kRecord = false;
+    FLAME_BODY TapeRow row(int, int) const { return {}; }
+};
+
+// From the first layer's linear outputs in x to the network's outputs in x. `tape` gives the row
+// that receives what layer l keeps of sample i of this tile.
+template <int kRowsPerWarp, typename Tape>
+FLAME_INLINE void forward_from_first(const Block& block, Tile<kRowsPerWarp>& tile,
+                                     const MlpView& net, int member, int samples, int tangents,
+                                     const Tape& tape) {
+    const int group = 1 + tangents;
+    for (int l = 0; l + 1 < net.num_layers; ++l) {
+        const LayerView layer = member_layer(net, l, member);
+        block.each_warp([&](const Warp& warp) {
+            with_activation(net.activation, [&](auto act) {
+                for (int i = warp.index; i < samples; i += kWarps) {
+                    activate_sample<decltype(act), Tape::kRecord>(
+                        warp, layer, tile.x + i * group * tile.ld, tile.ld, tangents,
+                        tape.row(l, i));
+                }
+            });
+        });
+        linear(block, tile, member_layer(net, l + 1, member), samples * group, group);
+    }
+}
+
+template <int kRowsPerWarp, typename Tape>
+FLAME_INLINE void forward_tile(const Block& block, Tile<kRowsPerWarp>& tile, const MlpView& net,
+                               int member, int samples, int tangents, const Tape& tape) {
+    const int group = 1 + tangents;
+    linear(block, tile, member_layer(net, 0, member), samples * group, group);
+    forward_from_first(block, tile, net, member, samples, tangents, tape);
+}
+
+}  // namespace flame::FLAME_ISA

@@ -1,0 +1,131 @@
+#include "cuda/on_host.h"
+
+#include <atomic>
+#include <stdexcept>
+#include <utility>
+
+#include "cuda/adam.h"
+#include "cuda/critic_step.h"
+#include "cuda/flow_density.h"
+#include "cuda/meanflow_step.h"
+#include "cuda/mlp_forward.h"
+#include "cuda/q_gradient.h"
+#include "cuda/reweighted_velocity.h"
+#include "cuda/twin_q.h"
+
+namespace flame {
+namespace {
+
+using namespace flame::FLAME_ISA;
+
+std::atomic<bool> falling_order{false};
+std::atomic<size_t> shared_floats{0};
+
+Launcher launcher() { return {falling_order.load(), shared_floats.load()}; }
+
+// Workspace of one call; a value that no kernel wrote is NaN and shows in the results.
+class HostMemory {
+  public:
+    explicit HostMemory(size_t bytes) : words_(bytes / sizeof(float) + kSlack, NAN) {}
+    Carver carver() {
+        const auto address = reinterpret_cast<uintptr_t>(words_.data());
+        return Carver(
+            reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment));
+    }
+
+  private:
+    static constexpr size_t kAlignment = 256;
+    static constexpr size_t kSlack = kAlignment / sizeof(float);
+    std::vector<float> words_;
+};
+
+// Counts what operation(args, memory) takes, then runs it.
+template <typename Carve, typename Run>
+void with_memory(Carve&& carve, Run&& run) {
+    Carver counter(nullptr);
+    carve(counter);
+    HostMemory memory(counter.used());
+    Carver carver = memory.carver();
+    run(carver);
+}
+
+template <typename Result, typename... Args>
+Result missing(Args...) {
+    throw std::runtime_error("this operation has no CUDA kernel");
+}
+
+void host_mlp_forward(const MlpForwardArgs& a) { mlp_forward(launcher(), a); }
+
+void host_twin_q(const TwinQArgs& a) {
+    with_memory([&](Carver& m) { carve_twin_q(a, m); },
+                [&](Carver& m) { twin_q(launcher(), a, m); });
+}
+
+void host_critic_step(const CriticStepArgs& a) {
+    with_memory([&](Carver& m) { carve_critic_step(launcher(), a, m); },
+                [&](Carver& m) { critic_step(launcher(), a, m); });
+}
+
+void host_q_gradient(const QGradientArgs& a) {
+    with_memory([&](Carver& m) { carve_q_gradient(launcher(), a, m); },
+                [&](Carver& m) { q_gradient(launcher(), a, m); });
+}
+
+void host_meanflow_step(const MeanFlowStepArgs& a) {
+    with_memory([&](Carver& m) { carve_meanflow_step(launcher(), a, m); },
+                [&](Carver& m) { meanflow_step(launcher(), a, m); });
+}
+
+void host_reweighted_velocity(const ReweightedArgs& a) {
+    // Half of the offset comes from memory, as in a captured graph.
+    ReweightedArgs rest = a;
+    rest.offset = a.offset / 2;
+    const uint64_t more = a.offset - rest.offset;
+    with_memory([&](Carver& m) { count_reweighted(a, m); },
+                [&](Carver& m) { reweighted_velocity(launcher(), rest, &more, m); });
+}
+
+void host_flow_density(const FlowDensityArgs& a) { flow_density(launcher(), a); }
+
+void host_truncated_normals(const TruncatedNormalArgs& a) {
+    for (int64_t i = 0; i < a.count; ++i) {
+        const TruncatedInterval t = truncated_interval(a.low[i], a.high[i]);
+        a.output[i] = static_cast<float>(truncated_draw(t.log_upper, t.p_upper, t.ratio, t.lower,
+                                                        t.upper, t.sign, a.uniform[i]));
+    }
+}
+
+void host_adam(const AdamArgs& a) {
+    AdamSchedule schedule{a.learning_rate, a.step - 1};
+    adam(launcher(), a, &schedule);
+}
+
+void host_soft_update(const SoftUpdateArgs& a) { soft_update(launcher(), a); }
+
+const CpuKernels kTable = {
+    1,
+    missing,
+    missing,
+    missing,
+    host_mlp_forward,
+    host_twin_q,
+    host_critic_step,
+    host_q_gradient,
+    host_meanflow_step,
+    host_flow_density,
+    missing,
+    host_reweighted_velocity,
+    host_truncated_normals,
+    host_adam,
+    host_soft_update,
+};
+
+}  // namespace
+
+const CpuKernels* cuda_on_host(bool falling, size_t shared_bytes) {
+    falling_order = falling;
+    shared_floats = shared_bytes / sizeof(float);
+    return &kTable;
+}
+
+}  // namespace flame

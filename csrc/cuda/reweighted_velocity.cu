@@ -1,0 +1,19 @@
+#include "cuda/reweighted_velocity.h"
+
+#include "cuda/training.h"
+
+namespace flame {
+
+void cuda_reweighted_velocity(const ReweightedArgs& args, const uint64_t* draw_offset,
+                              void* workspace, void* stream) {
+    isa_cuda::Carver memory(workspace);
+    isa_cuda::reweighted_velocity(isa_cuda::Launcher(stream), args, draw_offset, memory);
+}
+
+size_t cuda_workspace_bytes(const ReweightedArgs& args) {
+    isa_cuda::Carver memory(nullptr);
+    isa_cuda::count_reweighted(args, memory);
+    return memory.used();
+}
+
+}  // namespace flame

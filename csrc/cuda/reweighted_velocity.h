@@ -1,0 +1,181 @@
+// The target policy's marginal velocity at z by self-normalised importance weights over reverse
+// candidates (FLAME, Sec. 4.1): candidates, twin Q (twin_q.h), softmax; the same uniforms as the
+// CPU's kernel.
+//
+// obs (states, O); z, velocity and resampled (states, A) dense; signal, scale, ess (states);
+// uniform (states, K, A) for kGiven: device memory of the caller. Workspace: candidates (states, K,
+// A), Qmin (states, K) and twin Q's.
+//
+// Beside twin Q (twin_q.h: 0.20 ms at B 256, K 100) the two other launches move 1.4 MB, 0.4 us at
+// 3.35 TB/s and mostly in L2, and do about 150 double operations per coordinate: 23 MFLOP, 0.7 us
+// at the 34 TFLOP/s of an H100's double units, 30 times that where a device has few of them.
+#pragma once
+
+#include "cuda/twin_q.h"
+#include "reverse_candidates.h"
+#include "truncated_normal.h"
+
+namespace flame::FLAME_ISA {
+
+// What a captured graph changes between replays; in device memory, added to the arguments' offset.
+struct DrawOffset {
+    const uint64_t* blocks;  // null for none
+    FLAME_BODY uint64_t operator()(uint64_t offset) const {
+        return blocks == nullptr ? offset : offset + *blocks;
+    }
+};
+
+// actions (states, K, A). One block per state: its intervals first, then a Philox block of four
+// draws per thread.
+struct CandidatesKernel {
+    static constexpr const char* kName = "reverse_candidates";
+    ReweightedArgs a;
+    DrawOffset draws;
+    float* actions;
+    double steps[kMaxActionColumns];
+
+    FLAME_BODY void operator()(const Block& block) const {
+        const int64_t state = block.index;
+        auto* intervals = reinterpret_cast<TruncatedInterval*>(block.shared);
+        block.each_thread([&](int t) {
+            if (t >= a.action_dim) return;
+            const double z = static_cast<double>(a.z[state * a.action_dim + t]);
+            const double signal = posterior_is_uniform(a.signal[state])
+                                      ? kLeastSignal
+                                      : static_cast<double>(a.signal[state]);
+            const double scale = static_cast<double>(a.scale[state]);
+            intervals[t] = truncated_interval((z - signal) / scale, (z + signal) / scale);
+        });
+        const uint64_t count = static_cast<uint64_t>(a.candidates) * a.action_dim;
+        const uint64_t first = static_cast<uint64_t>(state) * count;
+        block.each_thread([&](int t) {
+            for (uint64_t q = first / 4 + t; q <= (first + count - 1) / 4; q += kThreads) {
+                four_draws(q, first, first + count, state, intervals);
+            }
+        });
+    }
+
+    // The candidates' coordinates with flat index 4 q .. 4 q + 3, as far as they are this state's.
+    FLAME_BODY void four_draws(uint64_t q, uint64_t first, uint64_t end, int64_t state,
+                               const TruncatedInterval* intervals) const {
+        PhiloxBlock bits{};
+        if (a.source == Candidates::kRandom) {
+            bits = philox_block(a.seed, a.stream, draws(a.offset) + q);
+        }
+        for (int i = 0; i < 4; ++i) {
+            const uint64_t flat = 4 * q + i;
+            if (flat < first || flat >= end) continue;
+            const int j = static_cast<int>((flat - first) % a.action_dim);
+            const double u = inside_unit(uniform(flat, first, state, j, bits.v[i]));
+            const TruncatedInterval& t = intervals[j];
+            const double x =
+                truncated_draw(t.log_upper, t.p_upper, t.ratio, t.lower, t.upper, t.sign, u);
+            const float z = a.z[state * a.action_dim + j];
+            actions[flat] = reverse_candidate(z, a.signal[state], a.scale[state], u, x).action;
+        }
+    }
+
+    FLAME_BODY double uniform(uint64_t flat, uint64_t first, int64_t state, int j,
+                              uint32_t bits) const {
+        if (a.source == Candidates::kGiven) return static_cast<double>(a.uniform[flat]);
+        if (a.source == Candidates::kRandom) return static_cast<double>(uniform_from_bits(bits));
+        const uint64_t word = static_cast<uint64_t>(state) * a.action_dim + j;
+        const PhiloxBlock shift = philox_block(a.seed, a.stream, draws(a.offset) + word / 4);
+        return lattice_point(static_cast<double>(uniform_from_bits(shift.v[word % 4])),
+                             static_cast<int64_t>((flat - first) / a.action_dim), steps[j]);
+    }
+};
+
+// One warp per state.
+struct SoftmaxKernel {
+    static constexpr const char* kName = "reweighted_softmax";
+    ReweightedArgs a;
+    DrawOffset draws;
+    const float* actions;
+    const float* q_min;
+
+    FLAME_BODY void operator()(const Block& block) const {
+        block.each_warp([&](const Warp& warp) {
+            const int64_t state = block.index * kWarps + warp.index;
+            if (state < a.states) reduce_state(warp, state);
+        });
+    }
+
+    FLAME_BODY void reduce_state(const Warp& warp, int64_t state) const {
+        const int n = a.candidates;
+        const float* q = q_min + state * n;
+        const float* action = actions + state * n * a.action_dim;
+        const auto logit = [&](int k) { return static_cast<double>(q[k]) / a.alpha; };
+        const double top = warp.largest(n, -HUGE_VAL, logit);
+        const auto weight = [&](int k) { return ::exp(logit(k) - top); };
+        const double sum = warp.sum<double>(n, weight);
+        const double squares = warp.sum<double>(n, [&](int k) { return weight(k) * weight(k); });
+        const double signal = static_cast<double>(a.signal[state]);
+        const double scale = static_cast<double>(a.scale[state]);
+        for (int j = 0; j < a.action_dim; ++j) {
+            const double z = static_cast<double>(a.z[state * a.action_dim + j]);
+            const double total = warp.sum<double>(n, [&](int k) {
+                const double x = static_cast<double>(action[k * a.action_dim + j]);
+                const float noise = static_cast<float>((z - signal * x) / scale);
+                return weight(k) * (static_cast<double>(noise) - x);
+            });
+            warp.each(1, [&](int) {
+                a.velocity[state * a.action_dim + j] = static_cast<float>(total / sum);
+            });
+        }
+        warp.each(1, [&](int) { a.ess[state] = static_cast<float>(sum * sum / squares); });
+        if (a.resampled != nullptr) resample(warp, state, logit, action);
+    }
+
+    // The first candidate with the largest Gumbel key.
+    template <typename Logit>
+    FLAME_BODY void resample(const Warp& warp, int64_t state, Logit&& logit,
+                             const float* action) const {
+        const int n = a.candidates;
+        const auto key = [&](int k) {
+            const uint64_t draw = static_cast<uint64_t>(state) * n + k;
+            const PhiloxBlock bits = philox_block(a.seed, a.stream + 1, draws(a.offset) + draw / 4);
+            return gumbel_key(logit(k), bits.v[draw % 4]);
+        };
+        const double best = warp.largest(n, -HUGE_VAL, key);
+        const int last = warp.largest(n, 0, [&](int k) { return key(k) == best ? n - k : 0; });
+        const int chosen = last > 0 ? n - last : 0;
+        warp.each(a.action_dim, [&](int j) {
+            a.resampled[state * a.action_dim + j] = action[chosen * a.action_dim + j];
+        });
+    }
+};
+
+struct ReweightedMemory {
+    float* actions;
+    float* q_min;
+    TwinQArgs twin_q;
+};
+
+static inline ReweightedMemory carve_reweighted(const ReweightedArgs& a, Carver& memory) {
+    const size_t candidates = static_cast<size_t>(a.states) * a.candidates;
+    ReweightedMemory m{};
+    m.actions = memory.floats(candidates * a.action_dim);
+    m.q_min = memory.floats(candidates);
+    m.twin_q = {a.spec, a.parameters, a.states,  a.candidates, a.action_dim,
+                a.obs,  a.obs_ld,     m.actions, m.q_min,      nullptr};
+    return m;
+}
+
+static inline void count_reweighted(const ReweightedArgs& a, Carver& memory) {
+    carve_twin_q(carve_reweighted(a, memory).twin_q, memory);
+}
+
+static inline void reweighted_velocity(const Launcher& launch, const ReweightedArgs& a,
+                                       const uint64_t* draw_offset, Carver& memory) {
+    if (a.states == 0) return;
+    const ReweightedMemory m = carve_reweighted(a, memory);
+    CandidatesKernel candidates{a, {draw_offset}, m.actions, {}};
+    lattice_steps(a.action_dim, candidates.steps);
+    launch(candidates, a.states, a.action_dim * (sizeof(TruncatedInterval) / sizeof(float)));
+    twin_q(launch, m.twin_q, memory);
+    launch(SoftmaxKernel{a, {draw_offset}, m.actions, m.q_min}, (a.states + kWarps - 1) / kWarps,
+           0);
+}
+
+}  // namespace flame::FLAME_ISA

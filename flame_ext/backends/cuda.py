@@ -1,0 +1,334 @@
+"""The native CUDA backend: whole steps by the fused kernels, in place on the flat buffers.
+
+Kernels run on PyTorch's current stream of the tensors' device, with workspaces from PyTorch's
+caching allocator; none of them allocates or synchronises by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flame_ext.backends.cpu import NativeEvaluator, draw_seed, mlp_spec
+from flame_ext.backends.torch import TorchBackend, adam_moments
+from flame_ext.errors import BackendUnavailableError
+from flame_ext.native import load_core
+from flame_ext.networks import Critics, FlatMLP
+from flame_ext.reference import Estimator
+from flame_ext.sampling import SamplerStep, time_feature_rows
+
+
+def require_cuda() -> None:
+    """Raises unless this build has the kernels and this machine a device.
+
+    Raises:
+        BackendUnavailableError: The text says which of the two is missing.
+    """
+    core = load_core()
+    if not core.build_info()["cuda_toolkit"]:
+        raise BackendUnavailableError(
+            "backend='cuda' is not in this build: no nvcc was found when it was installed; "
+            "reinstall where nvcc is on the PATH, or use backend='torch', 'cpu' or 'auto'"
+        )
+    if not core.cuda_devices():
+        raise BackendUnavailableError(
+            "backend='cuda' finds no CUDA device; use backend='torch', 'cpu' or 'auto'"
+        )
+
+
+class CudaBackend(TorchBackend):
+    """Critic step, Adam, target update and every evaluation inside the losses by CUDA kernels.
+
+    The exact density's gradient is PyTorch's: its kernel is forward only.
+    """
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        require_cuda()
+        self._core = load_core()
+        self._schedules: dict[Tensor, tuple[float, Tensor]] = {}
+
+    def accelerate(self, network: FlatMLP) -> None:
+        network.evaluator = CudaEvaluator(network)
+
+    def critic_step(
+        self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
+    ) -> dict[str, float]:
+        if critics.flat.grad is None:
+            critics.flat.grad = torch.zeros_like(critics.flat)
+        gradient = critics.flat.grad.zero_()
+        sums = gradient.new_empty((2, critics.members), dtype=torch.float64)
+        flat, rows, columns = critics.flat, len(obs), critics.action_dim
+        run_with_workspace(
+            self._core.cuda_critic_step,
+            flat,
+            mlp_spec(critics),
+            pointer(flat),
+            pointer(gradient),
+            rows,
+            columns,
+            pointer(obs, (rows, critics.obs_dim), flat),
+            pointer(action, (rows, columns), flat),
+            pointer(target, (rows,), flat),
+            sums[0].data_ptr(),
+            sums[1].data_ptr(),
+        )
+        losses, means = sums.tolist()
+        return {"critic_loss": sum(losses), "q_mean": sum(means) / critics.members}
+
+    def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
+        (group,) = optimizer.param_groups
+        (parameter,) = group["params"]
+        moments = adam_moments(optimizer)
+        schedule = self._schedule(parameter, group["lr"])
+        schedule.view(torch.int64)[1].copy_(moments["step"])
+        moments["step"] += 1
+        with torch.cuda.device(parameter.device):
+            self._core.cuda_adam(
+                parameter.numel(),
+                pointer(parameter),
+                pointer(parameter.grad, parameter.shape, parameter),
+                pointer(moments["exp_avg"], parameter.shape, parameter),
+                pointer(moments["exp_avg_sq"], parameter.shape, parameter),
+                *group["betas"],
+                group["eps"],
+                schedule.data_ptr(),
+                stream(parameter),
+            )
+
+    def _schedule(self, parameter: Tensor, rate: float) -> Tensor:
+        """Learning rate (float64) and steps taken (int64) in device memory, as `AdamSchedule`."""
+        known = self._schedules.get(parameter)
+        if known is None:
+            known = (rate, parameter.new_full((2,), rate, dtype=torch.float64))
+        elif known[0] != rate:
+            known[1][0] = rate
+        self._schedules[parameter] = (rate, known[1])
+        return known[1]
+
+    def soft_update(self, target: Tensor, online: Tensor, tau: float) -> None:
+        with torch.cuda.device(target.device):
+            self._core.cuda_soft_update(
+                target.numel(),
+                pointer(target),
+                pointer(online, target.shape, target),
+                tau,
+                stream(target),
+            )
+
+
+class CudaEvaluator(NativeEvaluator):
+    """A network's evaluations by CUDA kernels.
+
+    Args:
+        network: A float32 network on a CUDA device; its flat buffer is read in place.
+    """
+
+    def __init__(self, network: FlatMLP) -> None:
+        super().__init__(network)
+        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    @staticmethod
+    def differentiates_log_prob(estimator: Estimator, obs: Tensor, noise: Tensor) -> bool:
+        """Never: the density kernel is forward only."""
+        del estimator, obs, noise
+        return False
+
+    def forward_rows(self, rows: Tensor) -> Tensor:
+        flat, rows = self.network.flat, rows.contiguous()
+        sizes = self.network.layer_sizes
+        out = rows.new_empty((self.network.members, len(rows), sizes[-1]))
+        with torch.cuda.device(flat.device):
+            self.core.cuda_mlp_forward(
+                self.spec,
+                pointer(flat),
+                len(rows),
+                pointer(rows, (len(rows), sizes[0]), flat),
+                pointer(out),
+                stream(flat),
+            )
+        return out
+
+    def candidates(self, obs: Tensor, action: Tensor) -> Tensor:
+        flat, obs, action = self.network.flat, obs.contiguous(), action.contiguous()
+        states, candidates, columns = action.shape
+        q_min = action.new_empty((states, candidates))
+        run_with_workspace(
+            self.core.cuda_twin_q,
+            flat,
+            self.spec,
+            pointer(flat),
+            states,
+            candidates,
+            columns,
+            pointer(obs, (states, self.network.layer_sizes[0] - columns), flat),
+            pointer(action, action.shape, flat),
+            pointer(q_min),
+        )
+        return q_min
+
+    def q_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        flat, obs, action = self.network.flat, obs.contiguous(), action.contiguous()
+        rows, columns = action.shape
+        q_min, gradient = action.new_empty(rows), torch.empty_like(action)
+        run_with_workspace(
+            self.core.cuda_q_gradient,
+            flat,
+            self.spec,
+            pointer(flat),
+            rows,
+            columns,
+            pointer(obs, (rows, self.network.layer_sizes[0] - columns), flat),
+            pointer(action, action.shape, flat),
+            pointer(q_min),
+            pointer(gradient),
+        )
+        return q_min, gradient
+
+    def meanflow_gradient(
+        self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        flat = self.network.flat
+        gradient = torch.zeros_like(flat)
+        loss = flat.new_empty((), dtype=torch.float64)
+        z, r, t, obs, velocity = (x.detach().contiguous() for x in (z, r, t, obs, velocity))
+        run_with_workspace(
+            self.core.cuda_meanflow_step,
+            flat,
+            self.spec,
+            pointer(flat),
+            pointer(gradient),
+            len(z),
+            pointer(obs, (len(z), obs.shape[-1]), flat),
+            pointer(z, z.shape, flat),
+            pointer(velocity, z.shape, flat),
+            pointer(r, (len(z), 1), flat),
+            pointer(t, (len(z), 1), flat),
+            loss.data_ptr(),
+        )
+        return loss.to(flat.dtype), gradient
+
+    def reweighted_velocity(
+        self,
+        obs: Tensor,
+        z: Tensor,
+        signal: Tensor,
+        scale: Tensor,
+        alpha: float,
+        num_candidates: int,
+        generator: torch.Generator | None,
+        draw_offset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As on the CPU, from the same uniforms for the same seed.
+
+        `draw_offset`, one int64 on the device, is added to the draws' offset in blocks of four: a
+        captured graph must change it between replays.
+        """
+        flat = self.network.flat
+        obs, z, signal, scale = (x.contiguous() for x in (obs, z, signal, scale))
+        rows, columns = z.shape
+        velocity, ess = torch.empty_like(z), z.new_empty(rows)
+        run_with_workspace(
+            self.core.cuda_reweighted_velocity,
+            flat,
+            self.spec,
+            pointer(flat),
+            rows,
+            num_candidates,
+            columns,
+            pointer(obs, (rows, self.network.layer_sizes[0] - columns), flat),
+            pointer(z, z.shape, flat),
+            pointer(signal, (rows, 1), flat),
+            pointer(scale, (rows, 1), flat),
+            float(alpha),
+            draw_seed(generator),
+            0,
+            0 if draw_offset is None else draw_offset.data_ptr(),
+            pointer(velocity),
+            pointer(ess),
+        )
+        return velocity, ess
+
+    def density(
+        self,
+        obs: Tensor,
+        noise: Tensor,
+        table: list[SamplerStep],
+        divergence: str,
+        probe: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flat, obs, noise = self.network.flat, obs.contiguous(), noise.contiguous()
+        action, log_prob = torch.empty_like(noise), torch.empty_like(noise[..., 0])
+        folded = torch.empty_like(log_prob, dtype=torch.bool)
+        time, scale = self._device_table(table)
+        with torch.cuda.device(flat.device):
+            self.core.cuda_flow_density(
+                self.spec,
+                pointer(flat),
+                len(noise),
+                noise.shape[1] if noise.dim() == 3 else 1,
+                pointer(obs, (len(noise), obs.shape[-1]), flat),
+                pointer(noise, noise.shape, flat),
+                *time.shape,
+                pointer(time),
+                pointer(scale),
+                divergence,
+                0 if probe is None else pointer(probe.contiguous(), noise.shape, flat),
+                pointer(action),
+                pointer(log_prob),
+                folded.data_ptr(),
+                stream(flat),
+            )
+        return action, log_prob, folded
+
+    def _device_table(self, table: list[SamplerStep]) -> tuple[Tensor, Tensor]:
+        """Time features ``(steps, F)`` and step scales ``(steps,)``, copied to the device once."""
+        key = tuple((step.r, step.t, step.q) for step in table)
+        if key not in self._tables:
+            device = self.network.flat.device
+            features = torch.from_numpy(time_feature_rows(table)).to(device)
+            scales = torch.tensor([step.q for step in table], dtype=torch.float32, device=device)
+            self._tables[key] = features, scales
+        return self._tables[key]
+
+
+def stream(tensor: Tensor) -> int:
+    """The stream that PyTorch currently uses on the tensor's device."""
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+def run_with_workspace(function: Any, like: Tensor, *args: Any) -> None:
+    """Calls a kernel function on `like`'s device and current stream with the memory it asks for."""
+    with torch.cuda.device(like.device):
+        size = function(*args, 0, 0)
+        workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=like.device)
+        function(*args, workspace.data_ptr(), stream(like))
+
+
+def pointer(tensor: Tensor | None, shape: Any = None, like: Tensor | None = None) -> int:
+    """Address of a dense float32 CUDA tensor.
+
+    Args:
+        tensor: What a kernel reads or writes.
+        shape: The shape that it must have.
+        like: A tensor on whose device it must be.
+
+    Raises:
+        ValueError: If the tensor is not what the kernel assumes.
+    """
+    if tensor is None:
+        raise ValueError("a kernel needs a tensor here, got None")
+    device = tensor.device if like is None else like.device
+    if tensor.device != device or device.type != "cuda" or tensor.dtype != torch.float32:
+        raise ValueError(
+            f"the CUDA kernels take torch.float32 on {device}; got {tensor.dtype} on "
+            f"{tensor.device}"
+        )
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"a tensor has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not contiguous")
+    return int(tensor.data_ptr())

@@ -1,0 +1,181 @@
+"""The CUDA backend on a device: against float64 PyTorch, on other streams and in graphs.
+
+What needs no device (index maps, tiles, reductions, the mathematics) is in test_cpu_kernels.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flame_ext import ops, reference
+from flame_ext.backends import make_backend
+from flame_ext.backends.cuda import CudaBackend, CudaEvaluator
+from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
+
+pytestmark = pytest.mark.gpu
+EPS = torch.finfo(torch.float32).eps
+SHAPES = [
+    (1, 1, 1, (8,)),
+    (31, 17, 6, (64, 64, 64)),
+    (257, 17, 6, (256, 256)),
+    (33, 376, 17, (48,)),
+]
+
+
+@pytest.fixture(autouse=True)
+def _single_precision() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def make_critics(obs_dim: int, action_dim: int, hidden: tuple[int, ...], **options: Any) -> Critics:
+    generator = torch.Generator().manual_seed(1)
+    return Critics(obs_dim, action_dim, hidden, generator=generator, **options).cuda()
+
+
+def make_policy(obs_dim: int, action_dim: int, hidden: tuple[int, ...]) -> MeanVelocityNet:
+    generator = torch.Generator().manual_seed(2)
+    return MeanVelocityNet(obs_dim, action_dim, hidden, generator=generator).cuda()
+
+
+def exact(net: FlatMLP) -> Any:
+    copied = copy.deepcopy(net).double()
+    copied.evaluator = None
+    return copied
+
+
+def assert_as_accurate(ours: Tensor, single: Tensor, wanted: Tensor) -> None:
+    error = (ours.double() - wanted).abs().max()
+    theirs = (single.double() - wanted).abs().max()
+    assert error <= 2 * theirs + 4 * EPS * wanted.abs().max()
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), SHAPES)
+def test_critics(layer_norm, rows, obs_dim, action_dim, hidden):
+    critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
+    obs, action, target = draw(rows, obs_dim), draw(rows, action_dim).tanh(), draw(rows)
+    several = draw(rows, 5, action_dim, seed=1).tanh()
+    native = CudaEvaluator(critics)
+    results = []
+    for net, kind in ((copy.deepcopy(critics), torch.float32), (exact(critics), torch.float64)):
+        s, a, y, many = (x.to(kind) for x in (obs, action, target, several))
+        a.requires_grad_()
+        q = net.q_min(s, a)
+        (d_action,) = torch.autograd.grad(q.sum(), a)
+        loss = (net.q_values(s, a.detach()) - y).square().mean(1).sum()
+        (d_flat,) = torch.autograd.grad(loss, net.flat)
+        with torch.no_grad():
+            results.append((q.detach(), d_action, d_flat, net.candidate_q_min(s, many)))
+    metrics = CudaBackend().critic_step(critics, obs, action, target)
+    assert metrics["critic_loss"] > 0
+    ours = (*native.q_gradient(obs, action), critics.flat.grad, native.candidates(obs, several))
+    for values in zip(ours, *results, strict=True):
+        assert_as_accurate(*values)
+
+
+@pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), SHAPES)
+def test_policy(rows, obs_dim, action_dim, hidden):
+    net = make_policy(obs_dim, action_dim, hidden)
+    obs, noise, velocity = draw(rows, obs_dim), draw(rows, action_dim), draw(rows, action_dim)
+    t = torch.rand(rows, 1, generator=torch.Generator().manual_seed(3)).cuda()
+    results = []
+    for copied, kind in ((copy.deepcopy(net), torch.float32), (exact(net), torch.float64)):
+        s, z, v, late = (x.to(kind) for x in (obs, noise, velocity, t))
+        loss = reference.meanflow_loss(copied, z, late / 2, late, s, v)
+        (d_flat,) = torch.autograd.grad(loss, copied.flat)
+        with torch.no_grad():
+            density = reference.log_prob(copied, s, z)
+        results.append((loss.detach(), d_flat, density.action, density.log_prob))
+    native = CudaEvaluator(net)
+    loss, d_flat = native.meanflow_gradient(noise, t / 2, t, obs, velocity)
+    with torch.no_grad():
+        density = ops.log_prob(net, obs, noise, backend="cuda")
+    for values in zip((loss, d_flat, density.action, density.log_prob), *results, strict=True):
+        assert_as_accurate(*values)
+
+
+def test_reweighted_velocity_is_the_cpus():
+    critics = make_critics(17, 6, (64, 64))
+    obs, z = draw(37, 17), draw(37, 6)
+    t = torch.linspace(0.05, 1, 37).unsqueeze(1).cuda()
+    args = (obs, z, 1 - t, t)
+    ours = CudaEvaluator(critics).reweighted_velocity(
+        *args, 0.3, 33, torch.Generator().manual_seed(5)
+    )
+    from flame_ext.backends.cpu import NativeEvaluator
+
+    theirs = NativeEvaluator(copy.deepcopy(critics).cpu()).reweighted_velocity(
+        *(x.cpu() for x in args), 0.3, 33, torch.Generator().manual_seed(5)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+def update(backend: CudaBackend, critics: Critics, target: Critics, batch: list[Tensor]) -> None:
+    """A critic update's kernels without the host's view of its loss."""
+    gradient = critics.flat.grad
+    gradient.zero_()
+    q, d_action = CudaEvaluator(critics).q_gradient(*batch[:2])
+    gradient[: q.numel()].add_(q)
+    gradient[: d_action.numel()].add_(d_action.view(-1))
+    backend.optimizer_step(critics.optimizer)
+    backend.soft_update(target.flat, critics.flat, 0.05)
+
+
+def test_graph_replays_equal_eager_steps():
+    def start() -> tuple[CudaBackend, Critics, Critics]:
+        critics = make_critics(17, 6, (64, 64))
+        critics.flat.grad = torch.zeros_like(critics.flat)
+        critics.optimizer = torch.optim.Adam([critics.flat], lr=1e-3)
+        return CudaBackend(), critics, make_critics(17, 6, (64, 64))
+
+    batch = [draw(64, 17), draw(64, 6).tanh()]
+    eager, replayed = start(), start()
+    for _ in range(103):
+        with torch.no_grad():
+            update(*eager, batch)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        for _ in range(3):
+            update(*replayed, batch)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        update(*replayed, batch)
+    for _ in range(100):
+        graph.replay()
+    for a, b in zip(eager[1:], replayed[1:], strict=True):
+        assert torch.equal(a.flat, b.flat)
+
+
+def test_kernels_wait_for_the_current_stream():
+    critics = make_critics(17, 6, (64, 64))
+    native, obs, action = CudaEvaluator(critics), draw(33, 17), draw(33, 4, 6).tanh()
+    wanted = native.candidates(obs, action)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        late = torch.full_like(action, float("nan"))
+        torch.cuda._sleep(50_000_000)
+        late.copy_(action)
+        assert torch.equal(native.candidates(obs, late), wanted)
+
+
+def test_refusals():
+    critics = make_critics(17, 6, (64, 64))
+    native = CudaEvaluator(critics)
+    with pytest.raises(ValueError, match=r"torch.float32 on cuda:0; got torch.float32 on cpu"):
+        native.candidates(draw(3, 17).cpu(), draw(3, 4, 6))
+    with pytest.raises(ValueError, match=r"shape \(3, 16\); expected \(3, 17\)"):
+        native.candidates(draw(3, 16), draw(3, 4, 6))
+    with pytest.raises(ValueError, match="CUDA device"):
+        make_backend("cuda", torch.device("cpu"))
