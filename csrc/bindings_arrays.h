@@ -29,8 +29,9 @@ inline std::string shape_text(const py::array& a) {
 }
 
 inline void check_float32(const py::array& a, const char* name) {
-    check(py::isinstance<py::array_t<float>>(a), name, " has dtype ",
-          std::string(py::str(a.dtype())), "; it must be float32");
+    if (!py::isinstance<py::array_t<float>>(a)) {  // the text calls into Python, so only when wrong
+        check(false, name, " has dtype ", std::string(py::str(a.dtype())), "; it must be float32");
+    }
     check(reinterpret_cast<uintptr_t>(a.data()) % sizeof(float) == 0, name,
           " is not aligned to 4 bytes; pass a copy");
 }

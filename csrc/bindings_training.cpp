@@ -71,6 +71,48 @@ Array py_mlp_forward(const MlpSpec& spec, const py::array& parameters, const py:
     return output;
 }
 
+// Memory of a recorded pass: an arena of its own, borrowed from a shared pool.
+class RecordMemory {
+  public:
+    RecordMemory()
+        : arena_(borrow_arena(), &return_arena), workspace_(new Workspace(arena_.get())) {}
+    Workspace& operator*() const { return *workspace_; }
+
+  private:
+    std::unique_ptr<Arena, void (*)(Arena*)> arena_;
+    std::unique_ptr<Workspace> workspace_;  // after arena_: it gives back first
+};
+
+class RecordedMlp {
+  public:
+    RecordedMlp(const MlpSpec& spec, const py::array& parameters, const py::array& input) {
+        const RowsView x = matrix(input, "input", -1, spec.sizes[0]);
+        check(x.rows >= 1, "input has no rows; a recorded pass needs at least one");
+        output_ = Array(
+            {static_cast<int64_t>(spec.members), x.rows, static_cast<int64_t>(outputs(spec))});
+        const MlpForwardArgs args{spec,   dense(parameters, "parameters", {count_of(spec)}),
+                                  x.rows, x.data,
+                                  x.ld,   output_.mutable_data()};
+        const py::gil_scoped_release release;
+        tape_ = kernels().mlp_record(args, *memory_);
+    }
+
+    const Array& output() const { return output_; }
+
+    void backward(const py::array& gradients, const py::array& d_output) const {
+        const MlpBackwardArgs args{
+            tape_, writable(gradients, "gradients", {tape_->parameter_count}),
+            dense(d_output, "d_output", {output_.shape(0), output_.shape(1), output_.shape(2)})};
+        const py::gil_scoped_release release;
+        tape_->backward(args);
+    }
+
+  private:
+    RecordMemory memory_;
+    Array output_;
+    MlpTape* tape_ = nullptr;
+};
+
 py::object py_twin_q(const MlpSpec& spec, const py::array& parameters, const py::array& obs,
                      const py::array& actions, bool each) {
     check(actions.ndim() == 3, "actions has shape ", shape_text(actions),
@@ -343,8 +385,7 @@ class RecordedDensity {
   public:
     RecordedDensity(const MlpSpec& spec, const py::array& parameters, const py::array& obs,
                     const py::array& noise, const py::array& time, const py::array& scale,
-                    bool density)
-        : arena_(borrow_arena(), &return_arena), memory_(new Workspace(arena_.get())) {
+                    bool density) {
         check(noise.ndim() == 2 && noise.shape(0) >= 1, "noise has shape ", shape_text(noise),
               "; it must be (rows, ", outputs(spec), ") with at least one row");
         check(time.ndim() == 2 && time.shape(0) == 1, "time has shape ", shape_text(time),
@@ -377,8 +418,7 @@ class RecordedDensity {
     }
 
   private:
-    std::unique_ptr<Arena, void (*)(Arena*)> arena_;
-    std::unique_ptr<Workspace> memory_;  // after arena_: it gives back first
+    RecordMemory memory_;
     DensityResult result_;
     Array transport_;
     FlowTape* tape_ = nullptr;
@@ -431,6 +471,11 @@ void bind_training(py::module_& m) {
              py::arg("activation"), py::arg("layer_norm"))
         .def_property_readonly("parameter_count", &count_of);
     m.def("mlp_forward", &py_mlp_forward, py::arg("spec"), py::arg("parameters"), py::arg("input"));
+    py::class_<RecordedMlp>(m, "RecordedMlp")
+        .def(py::init<const MlpSpec&, const py::array&, const py::array&>(), py::arg("spec"),
+             py::arg("parameters"), py::arg("input"))
+        .def_property_readonly("output", &RecordedMlp::output)
+        .def("backward", &RecordedMlp::backward, py::arg("gradients"), py::arg("d_output"));
     m.def("twin_q", &py_twin_q, py::arg("spec"), py::arg("parameters"), py::arg("obs"),
           py::arg("actions"), py::arg("each") = false);
     m.def("critic_step", &py_critic_step, py::arg("spec"), py::arg("parameters"),

@@ -20,9 +20,12 @@ namespace flame {
 namespace {
 
 constexpr int kMaxThreads = 256;
-// Threads poll this often before they give up their CPU: 10-30 us, the gap between two kernels.
+// Threads poll this often before they offer their CPU to others: 10-30 us.
 constexpr int kSpins = 2000;
 constexpr int kYields = 20;
+// An idle worker polls on, yielding each time, through the gaps between the kernels of a training
+// step: to wake a sleeping one takes about as long as a small kernel.
+constexpr int kIdleYields = 1000;
 
 inline void cpu_pause() {
 #if defined(__x86_64__)
@@ -157,9 +160,9 @@ void Pool::work() {
     inside_pool = true;
     uint32_t seen = 0;
     for (;;) {
-        for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) {
-            cpu_pause();
-        }
+        const auto idle = [&] { return generation_.load(std::memory_order_acquire) == seen; };
+        for (int i = 0; i < kSpins && idle(); ++i) cpu_pause();
+        for (int i = 0; i < kIdleYields && idle() && !stop_; ++i) std::this_thread::yield();
         Job job;
         {
             std::unique_lock<std::mutex> lock(mutex_);

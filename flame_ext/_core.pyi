@@ -93,6 +93,13 @@ def mlp_forward(
     parameters: _Array,
     input: _Array,  # noqa: A002
 ) -> _Array: ...
+
+class RecordedMlp:
+    def __init__(self, spec: MlpSpec, parameters: _Array, input: _Array) -> None: ...  # noqa: A002
+    @property
+    def output(self) -> NDArray[np.float32]: ...
+    def backward(self, gradients: _Array, d_output: _Array) -> None: ...
+
 @overload
 def twin_q(
     spec: MlpSpec,

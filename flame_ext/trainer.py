@@ -224,19 +224,8 @@ class Trainer:
         progress = Progress(total, initial=self.global_step, algorithm=c.algorithm)
         self._call("on_start")
         try:
-            while self.global_step < total and self._stopped_by is None:
-                before = self.global_step
-                self.agent.set_progress(before / total)
-                self._collect()
-                self._update(self.global_step - before)
-                progress.update(self.global_step, self.agent.updates)
-                if self._due(before, c.log_interval):
-                    self._log(log, progress)
-                if self._due(before, c.eval_interval) and self.global_step < total:
-                    self._evaluate(log, evaluation_log, progress)
-                if self._due(before, c.checkpoint_interval) and self.global_step < total:
-                    self.save()
-            self._evaluate(log, evaluation_log, progress)
+            with self.backend.training():
+                self._train(total, log, evaluation_log, progress)
         finally:
             self.save()
             progress.close()
@@ -250,6 +239,24 @@ class Trainer:
         )
         self._call("on_end", result)
         return result
+
+    def _train(
+        self, total: int, log: MultiLogger, evaluation_log: EvaluationLog, progress: Progress
+    ) -> None:
+        c = self.config
+        while self.global_step < total and self._stopped_by is None:
+            before = self.global_step
+            self.agent.set_progress(before / total)
+            self._collect()
+            self._update(self.global_step - before)
+            progress.update(self.global_step, self.agent.updates)
+            if self._due(before, c.log_interval):
+                self._log(log, progress)
+            if self._due(before, c.eval_interval) and self.global_step < total:
+                self._evaluate(log, evaluation_log, progress)
+            if self._due(before, c.checkpoint_interval) and self.global_step < total:
+                self.save()
+        self._evaluate(log, evaluation_log, progress)
 
     def stop(self, reason: str = "stop()") -> None:
         """Ends the run after the current step; it is evaluated and saved as usual."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flame_ext import _core, reference
+from flame_ext.backends.cpu import NativeEvaluator
 from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
 from flame_ext.sampling import flow_steps, time_feature_rows
 
@@ -117,6 +118,45 @@ def test_mlp_forward(activation, layer_norm, rows, sizes, members):
     single = net(torch.from_numpy(x))
     exact = copy.deepcopy(net).double()(torch.from_numpy(x).double())
     assert_as_accurate(ours, single, exact)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "sizes", "members"), [(1, (3, 5), 1), (101, (23, 47, 33, 12), 1), (49, (7, 16, 2), 2)]
+)
+@each_isa
+def test_recorded_mlp(rows, sizes, members, layer_norm):
+    """Through autograd, as the losses use it: output and gradient, twice from one recording."""
+    net = FlatMLP(
+        (sizes[0],),
+        sizes[1:-1],
+        sizes[-1],
+        members=members,
+        activation="silu",
+        layer_norm=layer_norm,
+        generator=torch.Generator().manual_seed(3),
+    )
+    shaken(net)
+    x = torch.from_numpy(draw(rows, sizes[0], scale=2.0))
+    weight = torch.from_numpy(draw(members, rows, sizes[-1]))
+
+    def gradient(network, dtype):
+        output = network(x.to(dtype))
+        (by_flat,) = torch.autograd.grad((output * weight.to(dtype)).sum(), network.flat)
+        return output, by_flat
+
+    single = gradient(net, torch.float32)
+    exact = gradient(copy.deepcopy(net).double(), torch.float64)
+    net.evaluator = NativeEvaluator(net)
+    recorded = net(x)
+    assert recorded.grad_fn is not None
+    for ours, theirs, truth in zip(gradient(net, torch.float32), single, exact, strict=True):
+        assert_as_accurate(ours.detach().numpy(), theirs, truth)
+    twice = [
+        torch.autograd.grad((recorded * weight).sum(), net.flat, retain_graph=True)[0]
+        for _ in range(2)
+    ]
+    assert torch.equal(*twice)
 
 
 @each_target

@@ -48,6 +48,27 @@ def test_a_run_leaves_everything_a_user_expects(tmp_path: Path, algorithm: str) 
     assert policy.act(np.zeros(2), num_particles=3).shape == (2,)
 
 
+@pytest.mark.parametrize(("backend", "expected"), [("cpu", 1), ("torch", 2)])
+def test_pytorch_leaves_the_cores_to_the_native_kernels(
+    tmp_path: Path, backend: str, expected: int
+) -> None:
+    """Only while a run goes on, and not in the pure-PyTorch backend."""
+    seen: list[int] = []
+    watch = flame_ext.callbacks.FunctionCallback(
+        lambda *_: seen.append(torch.get_num_threads()), event="log"
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        Trainer(
+            TASK, config=TINY, backend=backend, run_dir=tmp_path / "run", callbacks=[watch]
+        ).run(total_steps=80)
+        assert seen == [expected] * 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("task", [TASK, "InvertedPendulum-v5"])
 def test_resuming_is_bit_equal_to_never_stopping(tmp_path: Path, task: str) -> None:
     """Stopped in the middle of episodes and of an update's debt."""

@@ -9,9 +9,10 @@ namespace flame::FLAME_ISA {
 
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
-    kLanes,      policy_act,          read_stream,       multiply_add,  mlp_forward,
-    twin_q,      critic_step,         q_gradient,        meanflow_step, flow_density,
-    flow_record, reweighted_velocity, truncated_normals, adam,          soft_update,
+    kLanes,       policy_act,  read_stream,         multiply_add,      mlp_forward,
+    mlp_record,   twin_q,      critic_step,         q_gradient,        meanflow_step,
+    flow_density, flow_record, reweighted_velocity, truncated_normals, adam,
+    soft_update,
 };
 
 }  // namespace flame::FLAME_ISA

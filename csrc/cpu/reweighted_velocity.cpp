@@ -16,7 +16,9 @@
 namespace flame::FLAME_ISA {
 namespace {
 
-constexpr int kGroupRows = 1536;  // candidate rows per task
+// Candidate rows per task: a small multiple of the tile, so that small batches give every thread
+// work.
+constexpr int kGroupRows = 384;
 
 // Running sums of one state; velocity and resampled are A values each.
 struct SoftmaxSums {

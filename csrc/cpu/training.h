@@ -20,6 +20,20 @@ struct MlpForwardArgs {
     float* output;  // (members, rows, out)
 };
 
+// Adds the gradient of sum_mb d_output[m, b] . output[m, b] to `gradients`. Every instruction set's
+// MlpTape starts with its own backward, which knows its layouts.
+struct MlpTape;
+struct MlpBackwardArgs {
+    MlpTape* tape;
+    float* gradients;
+    const float* d_output;  // (members, rows, out)
+};
+struct MlpTape {
+    void (*backward)(const MlpBackwardArgs& args);
+    int64_t rows;
+    int64_t parameter_count;
+};
+
 // Q of K candidate actions per state; input columns are [action (A) | observation (O)].
 struct TwinQArgs {
     MlpSpec spec;

@@ -108,6 +108,7 @@ const CpuKernels kTable = {
     missing,
     missing,
     host_mlp_forward,
+    missing,
     host_twin_q,
     host_critic_step,
     host_q_gradient,

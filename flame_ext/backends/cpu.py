@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,11 @@ DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
 
 
 class CpuBackend(TorchBackend):
-    """Critic step, target update and every large evaluation inside the losses by native kernels.
+    """Critic step, target update and every network evaluation inside the losses by native kernels.
 
-    Autograd only joins the flow policy's native pieces (exact density, MeanFlow loss, Qmin, the
-    reweighted velocity). PyTorch still differentiates the Gaussian and the diffusion policy's own
-    network, a reverse-KL term through ``multi_step`` or ``one_step_trace``, and one without
-    entropy (``reverse_kl_entropy=False``).
+    Autograd only joins the native pieces (network outputs, exact density, MeanFlow loss, Qmin, the
+    reweighted velocity). PyTorch still differentiates a reverse-KL term through ``multi_step`` or
+    ``one_step_trace``.
     """
 
     name = "cpu"
@@ -39,6 +40,20 @@ class CpuBackend(TorchBackend):
     def __init__(self) -> None:
         self._core = load_core()
         self._core.set_num_threads(torch.get_num_threads())
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Keeps PyTorch's own threads off the cores that the kernels use.
+
+        After every parallel operation they spin for milliseconds, waiting for the next one: with
+        them beside it on two cores no kernel was faster on two threads than on one.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def accelerate(self, network: FlatMLP) -> None:
         network.evaluator = NativeEvaluator(network)
@@ -86,12 +101,14 @@ class NativeEvaluator:
         network: A float32 network on the CPU; its flat buffer is read in place.
     """
 
+    differentiates_forward = True
+
     def __init__(self, network: FlatMLP) -> None:
         self.network, self.core = network, load_core()
         self.spec = mlp_spec(network)
 
     def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
-        """As `FlatMLP.forward`."""
+        """As `FlatMLP.forward`, differentiable once and by the parameters alone."""
         batch = np.broadcast_shapes(*(tuple(block.shape[:-1]) for block in blocks))
         rows = torch.cat([block.expand(*batch, -1) for block in blocks], dim=-1)
         out = self.forward_rows(rows.reshape(-1, rows.shape[-1]))
@@ -99,6 +116,11 @@ class NativeEvaluator:
 
     def forward_rows(self, rows: Tensor) -> Tensor:
         """Outputs ``(members, B, out)`` of concatenated inputs ``(B, in)``."""
+        if torch.is_grad_enabled() and self.network.flat.requires_grad:
+            recorded: Tensor = _Forward.apply(  # type: ignore[no-untyped-call]
+                self.network.flat, rows, self
+            )
+            return recorded
         out = self.core.mlp_forward(self.spec, _array(self.network.flat), _array(rows))
         return torch.from_numpy(out)
 
@@ -252,6 +274,23 @@ class NativeEvaluator:
             self.spec, _array(self.network.flat), _array(obs), _array(action.contiguous())
         )
         return torch.from_numpy(q)
+
+
+class _Forward(torch.autograd.Function):
+    """A network's output, with its gradient by the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, rows: Tensor, evaluator: NativeEvaluator) -> Tensor:
+        recorded = evaluator.core.RecordedMlp(evaluator.spec, _array(flat), _array(rows))
+        ctx.recorded, ctx.size = recorded, flat.numel()
+        return torch.from_numpy(recorded.output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None, None]:
+        gradient = torch.zeros(ctx.size)
+        ctx.recorded.backward(gradient.numpy(), _array(d_output.contiguous()))
+        return gradient, None, None
 
 
 class _QMin(torch.autograd.Function):

@@ -127,6 +127,8 @@ class CudaEvaluator(NativeEvaluator):
         network: A float32 network on a CUDA device; its flat buffer is read in place.
     """
 
+    differentiates_forward = False
+
     def __init__(self, network: FlatMLP) -> None:
         super().__init__(network)
         self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +17,11 @@ class TorchBackend:
     """Whole steps by autograd; gradients land in each network's flat buffer."""
 
     name = "torch"
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Surrounds a training loop; PyTorch needs nothing."""
+        yield
 
     def accelerate(self, network: FlatMLP) -> None:
         """Prepares a network of the agent; PyTorch needs nothing."""

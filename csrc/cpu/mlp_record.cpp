@@ -1,0 +1,77 @@
+// An ensemble's forward pass that can be differentiated by its parameters later, for losses that
+// are computed elsewhere.
+#include "cpu/mlp_input.h"
+#include "cpu/mlp_tape.h"
+#include "cpu/training_kernels.h"
+
+namespace flame::FLAME_ISA {
+namespace {
+
+struct RecordedMlp {
+    MlpTape head;  // first: MlpTape* points here
+    MlpSpec spec;
+    PackedMlp packed;
+    Tape tapes[kMaxMembers];
+    const float* input;  // (rows, ldx)
+    ptrdiff_t ldx;
+};
+
+// body(member, chunk of its tape) for all of them in parallel.
+template <typename Body>
+void for_chunks(const RecordedMlp& mlp, Body body) {
+    const int64_t chunks = mlp.tapes[0].chunks;
+    parallel_for(chunks * mlp.spec.members, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i / chunks, i % chunks);
+    });
+}
+
+void mlp_backward(const MlpBackwardArgs& args) {
+    const RecordedMlp& mlp = *reinterpret_cast<const RecordedMlp*>(args.tape);
+    const int out = mlp.spec.sizes[mlp.spec.num_layers];
+    for_chunks(mlp, [&](int64_t m, int64_t c) {
+        const Tape& tape = mlp.tapes[m];
+        const ChunkRange range = chunk_range(tape, c);
+        for (int64_t i = range.first; i < range.first + range.rows; ++i) {
+            std::memcpy(tape.output_delta + i * tape.output_ld,
+                        args.d_output + (m * tape.rows + i) * out, out * sizeof(float));
+        }
+        backward_rows(mlp.packed.layers[m], tape, c);
+    });
+    LayerGradient list[kMaxMembers * kMaxLayers];
+    int count = 0;
+    for (int m = 0; m < mlp.spec.members; ++m) {
+        count = append_layer_gradients(mlp.spec, mlp.tapes[m], m, mlp.input, mlp.ldx,
+                                       args.gradients, list, count);
+    }
+    run_layer_gradients(list, count);
+}
+
+}  // namespace
+
+MlpTape* mlp_record(const MlpForwardArgs& a, Workspace& memory) {
+    auto* mlp = static_cast<RecordedMlp*>(memory.bytes(sizeof(RecordedMlp)));
+    *mlp = RecordedMlp{};
+    mlp->head = {&mlp_backward, a.rows, static_cast<int64_t>(parameter_count(a.spec))};
+    mlp->spec = a.spec;
+    pack_mlp(a.spec, a.parameters, {true, 0}, memory, mlp->packed);
+    const int in = a.spec.sizes[0];
+    const InputBlock block{a.input, a.input_ld, in};
+    mlp->input = concatenate(a.rows, &block, 1, in, memory);
+    mlp->ldx = padded_columns(in);
+    for (int m = 0; m < a.spec.members; ++m) mlp->tapes[m] = make_tape(a.spec, a.rows, memory);
+    const int out = a.spec.sizes[a.spec.num_layers];
+    for_chunks(*mlp, [&](int64_t m, int64_t c) {
+        const Tape& tape = mlp->tapes[m];
+        const ChunkRange range = chunk_range(tape, c);
+        with_activation(a.spec.activation, [&](auto act) {
+            record_rows<decltype(act)>(mlp->packed.layers[m], tape, range, mlp->input, mlp->ldx);
+        });
+        for (int64_t i = range.first; i < range.first + range.rows; ++i) {
+            std::memcpy(a.output + (m * a.rows + i) * out, tape.output + i * tape.output_ld,
+                        out * sizeof(float));
+        }
+    });
+    return &mlp->head;
+}
+
+}  // namespace flame::FLAME_ISA
