@@ -26,6 +26,8 @@ constexpr int kYields = 20;
 // An idle worker polls on, yielding each time, through the gaps between the kernels of a training
 // step: to wake a sleeping one takes about as long as a small kernel.
 constexpr int kIdleYields = 1000;
+// Chunks differ in cost and threads in speed, so there are more of them than threads.
+constexpr int kChunksPerThread = 4;
 
 inline void cpu_pause() {
 #if defined(__x86_64__)
@@ -221,8 +223,9 @@ void set_num_threads(int n) {
 void parallel_for_raw(int64_t n, int64_t grain, ChunkFn fn, void* context) {
     if (n <= 0) return;
     const int threads = num_threads();
-    const int chunks = static_cast<int>(
-        std::min<int64_t>(threads, std::max<int64_t>(1, n / std::max<int64_t>(grain, 1))));
+    const int64_t most = threads == 1 ? 1 : static_cast<int64_t>(threads) * kChunksPerThread;
+    const int64_t chunks =
+        std::min<int64_t>(most, std::max<int64_t>(1, n / std::max<int64_t>(grain, 1)));
     if (chunks == 1 || inside_pool) return fn(context, 0, n);
     State& s = current_state();
     std::unique_lock<std::mutex> lock(s.use, std::try_to_lock);

@@ -46,10 +46,27 @@ static inline const float* copy_padded(const float* from, int n, Workspace& work
     return to;
 }
 
+// One weight matrix to pack, both ways.
+struct PackTask {
+    const float* weight;
+    int in;
+    int out;
+    int columns;
+    float* forward;
+    float* backward;
+};
+
+static inline void run_pack_task(const PackTask& t) {
+    pack_transposed(t.weight, t.out, t.in, t.forward);
+    if (t.backward) pack_plain(t.weight, t.out, t.in, t.columns, t.backward);
+}
+
 static inline void pack_mlp(const MlpSpec& spec, const float* parameters,
                             const PackOptions& options, Workspace& workspace, PackedMlp& packed) {
     packed.members = spec.members;
     packed.num_layers = spec.num_layers;
+    PackTask tasks[kMaxMembers * kMaxLayers];
+    int count = 0;
     for (int l = 0; l < spec.num_layers; ++l) {
         const LayerOffsets at = layer_offsets(spec, l);
         const int in = spec.sizes[l];
@@ -60,9 +77,8 @@ static inline void pack_mlp(const MlpSpec& spec, const float* parameters,
             const float* weight = parameters + at.weight + static_cast<size_t>(m) * out * in;
             const size_t row = static_cast<size_t>(m) * out;
             float* forward = workspace.floats(packed_size(out, in));
-            pack_transposed(weight, out, in, forward);
             float* backward = columns > 0 ? workspace.floats(packed_size(columns, out)) : nullptr;
-            if (backward) pack_plain(weight, out, in, columns, backward);
+            tasks[count++] = {weight, in, out, columns, forward, backward};
             const bool norm = has_norm(spec, l);
             layer = PackedLayer{
                 in,
@@ -75,6 +91,9 @@ static inline void pack_mlp(const MlpSpec& spec, const float* parameters,
                 norm ? copy_padded(parameters + at.offset + row, out, workspace) : nullptr};
         }
     }
+    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) run_pack_task(tasks[i]);
+    });
 }
 
 }  // namespace flame::FLAME_ISA

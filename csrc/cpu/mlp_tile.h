@@ -7,7 +7,8 @@
 
 namespace flame::FLAME_ISA {
 
-constexpr int kMaxTileRows = 96;
+// Larger tiles are not faster, and 256 rows should still be work for several threads.
+constexpr int kMaxTileRows = 48;
 
 static inline int widest_row(const MlpSpec& spec) {
     int widest = 0;

@@ -18,7 +18,7 @@ namespace {
 
 // Candidate rows per task: a small multiple of the tile, so that small batches give every thread
 // work.
-constexpr int kGroupRows = 384;
+constexpr int kGroupRows = 192;
 
 // Running sums of one state; velocity and resampled are A values each.
 struct SoftmaxSums {
