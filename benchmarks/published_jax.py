@@ -51,7 +51,12 @@ def ours(candidates: int) -> tuple[Callable[[], object], Callable[[], object]]:
     rows = {name: torch.from_numpy(value) for name, value in transitions().items()}
     batch = Batch(**rows, terminated=torch.zeros(BATCH))
     policy, obs = untrained_policy("flame", OBS_DIM, ACTION_DIM, "paper"), transitions()["obs"][:1]
-    return lambda: agent.update(batch), lambda: policy.act(obs, num_particles=32)
+
+    def update() -> None:
+        with agent.backend.training():  # as the trainer does
+            agent.update(batch)
+
+    return update, lambda: policy.act(obs, num_particles=32)
 
 
 def published(candidates: int, checkout: str) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -162,6 +162,11 @@ def test_exact_log_prob(benchmark: Any, samples: int) -> None:
     compare(benchmark, name, lambda: run("cpu"), lambda: run("torch"), flop)
 
 
+def update_as_trained(agent: Agent, batch: Batch) -> None:
+    with agent.backend.training():
+        agent.update(batch)
+
+
 @pytest.mark.parametrize("algorithm", ["flame", "flame-r", "sac"])
 def test_whole_update(benchmark: Any, algorithm: str) -> None:
     """A critic and a policy update as the trainer does them, Adam and target update included."""
@@ -182,6 +187,6 @@ def test_whole_update(benchmark: Any, algorithm: str) -> None:
     compare(
         benchmark,
         f"whole update, {algorithm}",
-        lambda: native.update(batch),
+        lambda: update_as_trained(native, batch),
         lambda: plain.update(batch),
     )
