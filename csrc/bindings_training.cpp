@@ -60,12 +60,19 @@ int critic_obs_dim(const MlpSpec& spec, int action_dim) {
 
 // --- Kernels
 
-Array py_mlp_forward(const MlpSpec& spec, const py::array& parameters, const py::array& input) {
+MlpForwardArgs forward_args(const MlpSpec& spec, const py::array& parameters,
+                            const py::array& input, Array& output) {
     const RowsView x = matrix(input, "input", -1, spec.sizes[0]);
-    Array output({static_cast<int64_t>(spec.members), x.rows, static_cast<int64_t>(outputs(spec))});
-    const MlpForwardArgs args{spec,   dense(parameters, "parameters", {count_of(spec)}),
-                              x.rows, x.data,
-                              x.ld,   output.mutable_data()};
+    output =
+        Array({static_cast<int64_t>(spec.members), x.rows, static_cast<int64_t>(outputs(spec))});
+    return {spec,   dense(parameters, "parameters", {count_of(spec)}),
+            x.rows, x.data,
+            x.ld,   output.mutable_data()};
+}
+
+Array py_mlp_forward(const MlpSpec& spec, const py::array& parameters, const py::array& input) {
+    Array output;
+    const MlpForwardArgs args = forward_args(spec, parameters, input, output);
     const py::gil_scoped_release release;
     kernels().mlp_forward(args);
     return output;
@@ -86,13 +93,8 @@ class RecordMemory {
 class RecordedMlp {
   public:
     RecordedMlp(const MlpSpec& spec, const py::array& parameters, const py::array& input) {
-        const RowsView x = matrix(input, "input", -1, spec.sizes[0]);
-        check(x.rows >= 1, "input has no rows; a recorded pass needs at least one");
-        output_ = Array(
-            {static_cast<int64_t>(spec.members), x.rows, static_cast<int64_t>(outputs(spec))});
-        const MlpForwardArgs args{spec,   dense(parameters, "parameters", {count_of(spec)}),
-                                  x.rows, x.data,
-                                  x.ld,   output_.mutable_data()};
+        const MlpForwardArgs args = forward_args(spec, parameters, input, output_);
+        check(args.rows >= 1, "input has no rows; a recorded pass needs at least one");
         const py::gil_scoped_release release;
         tape_ = kernels().mlp_record(args, *memory_);
     }

@@ -51,22 +51,13 @@ void critic_step(const CriticStepArgs& a) {
     const float* input = concatenate(a.rows, blocks, 2, in, workspace);
     const ptrdiff_t ldx = padded_columns(in);
     Tape tapes[kMaxMembers];
-    LayerGradient list[kMaxMembers * kMaxLayers];
-    int count = 0;
-    for (int m = 0; m < a.spec.members; ++m) {
-        tapes[m] = make_tape(a.spec, a.rows, workspace);
-        count = append_layer_gradients(a.spec, tapes[m], m, input, ldx, a.gradients, list, count);
-    }
-    parallel_for(tapes[0].chunks * a.spec.members, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t m = i / tapes[0].chunks;
-            with_activation(a.spec.activation, [&](auto act) {
-                critic_chunk<decltype(act)>(a, packed.layers[m], tapes[m], i % tapes[0].chunks,
-                                            input, ldx);
-            });
-        }
+    for (int m = 0; m < a.spec.members; ++m) tapes[m] = make_tape(a.spec, a.rows, workspace);
+    for_member_chunks(tapes, a.spec.members, [&](int64_t m, int64_t c) {
+        with_activation(a.spec.activation, [&](auto act) {
+            critic_chunk<decltype(act)>(a, packed.layers[m], tapes[m], c, input, ldx);
+        });
     });
-    run_layer_gradients(list, count);
+    add_member_gradients(a.spec, tapes, input, ldx, a.gradients);
     summarise(a, tapes);
 }
 

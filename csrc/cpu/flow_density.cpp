@@ -107,8 +107,7 @@ const float* state_parts(const FlowDensityArgs& a, const PackedLayer& layer, int
         const float* rows_init[kMaxTileRows];
         for (int64_t c = begin; c < end; ++c) {
             const int64_t first = c * kMaxTileRows;
-            const int64_t left = a.states - first;
-            const int rows = static_cast<int>(left < kMaxTileRows ? left : kMaxTileRows);
+            const int rows = row_count(first, a.states, kMaxTileRows);
             fill_rows(rows_init, rows, bias, 0);
             gemm_packed(rows, layer.out, a.action_dim, obs_dim, layer.in, a.obs + first * a.obs_ld,
                         a.obs_ld, layer.forward, rows_init, part + first * ld, ld);

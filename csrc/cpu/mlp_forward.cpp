@@ -93,7 +93,7 @@ void mlp_forward(const MlpForwardArgs& a) {
         const TileBuffers tile = make_tile_buffers(chunk, width, scratch);
         for (int64_t c = begin; c < end; ++c) {
             const int64_t first = c * chunk;
-            const int rows = static_cast<int>(a.rows - first < chunk ? a.rows - first : chunk);
+            const int rows = row_count(first, a.rows, chunk);
             with_activation(a.spec.activation, [&](auto act) {
                 forward_rows<decltype(act)>(a, packed, first, rows, tile);
             });

@@ -16,19 +16,10 @@ struct RecordedMlp {
     ptrdiff_t ldx;
 };
 
-// body(member, chunk of its tape) for all of them in parallel.
-template <typename Body>
-void for_chunks(const RecordedMlp& mlp, Body body) {
-    const int64_t chunks = mlp.tapes[0].chunks;
-    parallel_for(chunks * mlp.spec.members, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) body(i / chunks, i % chunks);
-    });
-}
-
 void mlp_backward(const MlpBackwardArgs& args) {
     const RecordedMlp& mlp = *reinterpret_cast<const RecordedMlp*>(args.tape);
     const int out = mlp.spec.sizes[mlp.spec.num_layers];
-    for_chunks(mlp, [&](int64_t m, int64_t c) {
+    for_member_chunks(mlp.tapes, mlp.spec.members, [&](int64_t m, int64_t c) {
         const Tape& tape = mlp.tapes[m];
         const ChunkRange range = chunk_range(tape, c);
         for (int64_t i = range.first; i < range.first + range.rows; ++i) {
@@ -37,13 +28,7 @@ void mlp_backward(const MlpBackwardArgs& args) {
         }
         backward_rows(mlp.packed.layers[m], tape, c);
     });
-    LayerGradient list[kMaxMembers * kMaxLayers];
-    int count = 0;
-    for (int m = 0; m < mlp.spec.members; ++m) {
-        count = append_layer_gradients(mlp.spec, mlp.tapes[m], m, mlp.input, mlp.ldx,
-                                       args.gradients, list, count);
-    }
-    run_layer_gradients(list, count);
+    add_member_gradients(mlp.spec, mlp.tapes, mlp.input, mlp.ldx, args.gradients);
 }
 
 }  // namespace
@@ -60,7 +45,7 @@ MlpTape* mlp_record(const MlpForwardArgs& a, Workspace& memory) {
     mlp->ldx = padded_columns(in);
     for (int m = 0; m < a.spec.members; ++m) mlp->tapes[m] = make_tape(a.spec, a.rows, memory);
     const int out = a.spec.sizes[a.spec.num_layers];
-    for_chunks(*mlp, [&](int64_t m, int64_t c) {
+    for_member_chunks(mlp->tapes, a.spec.members, [&](int64_t m, int64_t c) {
         const Tape& tape = mlp->tapes[m];
         const ChunkRange range = chunk_range(tape, c);
         with_activation(a.spec.activation, [&](auto act) {

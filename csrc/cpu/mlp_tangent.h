@@ -75,8 +75,7 @@ static inline TangentTape make_tangent_tape(const MlpSpec& spec, int64_t samples
 
 FLAME_INLINE ChunkRange tangent_range(const TangentTape& tape, int64_t c) {
     const int64_t first = c * tape.chunk;
-    const int64_t left = tape.samples - first;
-    return {first, static_cast<int>(left < tape.chunk ? left : tape.chunk)};
+    return {first, row_count(first, tape.samples, tape.chunk)};
 }
 
 // --- Forward

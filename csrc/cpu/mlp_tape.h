@@ -43,8 +43,7 @@ struct ChunkRange {
 
 FLAME_INLINE ChunkRange chunk_range(const Tape& tape, int64_t c) {
     const int64_t first = c * tape.chunk;
-    const int64_t left = tape.rows - first;
-    return {first, static_cast<int>(left < tape.chunk ? left : tape.chunk)};
+    return {first, row_count(first, tape.rows, tape.chunk)};
 }
 
 static inline Tape make_tape(const MlpSpec& spec, int64_t rows, Workspace& workspace) {
@@ -383,6 +382,28 @@ static inline int append_layer_gradients(const MlpSpec& spec, const Tape& tape, 
         list[count++] = g;
     }
     return count;
+}
+
+// --- Ensembles: one tape per member, all of the same shape
+
+// body(member, chunk of its tape) for all of them, in parallel.
+template <typename Body>
+static inline void for_member_chunks(const Tape* tapes, int members, Body&& body) {
+    const int64_t chunks = tapes[0].chunks;
+    parallel_for(chunks * members, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i / chunks, i % chunks);
+    });
+}
+
+// Adds every member's weight gradients, from the tapes' deltas and the input they share.
+static inline void add_member_gradients(const MlpSpec& spec, const Tape* tapes, const float* input,
+                                        ptrdiff_t ldx, float* gradients) {
+    LayerGradient list[kMaxMembers * kMaxLayers];
+    int count = 0;
+    for (int m = 0; m < spec.members; ++m) {
+        count = append_layer_gradients(spec, tapes[m], m, input, ldx, gradients, list, count);
+    }
+    run_layer_gradients(list, count);
 }
 
 }  // namespace flame::FLAME_ISA

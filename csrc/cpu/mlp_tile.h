@@ -4,6 +4,7 @@
 
 #include "cpu/mlp_pack.h"
 #include "mlp_activation.h"
+#include "row_count.h"
 
 namespace flame::FLAME_ISA {
 

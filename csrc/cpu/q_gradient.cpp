@@ -72,7 +72,7 @@ void q_gradient(const QGradientArgs& a) {
         tapes.gradient = scratch.floats(chunk * tapes.ld);
         for (int64_t c = begin; c < end; ++c) {
             const int64_t first = c * chunk;
-            const int rows = static_cast<int>(a.rows - first < chunk ? a.rows - first : chunk);
+            const int rows = row_count(first, a.rows, chunk);
             with_activation(a.spec.activation, [&](auto act) {
                 q_gradient_rows<decltype(act)>(a, packed, tapes, input, ldx, first, rows);
             });

@@ -238,16 +238,15 @@ void reweighted_velocity(const ReweightedArgs& a) {
         Workspace memory;
         const Scratch s = make_scratch(a, group_states, limit, critics.width, memory);
         for (int64_t g = begin; g < end; ++g) {
-            const int64_t left = a.states - g * group_states;
-            const Group group{g * group_states,
-                              static_cast<int>(left < group_states ? left : group_states)};
+            const int64_t state = g * group_states;
+            const Group group{state, row_count(state, a.states, group_states)};
             set_intervals(a, group, s);
             clear_sums(a, group, s);
             const int64_t start = group.first * a.candidates;
             const int64_t total = static_cast<int64_t>(group.states) * a.candidates;
             const int chunk = even_chunk(total, limit);
             for (int64_t i = 0; i < total; i += chunk) {
-                const int rows = static_cast<int>(total - i < chunk ? total - i : chunk);
+                const int rows = row_count(i, total, chunk);
                 with_activation(a.spec.activation, [&](auto act) {
                     reweight_tile<decltype(act)>(a, critics, group, s, steps, start + i, rows);
                 });

@@ -37,7 +37,7 @@ void twin_q(const TwinQArgs& a) {
         const TileBuffers tile = make_tile_buffers(chunk, critics.width, scratch);
         for (int64_t c = begin; c < end; ++c) {
             const int64_t first = c * chunk;
-            const int rows = static_cast<int>(total - first < chunk ? total - first : chunk);
+            const int rows = row_count(first, total, chunk);
             with_activation(a.spec.activation, [&](auto act) {
                 twin_q_rows<decltype(act)>(a, critics, first, rows, tile);
             });

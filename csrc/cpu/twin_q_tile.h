@@ -28,7 +28,7 @@ static inline CandidateCritics prepare_critics(const MlpSpec& spec, const Packed
         for (int64_t c = begin; c < end; ++c) {
             const int64_t m = c / chunks;
             const int64_t first = c % chunks * chunk;
-            const int rows = static_cast<int>(states - first < chunk ? states - first : chunk);
+            const int rows = row_count(first, states, chunk);
             const PackedLayer& layer = packed.layers[m][0];
             fill_rows(init, rows, layer.bias, 0);
             gemm_packed(rows, layer.out, action_dim, layer.in - action_dim, layer.in,

@@ -30,8 +30,7 @@ struct CriticStepKernel {
         const int member = static_cast<int>(block.index / tape.tiles);
         const int64_t index = block.index % tape.tiles;
         const int64_t first = index * tile.kRows;
-        const int64_t left = a.rows - first;
-        const int rows = left < tile.kRows ? static_cast<int>(left) : tile.kRows;
+        const int rows = row_count(first, a.rows, tile.kRows);
         const TileTape kept{&tape, member, first, index};
         load_rows(block, tile, rows, net.layers[0].in, [&](int r, int c) {
             const int64_t b = first + r;

@@ -29,8 +29,7 @@ struct FlowDensityKernel {
     FLAME_BODY void operator()(const Block& block) const {
         auto tile = make_tile<kRowsPerWarp>(block, lds);
         const int64_t first = block.index * samples;
-        const int64_t left = a.states * a.samples - first;
-        const int count = left < samples ? static_cast<int>(left) : samples;
+        const int count = row_count(first, a.states * a.samples, samples);
         const int group = 1 + tangents;
         block.each_thread([&](int t) {
             if (t < count) start(first + t);

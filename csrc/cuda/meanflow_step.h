@@ -30,8 +30,7 @@ struct MeanFlowStepKernel {
         auto tile = make_tile<kRowsPerWarp>(block, lds);
         constexpr int kSamples = Tile<kRowsPerWarp>::kRows / kMeanFlowGroup;
         const int64_t first = block.index * kSamples;
-        const int64_t left = a.rows - first;
-        const int samples = left < kSamples ? static_cast<int>(left) : kSamples;
+        const int samples = row_count(first, a.rows, kSamples);
         const TileTape kept{&tape, 0, first, block.index};
         load_rows(block, tile, samples * kMeanFlowGroup, net.layers[0].in, [&](int r, int c) {
             const int64_t b = first + r / kMeanFlowGroup;

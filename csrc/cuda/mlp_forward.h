@@ -26,8 +26,7 @@ struct MlpForwardKernel {
         auto tile = make_tile<kRowsPerWarp>(block, lds);
         const int member = static_cast<int>(block.index / tiles);
         const int64_t first = block.index % tiles * tile.kRows;
-        const int64_t left = a.rows - first;
-        const int rows = left < tile.kRows ? static_cast<int>(left) : tile.kRows;
+        const int rows = row_count(first, a.rows, tile.kRows);
         load_rows(block, tile, rows, net.layers[0].in,
                   [&](int r, int c) { return a.input[(first + r) * a.input_ld + c]; });
         forward_tile(block, tile, net, member, rows, 0, NoTape{});

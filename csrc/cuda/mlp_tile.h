@@ -8,6 +8,7 @@
 #include "cuda/mlp_view.h"
 #include "cuda/product.h"
 #include "mlp_activation.h"
+#include "row_count.h"
 
 namespace flame::FLAME_ISA {
 

@@ -24,8 +24,7 @@ struct QGradientKernel {
     FLAME_BODY void operator()(const Block& block) const {
         auto tile = make_tile<kRowsPerWarp>(block, lds);
         const int64_t first = block.index * tile.kRows;
-        const int64_t left = a.rows - first;
-        const int rows = left < tile.kRows ? static_cast<int>(left) : tile.kRows;
+        const int rows = row_count(first, a.rows, tile.kRows);
         float* q = tile.extra;  // (members, kRows)
         for (int m = 0; m < net.members; ++m) {
             tile = make_tile<kRowsPerWarp>(block, lds);

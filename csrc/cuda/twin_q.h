@@ -30,8 +30,7 @@ struct ObservationPartKernel {
         auto tile = make_tile<kRowsPerWarp>(block, lds);
         const int member = static_cast<int>(block.index / tiles);
         const int64_t first = block.index % tiles * tile.kRows;
-        const int64_t left = a.states - first;
-        const int rows = left < tile.kRows ? static_cast<int>(left) : tile.kRows;
+        const int rows = row_count(first, a.states, tile.kRows);
         const LayerView layer = member_layer(net, 0, member);
         const int obs_dim = layer.in - a.action_dim;
         load_rows(block, tile, rows, obs_dim,
@@ -59,8 +58,7 @@ struct TwinQKernel {
         constexpr int kRows = Tile<kRowsPerWarp>::kRows;
         const int64_t total = a.states * a.candidates;
         const int64_t first = block.index * kRows;
-        const int64_t left = total - first;
-        const int rows = left < kRows ? static_cast<int>(left) : kRows;
+        const int rows = row_count(first, total, kRows);
         for (int m = 0; m < net.members; ++m) {
             auto tile = make_tile<kRowsPerWarp>(block, lds);
             const LayerView layer = member_layer(net, 0, m);

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flame_ext.backends.torch import TorchBackend, adam_moments
+from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.reference import (
@@ -61,9 +61,7 @@ class CpuBackend(TorchBackend):
     def critic_step(
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
     ) -> dict[str, float]:
-        if critics.flat.grad is None:
-            critics.flat.grad = torch.zeros_like(critics.flat)
-        gradient = critics.flat.grad.zero_()
+        gradient = zeroed_gradient(critics)
         losses, means, _ = self._core.critic_step(
             mlp_spec(critics),
             _array(critics.flat),

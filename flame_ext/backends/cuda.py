@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flame_ext.backends.cpu import NativeEvaluator, draw_seed, mlp_spec
-from flame_ext.backends.torch import TorchBackend, adam_moments
+from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
@@ -57,9 +57,7 @@ class CudaBackend(TorchBackend):
     def critic_step(
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
     ) -> dict[str, float]:
-        if critics.flat.grad is None:
-            critics.flat.grad = torch.zeros_like(critics.flat)
-        gradient = critics.flat.grad.zero_()
+        gradient = zeroed_gradient(critics)
         sums = gradient.new_empty((2, critics.members), dtype=torch.float64)
         flat, rows, columns = critics.flat, len(obs), critics.action_dim
         run_with_workspace(

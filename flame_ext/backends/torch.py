@@ -61,6 +61,13 @@ class TorchBackend:
         target.lerp_(online, tau)
 
 
+def zeroed_gradient(network: FlatMLP) -> Tensor:
+    """The network's gradient buffer, all zeros, for kernels that add to it."""
+    if network.flat.grad is None:
+        network.flat.grad = torch.zeros_like(network.flat)
+    return network.flat.grad.zero_()
+
+
 def adam_moments(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
     """Adam's state for its one parameter, created as zeros if no step was taken yet."""
     parameter = optimizer.param_groups[0]["params"][0]
