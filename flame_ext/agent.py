@@ -129,14 +129,15 @@ class Agent:
         if c.entropy_in_target:
             # The density is the plain sample's: best-of-N has none in closed form.
             sample = self.actor.sample(obs, noise[:, 0], self.generator)
-            bonus = self.alpha * sample.log_prob
-        if c.entropy_in_target and c.target_particles == 1:
-            value = self.target_critics.q_min(obs, sample.action.clamp(-1, 1))
+            candidates = sample.action.clamp(-1, 1).unsqueeze(1)
+            if c.target_particles > 1:
+                others = self.actor.action(obs.unsqueeze(1), noise[:, 1:])
+                candidates = torch.cat([candidates, others], dim=1)
         else:
             candidates = self.actor.action(obs.unsqueeze(1), noise)
-            value = self.target_critics.candidate_q_min(obs, candidates).amax(1)
+        value = self.target_critics.candidate_q_min(obs, candidates).amax(1)
         if c.entropy_in_target:
-            value = value - bonus
+            value = value - self.alpha * sample.log_prob
         reward = c.reward_scale * batch.reward
         return reward + c.gamma * (1 - batch.terminated) * value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from flame_ext.reference import (
     Trace,
     check_log_prob_options,
 )
-from flame_ext.sampling import Flow, SamplerStep, flow_steps, time_feature_rows
+from flame_ext.sampling import Flow, flow_steps, time_feature_rows
 
 # What a kernel computes for `reference.log_prob`'s trace option.
 DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
@@ -149,12 +150,13 @@ class NativeEvaluator:
         self,
         obs: Tensor,
         noise: Tensor,
-        table: list[SamplerStep],
+        steps: int,
+        flow: Flow,
         divergence: str,
         probe: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Action, log-density and fold flag of samples ``(S, A)`` or ``(S, K, A)``."""
-        arguments = self.density_arguments(obs, noise, table)
+        arguments = self.density_arguments(obs, noise, steps, flow)
         probes = None if probe is None else _array(probe)
         outputs = self.core.flow_density(*arguments, divergence, probes)
         action, log_prob, folded = (torch.from_numpy(x) for x in outputs)
@@ -182,7 +184,6 @@ class NativeEvaluator:
         raises for a second derivative; everything else is for ``torch.no_grad()``.
         """
         check_log_prob_options(estimator, steps, trace, probe)
-        table = flow_steps(steps, flow)
         if torch.is_grad_enabled() and self.network.flat.requires_grad:
             if not self.differentiates_log_prob(estimator, obs, noise):
                 raise RuntimeError(
@@ -190,7 +191,7 @@ class NativeEvaluator:
                     f"only; got estimator={estimator!r} and noise {tuple(noise.shape)}"
                 )
             outputs = _Density.apply(  # type: ignore[no-untyped-call]
-                self.network.flat, obs, noise, self, table
+                self.network.flat, obs, noise, self, steps, flow
             )
             return LogProb(*outputs)
         divergence = DIVERGENCES["log_det" if estimator == "exact" else trace]
@@ -199,7 +200,7 @@ class NativeEvaluator:
         probes = None
         if divergence == "probe" and probe is not None:
             probes = probe.expand(*shape, -1).reshape(samples.shape)
-        action, log_prob, folded = self.density(states, samples, table, divergence, probes)
+        action, log_prob, folded = self.density(states, samples, steps, flow, divergence, probes)
         return LogProb(
             action.view(*shape, noise.shape[-1]), log_prob.view(shape), folded.view(shape)
         )
@@ -214,7 +215,7 @@ class NativeEvaluator:
         """As `reference.sample_flow`, without gradient: observations enter once per state."""
         states, samples = per_state(obs, noise)
         shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
-        action, _, _ = self.density(states, samples, flow_steps(steps, flow), "none")
+        action, _, _ = self.density(states, samples, steps, flow, "none")
         return action.view(*shape, noise.shape[-1])
 
     def reweighted_velocity(
@@ -254,7 +255,7 @@ class NativeEvaluator:
         return loss
 
     def density_arguments(
-        self, obs: Tensor, noise: Tensor, table: list[SamplerStep]
+        self, obs: Tensor, noise: Tensor, steps: int, flow: Flow
     ) -> tuple[Any, ...]:
         """What the density kernels take."""
         return (
@@ -262,8 +263,7 @@ class NativeEvaluator:
             _array(self.network.flat),
             _array(obs.contiguous()),
             _array(noise.contiguous()),
-            time_feature_rows(table),
-            np.array([step.q for step in table], np.float32),
+            *flow_table(steps, flow),
         )
 
     def candidates(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -317,9 +317,11 @@ class _Density(torch.autograd.Function):
         obs: Tensor,
         noise: Tensor,
         evaluator: NativeEvaluator,
-        table: list[SamplerStep],
+        steps: int,
+        flow: Flow,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        recorded = evaluator.core.RecordedDensity(*evaluator.density_arguments(obs, noise, table))
+        arguments = evaluator.density_arguments(obs, noise, steps, flow)
+        recorded = evaluator.core.RecordedDensity(*arguments)
         ctx.recorded, ctx.size = recorded, flat.numel()
         outputs = (recorded.action, recorded.log_prob, recorded.folded, recorded.transport)
         action, log_prob, folded, transport = (torch.from_numpy(x) for x in outputs)
@@ -330,7 +332,7 @@ class _Density(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, d_action: Tensor, d_log_prob: Tensor, _: Tensor, d_transport: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
+    ) -> tuple[Tensor | None, ...]:
         gradient = torch.zeros(ctx.size)
         ctx.recorded.backward(
             gradient.numpy(),
@@ -338,7 +340,7 @@ class _Density(torch.autograd.Function):
             _array(d_log_prob.contiguous()),
             _array(d_transport.contiguous()),
         )
-        return gradient, None, None, None, None
+        return gradient, *[None] * 5
 
 
 class _MeanFlowLoss(torch.autograd.Function):
@@ -355,6 +357,13 @@ class _MeanFlowLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return d_loss * gradient, *[None] * 6
+
+
+@functools.cache
+def flow_table(steps: int, flow: Flow) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Time features ``(steps, F)`` and step scales ``(steps,)`` of `flow_steps`."""
+    table = flow_steps(steps, flow)
+    return time_feature_rows(table), np.array([step.q for step in table], np.float32)
 
 
 def per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

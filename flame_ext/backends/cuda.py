@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flame_ext.backends.cpu import NativeEvaluator, draw_seed, mlp_spec
+from flame_ext.backends.cpu import NativeEvaluator, draw_seed, flow_table, mlp_spec
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.reference import Estimator
-from flame_ext.sampling import SamplerStep, time_feature_rows
+from flame_ext.sampling import Flow
 
 
 def require_cuda() -> None:
@@ -129,7 +129,7 @@ class CudaEvaluator(NativeEvaluator):
 
     def __init__(self, network: FlatMLP) -> None:
         super().__init__(network)
-        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, Flow], tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def differentiates_log_prob(estimator: Estimator, obs: Tensor, noise: Tensor) -> bool:
@@ -256,14 +256,15 @@ class CudaEvaluator(NativeEvaluator):
         self,
         obs: Tensor,
         noise: Tensor,
-        table: list[SamplerStep],
+        steps: int,
+        flow: Flow,
         divergence: str,
         probe: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         flat, obs, noise = self.network.flat, obs.contiguous(), noise.contiguous()
         action, log_prob = torch.empty_like(noise), torch.empty_like(noise[..., 0])
         folded = torch.empty_like(log_prob, dtype=torch.bool)
-        time, scale = self._device_table(table)
+        time, scale = self._device_table(steps, flow)
         with torch.cuda.device(flat.device):
             self.core.cuda_flow_density(
                 self.spec,
@@ -284,15 +285,13 @@ class CudaEvaluator(NativeEvaluator):
             )
         return action, log_prob, folded
 
-    def _device_table(self, table: list[SamplerStep]) -> tuple[Tensor, Tensor]:
-        """Time features ``(steps, F)`` and step scales ``(steps,)``, copied to the device once."""
-        key = tuple((step.r, step.t, step.q) for step in table)
-        if key not in self._tables:
+    def _device_table(self, steps: int, flow: Flow) -> tuple[Tensor, Tensor]:
+        """`flow_table`, copied to the device once."""
+        if (steps, flow) not in self._tables:
             device = self.network.flat.device
-            features = torch.from_numpy(time_feature_rows(table)).to(device)
-            scales = torch.tensor([step.q for step in table], dtype=torch.float32, device=device)
-            self._tables[key] = features, scales
-        return self._tables[key]
+            features, scales = (torch.from_numpy(x).to(device) for x in flow_table(steps, flow))
+            self._tables[steps, flow] = features, scales
+        return self._tables[steps, flow]
 
 
 def stream(tensor: Tensor) -> int:
