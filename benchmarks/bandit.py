@@ -49,6 +49,7 @@ class BanditQ:
 # The known target deserves more flow matching than a learned, moving one; there is no replay to
 # take z from.
 OPTIONS = {
+    "batch_size": 256,
     "hidden_sizes": (128, 128, 128),
     "initial_action_std": 0.6,
     "z_source": "target",

@@ -170,7 +170,8 @@ def update_as_trained(agent: Agent, batch: Batch) -> None:
 @pytest.mark.parametrize("algorithm", ["flame", "flame-r", "sac"])
 def test_whole_update(benchmark: Any, algorithm: str) -> None:
     """A critic and a policy update as the trainer does them, Adam and target update included."""
-    config = make_config(algorithm, overrides={"hidden_sizes": HIDDEN, "policy_delay": 1})
+    options = {"hidden_sizes": HIDDEN, "policy_delay": 1, "batch_size": B, "policy_batch_size": B}
+    config = make_config(algorithm, overrides=options)
     batch = Batch(
         obs=draw(B, OBS),
         action=draw(B, ACT, seed=1).tanh(),

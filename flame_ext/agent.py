@@ -177,7 +177,7 @@ class Agent:
             return
         # d/d(log alpha) of log_alpha * excess: too much entropy or too even weights lower alpha.
         self.log_alpha.grad = excess.to(self.log_alpha)
-        self.optimizers["alpha"].step()
+        self.backend.optimizer_step(self.optimizers["alpha"])
         with torch.no_grad():
             self.log_alpha.clamp_(math.log(MIN_ALPHA), math.log(MAX_ALPHA))
 

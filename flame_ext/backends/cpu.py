@@ -78,11 +78,9 @@ class CpuBackend(TorchBackend):
         (parameter,) = group["params"]
         moments = adam_moments(optimizer)
         moments["step"] += 1
+        tensors = (parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"])
         self._core.adam(
-            _array(parameter),
-            _array(parameter.grad),
-            _array(moments["exp_avg"]),
-            _array(moments["exp_avg_sq"]),
+            *(_array(x).reshape(-1) for x in tensors),
             int(moments["step"]),
             group["lr"],
             *group["betas"],

@@ -52,7 +52,7 @@ class TorchBackend:
         return result
 
     def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
-        """One Adam step of a network's flat buffer."""
+        """One Adam step of a network's flat buffer, or of the temperature."""
         optimizer.step()
 
     @torch.no_grad()
