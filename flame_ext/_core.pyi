@@ -157,6 +157,16 @@ def reweighted_velocity(
     resample: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]: ...
 def truncated_normal(low: _Array, high: _Array, uniform: _Array) -> NDArray[np.float32]: ...
+def tanh_gaussian(
+    output: _Array, noise: _Array, log_std_range: tuple[float, float]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def tanh_gaussian_gradient(
+    output: _Array,
+    noise: _Array,
+    d_action: _Array,
+    d_log_prob: _Array,
+    log_std_range: tuple[float, float],
+) -> NDArray[np.float32]: ...
 def meanflow_step(
     spec: MlpSpec,
     parameters: _Array,

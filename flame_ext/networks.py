@@ -439,9 +439,14 @@ class GaussianPolicyNet(FlatMLP):
     def distribution(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation before the tanh: obs ``(..., O)`` -> two ``(..., A)``."""
         output: Tensor = self(obs)
-        mean, raw = output[0].chunk(2, dim=-1)
-        span = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
-        return mean, (LOG_STD_MIN + span * (torch.tanh(raw) + 1)).exp()
+        return mean_and_std(output[0])
+
+
+def mean_and_std(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a Gaussian policy network's output ``(..., 2 A)``, two ``(..., A)``."""
+    mean, raw = output.chunk(2, dim=-1)
+    half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
+    return mean, (LOG_STD_MIN + half_range * (torch.tanh(raw) + 1)).exp()
 
 
 class Critics(FlatMLP):

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flame_ext.errors import check_choice
-from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.networks import Critics, MeanVelocityNet, mean_and_std
 from flame_ext.sampling import Flow, SamplerStep, flow_steps
 
 Estimator = Literal["exact", "multi_step", "one_step_trace"]
@@ -317,6 +318,21 @@ def log_prob(
             log_det = log_det + step.q * divergence
         z = z + step.q * u
     return LogProb(z, standard_normal_log_prob(noise) - log_det, folded, transport)
+
+
+def tanh_gaussian(output: Tensor, noise: Tensor) -> LogProb:
+    """The tanh-squashed Gaussian's sample and log-density (Haarnoja et al. 2018, App. C).
+
+    Args:
+        output: What the policy's network gives, ``(..., 2 A)``, see `networks.mean_and_std`.
+        noise: N(0, 1) draws, ``(..., A)``.
+    """
+    mean, std = mean_and_std(output)
+    pre_tanh = mean + std * noise
+    # log(1 - tanh(x)^2) in the form that does not cancel for large |x|.
+    log_slope = 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))
+    density = standard_normal_log_prob(noise) - (std.log() + log_slope).sum(-1)
+    return LogProb(torch.tanh(pre_tanh), density, torch.zeros_like(density, dtype=torch.bool))
 
 
 def monotonicity_gap(transport: Tensor, margin: float) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 
 from flame_ext import _core, reference
 from flame_ext.backends.cpu import NativeEvaluator
-from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
+from flame_ext.networks import Critics, FlatMLP, GaussianPolicyNet, MeanVelocityNet
+from flame_ext.reference import tanh_gaussian
 from flame_ext.sampling import flow_steps, time_feature_rows
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -157,6 +158,28 @@ def test_recorded_mlp(rows, sizes, members, layer_norm):
         for _ in range(2)
     ]
     assert torch.equal(*twice)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize(("rows", "action_dim"), [(1, 1), (64, 6), (33, 17)])
+def test_tanh_gaussian(rows, action_dim, scale):
+    """Sample, log-density and gradient, from the middle of the box to saturated actions."""
+    net = GaussianPolicyNet(3, action_dim, (8,))
+    output = torch.from_numpy(draw(rows, 2 * action_dim, scale=scale))
+    noise = torch.from_numpy(draw(rows, action_dim, seed=1))
+    weights = torch.from_numpy(draw(rows, action_dim, seed=2)), torch.from_numpy(draw(rows, seed=3))
+
+    def evaluate(function, dtype):
+        leaf = output.to(dtype).requires_grad_()
+        sample = function(leaf, noise.to(dtype))
+        total = (sample.action * weights[0]).sum() + (sample.log_prob * weights[1]).sum()
+        return sample.action, sample.log_prob, torch.autograd.grad(total, leaf)[0]
+
+    ours = evaluate(NativeEvaluator(net).tanh_gaussian, torch.float32)
+    single = evaluate(tanh_gaussian, torch.float32)
+    exact = evaluate(tanh_gaussian, torch.float64)
+    for value, theirs, truth in zip(ours, single, exact, strict=True):
+        assert_as_accurate(value.detach().numpy(), theirs, truth)
 
 
 @each_target

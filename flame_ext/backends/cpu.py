@@ -22,7 +22,9 @@ from flame_ext.reference import (
     Trace,
     check_log_prob_options,
 )
-from flame_ext.sampling import Flow, flow_steps, time_feature_rows
+from flame_ext.sampling import LOG_STD_MAX, LOG_STD_MIN, Flow, flow_steps, time_feature_rows
+
+LOG_STD_RANGE = (LOG_STD_MIN, LOG_STD_MAX)
 
 # What a kernel computes for `reference.log_prob`'s trace option.
 DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
@@ -244,6 +246,11 @@ class NativeEvaluator:
         )
         return torch.from_numpy(velocity), torch.from_numpy(ess)
 
+    def tanh_gaussian(self, output: Tensor, noise: Tensor) -> LogProb:
+        """As `reference.tanh_gaussian` for rows, differentiable once by the network's output."""
+        action, log_prob = _TanhGaussian.apply(output, noise, self.core)  # type: ignore[no-untyped-call]
+        return LogProb(action, log_prob, torch.zeros_like(log_prob, dtype=torch.bool))
+
     def meanflow_loss(
         self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
     ) -> Tensor:
@@ -303,6 +310,25 @@ class _QMin(torch.autograd.Function):
     def backward(ctx: Any, d_q: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return d_q.unsqueeze(1) * gradient, None, None
+
+
+class _TanhGaussian(torch.autograd.Function):
+    """Action and log-density of the tanh-squashed Gaussian."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, noise: Tensor, core: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(output, noise)
+        ctx.core = core
+        sample = core.tanh_gaussian(_array(output), _array(noise.contiguous()), LOG_STD_RANGE)
+        action, log_prob = (torch.from_numpy(x) for x in sample)
+        return action, log_prob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_action: Tensor, d_log_prob: Tensor) -> tuple[Tensor, None, None]:
+        arrays = (_array(x.contiguous()) for x in (*ctx.saved_tensors, d_action, d_log_prob))
+        gradient = ctx.core.tanh_gaussian_gradient(*arrays, LOG_STD_RANGE)
+        return torch.from_numpy(gradient), None, None
 
 
 class _Density(torch.autograd.Function):

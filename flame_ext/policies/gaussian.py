@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import math
+from typing import Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flame_ext.config import Config
 from flame_ext.networks import Critics, GaussianPolicyNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl
-from flame_ext.reference import LogProb, standard_normal_log_prob
+from flame_ext.reference import LogProb, tanh_gaussian
+
+
+class GaussianEvaluator(Protocol):
+    """What a backend computes for a Gaussian policy beside its network."""
+
+    def tanh_gaussian(self, output: Tensor, noise: Tensor) -> LogProb:
+        """As `reference.tanh_gaussian` for rows, differentiable once by the network's output."""
 
 
 class GaussianActor(Actor):
@@ -42,13 +48,10 @@ class GaussianActor(Actor):
         return torch.tanh(mean + std * noise)
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
-        mean, std = self.network.distribution(obs)
-        pre_tanh = mean + std * noise
-        # log(1 - tanh(x)^2) in the form that does not cancel for large |x|.
-        log_slope = 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))
-        log_prob = standard_normal_log_prob(noise) - (std.log() + log_slope).sum(-1)
-        folded = torch.zeros_like(log_prob, dtype=torch.bool)
-        return LogProb(torch.tanh(pre_tanh), log_prob, folded)
+        output: Tensor = self.network(obs)[0]
+        native = cast("GaussianEvaluator | None", self.network.evaluator)
+        evaluate = tanh_gaussian if native is None else native.tanh_gaussian
+        return evaluate(output, noise)
 
     def loss(
         self,
