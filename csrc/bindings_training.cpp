@@ -11,6 +11,7 @@
 #include "bindings_arrays.h"
 #include "cpu/kernels.h"
 #include "cpu/workspace.h"
+#include "monotonicity.h"
 #include "tanh_gaussian.h"
 
 namespace flame {
@@ -307,6 +308,18 @@ Array py_tanh_gaussian_gradient(const py::array& output, const py::array& noise,
     return d_output;
 }
 
+py::tuple py_monotonicity_gap(const py::array& transport, double margin) {
+    check(transport.ndim() == 3 && transport.shape(1) == transport.shape(2), "transport has shape ",
+          shape_text(transport), "; it must be (B, A, A)");
+    const int64_t rows = transport.shape(0);
+    const int64_t n = transport.shape(1);
+    Array gap(rows);
+    Array gradient({rows, n, n});
+    monotonicity_gap(rows, static_cast<int>(n), dense(transport, "transport", {rows, n, n}), margin,
+                     gap.mutable_data(), gradient.mutable_data());
+    return py::make_tuple(gap, gradient);
+}
+
 // A mean-velocity network maps [z (A) | observation (O) | time features] to A values.
 int flow_obs_dim(const MlpSpec& spec, int64_t time_features) {
     const int action_dim = outputs(spec);
@@ -530,6 +543,7 @@ void bind_training(py::module_& m) {
           py::arg("log_std_range"));
     m.def("tanh_gaussian_gradient", &py_tanh_gaussian_gradient, py::arg("output"), py::arg("noise"),
           py::arg("d_action"), py::arg("d_log_prob"), py::arg("log_std_range"));
+    m.def("monotonicity_gap", &py_monotonicity_gap, py::arg("transport"), py::arg("margin"));
     m.def("meanflow_step", &py_meanflow_step, py::arg("spec"), py::arg("parameters"),
           py::arg("gradients"), py::arg("obs"), py::arg("z"), py::arg("r"), py::arg("t"),
           py::arg("velocity"), py::arg("tangent_velocity") = py::none());

@@ -167,6 +167,9 @@ def tanh_gaussian_gradient(
     d_log_prob: _Array,
     log_std_range: tuple[float, float],
 ) -> NDArray[np.float32]: ...
+def monotonicity_gap(
+    transport: _Array, margin: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
 def meanflow_step(
     spec: MlpSpec,
     parameters: _Array,

@@ -16,7 +16,7 @@ import torch
 from flame_ext import _core, reference
 from flame_ext.backends.cpu import NativeEvaluator
 from flame_ext.networks import Critics, FlatMLP, GaussianPolicyNet, MeanVelocityNet
-from flame_ext.reference import tanh_gaussian
+from flame_ext.reference import monotonicity_gap, tanh_gaussian
 from flame_ext.sampling import flow_steps, time_feature_rows
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -180,6 +180,33 @@ def test_tanh_gaussian(rows, action_dim, scale):
     exact = evaluate(tanh_gaussian, torch.float64)
     for value, theirs, truth in zip(ours, single, exact, strict=True):
         assert_as_accurate(value.detach().numpy(), theirs, truth)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (40, 6), (7, 17), (2, 40)])
+def test_monotonicity_gap(rows, size):
+    """Rows above the margin, at it and far below, with the gradient of the smallest eigenvalue."""
+    identity = torch.eye(size)
+    shift = torch.linspace(-3, 3, rows).view(-1, 1, 1)
+    transport = torch.from_numpy(draw(rows, size, size, scale=0.5)) + shift * identity
+    transport[0] = 0.02 * identity if rows > 1 else -identity
+
+    def evaluate(function, dtype):
+        leaf = transport.to(dtype).requires_grad_()
+        gap = function(leaf, 0.02)
+        return gap, torch.autograd.grad(gap.square().sum(), leaf)[0]
+
+    net = MeanVelocityNet(2, size, (8,))
+    ours = evaluate(NativeEvaluator(net).monotonicity_gap, torch.float32)
+    single = evaluate(monotonicity_gap, torch.float32)
+    exact = evaluate(monotonicity_gap, torch.float64)
+    assert (exact[0] > 0).any()
+    for value, theirs, truth in zip(ours, single, exact, strict=True):
+        assert_as_accurate(value.detach().numpy(), theirs, truth)
+
+
+def test_monotonicity_gap_shows_nan():
+    transport = np.full((1, 3, 3), np.nan, np.float32)
+    assert np.isnan(_core.monotonicity_gap(transport, 0.02)[0])
 
 
 @each_target

@@ -251,6 +251,11 @@ class NativeEvaluator:
         action, log_prob = _TanhGaussian.apply(output, noise, self.core)  # type: ignore[no-untyped-call]
         return LogProb(action, log_prob, torch.zeros_like(log_prob, dtype=torch.bool))
 
+    def monotonicity_gap(self, transport: Tensor, margin: float) -> Tensor:
+        """As `reference.monotonicity_gap` for rows, differentiable once."""
+        gap: Tensor = _MonotonicityGap.apply(transport, margin, self.core)  # type: ignore[no-untyped-call]
+        return gap
+
     def meanflow_loss(
         self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
     ) -> Tensor:
@@ -365,6 +370,22 @@ class _Density(torch.autograd.Function):
             _array(d_transport.contiguous()),
         )
         return gradient, *[None] * 5
+
+
+class _MonotonicityGap(torch.autograd.Function):
+    """The gap and its gradient, from one native call."""
+
+    @staticmethod
+    def forward(ctx: Any, transport: Tensor, margin: float, core: Any) -> Tensor:
+        gap, gradient = core.monotonicity_gap(_array(transport.contiguous()), margin)
+        ctx.save_for_backward(torch.from_numpy(gradient))
+        return torch.from_numpy(gap)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_gap: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return d_gap.view(-1, 1, 1) * gradient, None, None
 
 
 class _MeanFlowLoss(torch.autograd.Function):

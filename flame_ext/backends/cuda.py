@@ -16,7 +16,7 @@ from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
-from flame_ext.reference import Estimator, tanh_gaussian
+from flame_ext.reference import Estimator, monotonicity_gap, tanh_gaussian
 from flame_ext.sampling import Flow
 
 
@@ -126,7 +126,9 @@ class CudaEvaluator(NativeEvaluator):
     """
 
     differentiates_forward = False
-    tanh_gaussian = staticmethod(tanh_gaussian)  # as PyTorch computes it
+    # As PyTorch computes them.
+    tanh_gaussian = staticmethod(tanh_gaussian)
+    monotonicity_gap = staticmethod(monotonicity_gap)
 
     def __init__(self, network: FlatMLP) -> None:
         super().__init__(network)

@@ -61,6 +61,9 @@ class FlowEvaluator(Protocol):
     ) -> Tensor:
         """As `reference.meanflow_loss`."""
 
+    def monotonicity_gap(self, transport: Tensor, margin: float) -> Tensor:
+        """As `reference.monotonicity_gap` for rows."""
+
 
 class FlowActor(Actor):
     """A flow policy trained by Q-reweighted flow matching, reverse KL, or both."""
@@ -174,7 +177,9 @@ class FlowActor(Actor):
         wall = outside.square().sum(-1) / (2 * c.boundary_width**2)
         if sample.transport is None or c.monotonicity_margin == 0:
             return wall
-        gap = monotonicity_gap(sample.transport, c.monotonicity_margin)
+        native = self._native()
+        measure = monotonicity_gap if native is None else native.monotonicity_gap
+        gap = measure(sample.transport, c.monotonicity_margin)
         return wall + gap.square() / (2 * c.monotonicity_margin**2)
 
     def _without_density(self, obs: Tensor, noise: Tensor) -> LogProb:

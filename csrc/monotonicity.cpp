@@ -1,0 +1,119 @@
+#include "monotonicity.h"
+
+#include <cmath>
+#include <vector>
+
+namespace flame {
+namespace {
+
+// Square matrices of one size, reused from row to row.
+struct Matrices {
+    explicit Matrices(int size) : n(size), symmetric(n * n), factor(n * n), vectors(n * n) {}
+    int n;
+    std::vector<double> symmetric;
+    std::vector<double> factor;
+    std::vector<double> vectors;  // eigenvectors as columns
+};
+
+void load_symmetric_part(const float* transport, Matrices& m) {
+    for (int i = 0; i < m.n; ++i) {
+        for (int j = 0; j < m.n; ++j) {
+            const double there = static_cast<double>(transport[i * m.n + j]);
+            const double back = static_cast<double>(transport[j * m.n + i]);
+            m.symmetric[i * m.n + j] = 0.5 * (there + back);
+        }
+    }
+}
+
+// Whether all eigenvalues lie above `margin`, by Cholesky: true for most rows, and far cheaper than
+// their eigenvalues.
+bool all_above(double margin, Matrices& m) {
+    const int n = m.n;
+    double* l = m.factor.data();
+    for (int i = 0; i < n; ++i) {
+        for (int j = 0; j <= i; ++j) {
+            double sum = m.symmetric[i * n + j] - (i == j ? margin : 0.0);
+            for (int k = 0; k < j; ++k) sum -= l[i * n + k] * l[j * n + k];
+            if (i == j && !(sum > 0.0)) return false;  // NaN is not above anything
+            l[i * n + j] = i == j ? std::sqrt(sum) : sum / l[j * n + j];
+        }
+    }
+    return true;
+}
+
+// One Jacobi rotation that clears the element (p, q) (Golub and Van Loan, Sec. 8.5).
+void rotate(int p, int q, Matrices& m) {
+    const int n = m.n;
+    double* s = m.symmetric.data();
+    double* v = m.vectors.data();
+    const double apart = s[q * n + q] - s[p * n + p];
+    const double theta = apart / (2.0 * s[p * n + q]);
+    const double t = std::copysign(1.0, theta) / (std::fabs(theta) + std::sqrt(theta * theta + 1));
+    const double c = 1.0 / std::sqrt(t * t + 1.0);
+    for (int k = 0; k < n; ++k) {
+        const double sp = s[k * n + p];
+        const double sq = s[k * n + q];
+        s[k * n + p] = c * (sp - t * sq);
+        s[k * n + q] = c * (t * sp + sq);
+    }
+    for (int k = 0; k < n; ++k) {
+        const double sp = s[p * n + k];
+        const double sq = s[q * n + k];
+        s[p * n + k] = c * (sp - t * sq);
+        s[q * n + k] = c * (t * sp + sq);
+        const double vp = v[k * n + p];
+        const double vq = v[k * n + q];
+        v[k * n + p] = c * (vp - t * vq);
+        v[k * n + q] = c * (t * vp + vq);
+    }
+}
+
+// Diagonalises `symmetric` in place; returns the smallest eigenvalue's column.
+int smallest_eigenvalue(Matrices& m) {
+    const int n = m.n;
+    for (int i = 0; i < n * n; ++i) m.vectors[i] = i % (n + 1) == 0 ? 1.0 : 0.0;
+    const int max_sweeps = 20;  // convergence is quadratic; six are usual
+    for (int sweep = 0; sweep < max_sweeps; ++sweep) {
+        double off = 0.0;
+        double all = 0.0;
+        for (int i = 0; i < n * n; ++i) {
+            const double square = m.symmetric[i] * m.symmetric[i];
+            all += square;
+            if (i % (n + 1) != 0) off += square;
+        }
+        if (!(off > 1e-28 * all)) break;
+        for (int p = 0; p < n; ++p) {
+            for (int q = p + 1; q < n; ++q) {
+                if (m.symmetric[p * n + q] != 0.0) rotate(p, q, m);
+            }
+        }
+    }
+    int smallest = 0;
+    for (int i = 1; i < n; ++i) {
+        if (m.symmetric[i * (n + 1)] < m.symmetric[smallest * (n + 1)]) smallest = i;
+    }
+    return smallest;
+}
+
+}  // namespace
+
+void monotonicity_gap(int64_t rows, int n, const float* transport, double margin, float* gap,
+                      float* gradient) {
+    Matrices m(n);
+    for (int64_t b = 0; b < rows; ++b, transport += n * n, gradient += n * n) {
+        load_symmetric_part(transport, m);
+        gap[b] = 0.0f;
+        for (int i = 0; i < n * n; ++i) gradient[i] = 0.0f;
+        if (all_above(margin, m)) continue;
+        const int column = smallest_eigenvalue(m);
+        gap[b] = static_cast<float>(margin - m.symmetric[column * (n + 1)]);
+        for (int i = 0; i < n; ++i) {
+            for (int j = 0; j < n; ++j) {
+                const double product = m.vectors[i * n + column] * m.vectors[j * n + column];
+                gradient[i * n + j] = static_cast<float>(-product);
+            }
+        }
+    }
+}
+
+}  // namespace flame
