@@ -263,8 +263,8 @@ _PAPER: dict[str, Any] = {
     "eval_episodes": 20,
 }
 
-# Where an algorithm's defaults differ from the class's: exact densities make `flame`'s policy step
-# dear, and half a batch taught it as much.
+# Where an algorithm's defaults differ from the class's: `flame`'s policy step costs several times
+# `sac`'s, so it takes half of the batch.
 _DEFAULT: dict[str, dict[str, Any]] = {"flame": {"policy_batch_size": 32}}
 
 # What makes an algorithm itself, in every preset. FLAME-R and the diffusion policy sample in
