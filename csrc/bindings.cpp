@@ -190,5 +190,6 @@ PYBIND11_MODULE(_core, m) {
 
     bind_policy(m);
     bind_training(m);
+    bind_policy_loss(m);
     bind_cuda(m);
 }

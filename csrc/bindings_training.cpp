@@ -4,15 +4,12 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "bindings.h"
 #include "bindings_arrays.h"
 #include "cpu/kernels.h"
 #include "cpu/workspace.h"
-#include "monotonicity.h"
-#include "tanh_gaussian.h"
 
 namespace flame {
 namespace {
@@ -275,51 +272,6 @@ Array py_truncated_normal(const py::array& low, const py::array& high, const py:
     return output;
 }
 
-TanhGaussian tanh_gaussian_of(const py::array& output, const py::array& noise,
-                              std::pair<float, float> log_std_range) {
-    check(noise.ndim() == 2, "noise has shape ", shape_text(noise), "; it must be (B, A)");
-    const int64_t rows = noise.shape(0);
-    const int64_t action_dim = noise.shape(1);
-    return {rows,
-            static_cast<int32_t>(action_dim),
-            dense(output, "output", {rows, 2 * action_dim}),
-            dense(noise, "noise", {rows, action_dim}),
-            log_std_range.first,
-            log_std_range.second};
-}
-
-py::tuple py_tanh_gaussian(const py::array& output, const py::array& noise,
-                           std::pair<float, float> log_std_range) {
-    const TanhGaussian policy = tanh_gaussian_of(output, noise, log_std_range);
-    Array action({policy.rows, static_cast<int64_t>(policy.action_dim)});
-    Array log_prob(policy.rows);
-    tanh_gaussian(policy, action.mutable_data(), log_prob.mutable_data());
-    return py::make_tuple(action, log_prob);
-}
-
-Array py_tanh_gaussian_gradient(const py::array& output, const py::array& noise,
-                                const py::array& d_action, const py::array& d_log_prob,
-                                std::pair<float, float> log_std_range) {
-    const TanhGaussian policy = tanh_gaussian_of(output, noise, log_std_range);
-    const int64_t action_dim = policy.action_dim;
-    Array d_output({policy.rows, 2 * action_dim});
-    tanh_gaussian_gradient(policy, dense(d_action, "d_action", {policy.rows, action_dim}),
-                           dense(d_log_prob, "d_log_prob", {policy.rows}), d_output.mutable_data());
-    return d_output;
-}
-
-py::tuple py_monotonicity_gap(const py::array& transport, double margin) {
-    check(transport.ndim() == 3 && transport.shape(1) == transport.shape(2), "transport has shape ",
-          shape_text(transport), "; it must be (B, A, A)");
-    const int64_t rows = transport.shape(0);
-    const int64_t n = transport.shape(1);
-    Array gap(rows);
-    Array gradient({rows, n, n});
-    monotonicity_gap(rows, static_cast<int>(n), dense(transport, "transport", {rows, n, n}), margin,
-                     gap.mutable_data(), gradient.mutable_data());
-    return py::make_tuple(gap, gradient);
-}
-
 // A mean-velocity network maps [z (A) | observation (O) | time features] to A values.
 int flow_obs_dim(const MlpSpec& spec, int64_t time_features) {
     const int action_dim = outputs(spec);
@@ -539,11 +491,6 @@ void bind_training(py::module_& m) {
           py::arg("sampling") = "random", py::arg("resample") = false);
     m.def("truncated_normal", &py_truncated_normal, py::arg("low"), py::arg("high"),
           py::arg("uniform"));
-    m.def("tanh_gaussian", &py_tanh_gaussian, py::arg("output"), py::arg("noise"),
-          py::arg("log_std_range"));
-    m.def("tanh_gaussian_gradient", &py_tanh_gaussian_gradient, py::arg("output"), py::arg("noise"),
-          py::arg("d_action"), py::arg("d_log_prob"), py::arg("log_std_range"));
-    m.def("monotonicity_gap", &py_monotonicity_gap, py::arg("transport"), py::arg("margin"));
     m.def("meanflow_step", &py_meanflow_step, py::arg("spec"), py::arg("parameters"),
           py::arg("gradients"), py::arg("obs"), py::arg("z"), py::arg("r"), py::arg("t"),
           py::arg("velocity"), py::arg("tangent_velocity") = py::none());

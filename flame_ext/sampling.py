@@ -19,7 +19,7 @@ TIME_FREQUENCIES = np.linspace(0.5, 3.0, 8)
 TIME_FEATURES = 4 * len(TIME_FREQUENCIES)
 
 # Bounds of a Gaussian policy's log standard deviation.
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+LOG_STD_RANGE = LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 # Standardised observations beyond this say more about an untrained estimate than about the state.
 OBSERVATION_CLIP = 10.0

@@ -16,7 +16,6 @@ import torch
 from flame_ext import _core, reference
 from flame_ext.backends.cpu import NativeEvaluator
 from flame_ext.networks import Critics, FlatMLP, GaussianPolicyNet, MeanVelocityNet
-from flame_ext.reference import monotonicity_gap, tanh_gaussian
 from flame_ext.sampling import flow_steps, time_feature_rows
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -176,8 +175,8 @@ def test_tanh_gaussian(rows, action_dim, scale):
         return sample.action, sample.log_prob, torch.autograd.grad(total, leaf)[0]
 
     ours = evaluate(NativeEvaluator(net).tanh_gaussian, torch.float32)
-    single = evaluate(tanh_gaussian, torch.float32)
-    exact = evaluate(tanh_gaussian, torch.float64)
+    single = evaluate(reference.tanh_gaussian, torch.float32)
+    exact = evaluate(reference.tanh_gaussian, torch.float64)
     for value, theirs, truth in zip(ours, single, exact, strict=True):
         assert_as_accurate(value.detach().numpy(), theirs, truth)
 
@@ -197,8 +196,8 @@ def test_monotonicity_gap(rows, size):
 
     net = MeanVelocityNet(2, size, (8,))
     ours = evaluate(NativeEvaluator(net).monotonicity_gap, torch.float32)
-    single = evaluate(monotonicity_gap, torch.float32)
-    exact = evaluate(monotonicity_gap, torch.float64)
+    single = evaluate(reference.monotonicity_gap, torch.float32)
+    exact = evaluate(reference.monotonicity_gap, torch.float64)
     assert (exact[0] > 0).any()
     for value, theirs, truth in zip(ours, single, exact, strict=True):
         assert_as_accurate(value.detach().numpy(), theirs, truth)

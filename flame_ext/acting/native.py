@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from flame_ext.native import load_core
 from flame_ext.policy import Array, PolicySpec, Precision
 from flame_ext.sampling import (
-    LOG_STD_MAX,
-    LOG_STD_MIN,
+    LOG_STD_RANGE,
     OBSERVATION_CLIP,
     sampler_steps,
     time_feature_rows,
@@ -55,7 +54,7 @@ class NativeActingEngine:
             activation=options["policy_activation"],
             layer_norm=options["policy_layer_norm"],
             **_sampler_arguments(spec),
-            log_std_range=(LOG_STD_MIN, LOG_STD_MAX),
+            log_std_range=LOG_STD_RANGE,
             critics=tensors["critics.flat"],
             critic_hidden=list(options["hidden_sizes"]),
             critic_activation=options["critic_activation"],

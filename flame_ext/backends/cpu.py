@@ -22,9 +22,7 @@ from flame_ext.reference import (
     Trace,
     check_log_prob_options,
 )
-from flame_ext.sampling import LOG_STD_MAX, LOG_STD_MIN, Flow, flow_steps, time_feature_rows
-
-LOG_STD_RANGE = (LOG_STD_MIN, LOG_STD_MAX)
+from flame_ext.sampling import LOG_STD_RANGE, Flow, flow_steps, time_feature_rows
 
 # What a kernel computes for `reference.log_prob`'s trace option.
 DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
