@@ -49,7 +49,8 @@ class Config:
         policy_learning_rate: Adam step of the policy.
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
         policy_delay: Critic updates per policy update.
-        policy_batch_size: States per policy update; at most `batch_size`.
+        policy_batch_size: States per policy update, the first of the critics' batch; a smaller
+            batch is taken whole.
         initial_action_std: Standard deviation of a flow policy's first actions.
         temperature: How alpha is set: ``entropy`` holds the policy's entropy at the target (SAC),
             ``ess`` holds the effective sample size of the importance weights, ``fixed`` keeps it.
@@ -76,7 +77,6 @@ class Config:
         acting_fraction: Fraction of the batch with (r, t) = (0, 1), the pair that acts.
         reweighting_weight: Weight of alpha times the Q-reweighted flow-matching loss.
         reverse_kl_weight: Weight of E[alpha log pi - Qmin] through the exact one-step density.
-        reverse_kl_entropy: Whether that term keeps its entropy part; without, it is -E[Qmin].
         monotonicity_margin: The one-step map should have a Jacobian whose symmetric part has no
             eigenvalue below this; a Gaussian wall of this width stands against it. A strictly
             monotone map is injective, so that its density is exact, and by Brenier's theorem one
@@ -137,7 +137,6 @@ class Config:
     acting_fraction: float = 0.25
     reweighting_weight: float = 1.0
     reverse_kl_weight: float = 1.0
-    reverse_kl_entropy: bool = True
     monotonicity_margin: float = 0.02
     boundary_width: float = 0.5
     flow: Flow = "mean"
@@ -164,11 +163,6 @@ class Config:
             raise ValueError(
                 f"instantaneous_fraction={self.instantaneous_fraction} and acting_fraction="
                 f"{self.acting_fraction} are parts of one batch; their sum must not exceed 1"
-            )
-        if self.policy_batch_size > self.batch_size:
-            raise ValueError(
-                f"policy_batch_size={self.policy_batch_size} exceeds "
-                f"batch_size={self.batch_size}; the policy's states come from the same batch"
             )
         if self.reverse_kl_weight > 0 and (self.sampling_steps, self.flow) != (1, "mean"):
             raise ValueError(

@@ -47,6 +47,11 @@ def test_updates_move_every_network_and_are_reproducible(algorithm: str) -> None
         assert torch.equal(net.flat, second.networks()[name].flat), name
 
 
+def test_a_policy_batch_above_the_batch_takes_all_of_it() -> None:
+    whole, above = make_agent(policy_batch_size=32), make_agent(policy_batch_size=64)
+    assert whole.update(make_batch()) == above.update(make_batch())
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_actions_stay_in_the_box_for_any_number_of_particles(algorithm: str) -> None:
     agent = make_agent(algorithm)

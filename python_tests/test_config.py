@@ -36,7 +36,6 @@ def test_overrides_win_over_the_preset() -> None:
         (("flame", "default", {"batchsize": 3}), "did you mean 'batch_size'"),
         (("flame", "default", {"critic_activation": "gelu"}), "Choose one of: relu, silu, mish"),
         (("flame", "default", {"gamma": 1.5}), r"gamma=1.5 is out of range; allowed: \[0, 1\]"),
-        (("flame", "default", {"policy_batch_size": 512}), "exceeds batch_size=64"),
         (("flame", "default", {"sampling_steps": 4}), "reverse_kl_weight > 0 needs the one-step"),
         (("flame", "default", {"hidden_sizes": ()}), "at least one width"),
         (("sac", "default", Config(algorithm="flame")), "pass the same name to both"),

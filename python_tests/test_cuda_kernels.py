@@ -1,6 +1,7 @@
 """The CUDA backend on a device: against float64 PyTorch, on other streams and in graphs.
 
-What needs no device (index maps, tiles, reductions, the mathematics) is in test_cpu_kernels.py.
+What needs no device (index maps, tiles, reductions, the mathematics) is in the tests of
+every kernel (test_network_kernels.py, test_policy_kernels.py).
 """
 
 from __future__ import annotations

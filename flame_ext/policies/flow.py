@@ -139,9 +139,8 @@ class FlowActor(Actor):
         if c.reverse_kl_weight > 0:
             kl, sample = self._reverse_kl(obs, critics, alpha, generator)
             loss = loss + c.reverse_kl_weight * kl
-            if c.reverse_kl_entropy:
-                mean_log_prob = sample.log_prob.detach().mean()
-                metrics["fold_rate"] = sample.fold_rate
+            mean_log_prob = sample.log_prob.detach().mean()
+            metrics["fold_rate"] = sample.fold_rate
             metrics["reverse_kl_loss"] = kl.detach()
         if c.reweighting_weight > 0:
             flow_loss, ess = self._reweighted_loss(obs, action, critics, alpha, generator)
@@ -155,12 +154,9 @@ class FlowActor(Actor):
     def _reverse_kl(
         self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, LogProb]:
-        """E[alpha log pi - Qmin] through the exact density, or -E[Qmin] without entropy."""
+        """E[alpha log pi - Qmin] through the exact density."""
         noise = normal_like(obs, (len(obs), self.action_dim), generator)
-        if self.config.reverse_kl_entropy:
-            sample = self.sample(obs, noise, generator)
-        else:
-            sample = self._without_density(obs, noise)
+        sample = self.sample(obs, noise, generator)
         q_min = critics.q_min(obs, sample.action.clamp(-1, 1))
         q_scale = q_min.detach().abs().mean()
         walls = (alpha + WALL_SCALE * q_scale) * self._walls(sample).mean()
@@ -181,11 +177,6 @@ class FlowActor(Actor):
         measure = monotonicity_gap if native is None else native.monotonicity_gap
         gap = measure(sample.transport, c.monotonicity_margin)
         return wall + gap.square() / (2 * c.monotonicity_margin**2)
-
-    def _without_density(self, obs: Tensor, noise: Tensor) -> LogProb:
-        """A sample whose log_prob counts as zero: no Jacobian is computed."""
-        zero = torch.zeros_like(noise[..., 0])
-        return LogProb(sample_flow(self.network, obs, noise), zero, zero > 0)
 
     def _reweighted_loss(
         self,

@@ -1,0 +1,94 @@
+"""Networks, arrays and the measure of accuracy that the tests of the native kernels share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from flame_ext import _core
+from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
+from flame_ext.sampling import flow_steps, time_feature_rows
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+EPS = float(np.finfo(np.float32).eps)
+ACTIVATIONS = ("relu", "silu", "mish")
+POLICIES = [
+    (1, 1, 1, (8,)),
+    (2, 3, 6, (33, 24)),
+    (31, 17, 6, (64, 64, 64)),
+    (257, 17, 6, (256, 256)),
+    (33, 376, 17, (48, 48)),
+]
+
+
+def array(x: torch.Tensor) -> Array:
+    return x.detach().numpy()
+
+
+def draw(*shape: int, scale: float = 1.0, seed: int = 0) -> Array:
+    rng = np.random.default_rng([seed, *shape])
+    return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+
+def spec_of(net: FlatMLP) -> _core.MlpSpec:
+    return _core.MlpSpec(
+        net.layer_sizes,
+        members=net.members,
+        activation=net.activation,
+        layer_norm=net.layer_norm,
+    )
+
+
+def shaken(net: FlatMLP, seed: int = 0) -> FlatMLP:
+    """Moves gains, offsets and biases off their initial values, padding stays zero."""
+    with torch.no_grad():
+        noise = torch.Generator().manual_seed(seed)
+        for layer in net.layers():
+            for x in (layer.bias, layer.gain, layer.offset):
+                if x is not None:
+                    x.add_(0.2 * torch.randn(x.shape, generator=noise))
+    return net
+
+
+def make_critics(
+    obs_dim: int, action_dim: int, hidden: tuple[int, ...], seed: int = 1, **options: Any
+) -> Critics:
+    generator = torch.Generator().manual_seed(seed)
+    critics = Critics(obs_dim, action_dim, hidden, generator=generator, **options)
+    shaken(critics, seed)
+    return critics
+
+
+def make_policy(
+    obs_dim: int, action_dim: int, hidden: tuple[int, ...], seed: int = 2, **options: Any
+) -> MeanVelocityNet:
+    generator = torch.Generator().manual_seed(seed)
+    net = MeanVelocityNet(obs_dim, action_dim, hidden, generator=generator, **options)
+    shaken(net, seed)
+    return net
+
+
+def to_tensors(dtype: torch.dtype, *arrays: Array) -> list[torch.Tensor]:
+    return [torch.from_numpy(x).to(dtype) for x in arrays]
+
+
+def flow_tables(steps: int, flow: str = "mean") -> tuple[Array, Array]:
+    table = flow_steps(steps, flow)
+    return time_feature_rows(table), np.array([step.q for step in table], np.float32)
+
+
+def assert_as_accurate(ours: Array, single: torch.Tensor, exact: torch.Tensor) -> None:
+    """Our error is at most twice that of float32 PyTorch, both against float64.
+
+    The floor of a few roundings of the largest value covers results that float32 PyTorch happens to
+    get nearly exact.
+    """
+    wanted = exact.detach().double().numpy()
+    assert ours.shape == wanted.shape
+    assert np.isfinite(wanted).all()
+    error = float(np.abs(ours - wanted).max(initial=0.0))
+    theirs = float(np.abs(array(single).astype(np.float64) - wanted).max(initial=0.0))
+    floor = 4 * EPS * float(np.abs(wanted).max(initial=0.0))
+    assert error <= 2 * theirs + floor, f"error {error:.3g}, float32 PyTorch has {theirs:.3g}"

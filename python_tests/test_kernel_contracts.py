@@ -1,0 +1,128 @@
+"""What all native kernels keep: the same bits at any thread count, refusals that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from kernel_inputs import (
+    Array,
+    array,
+    draw,
+    flow_tables,
+    make_critics,
+    make_policy,
+    spec_of,
+)
+
+from flame_ext import _core
+from flame_ext.networks import FlatMLP
+
+each_isa = pytest.mark.usefixtures("isa")
+each_target = pytest.mark.usefixtures("kernels")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = _core.num_threads()
+    yield
+    _core.set_num_threads(before)
+
+
+def run_everything(threads: int, recorded: bool = True) -> list[Array]:
+    """All kernels on one input, with the given number of threads.
+
+    CUDA has no kernel that records the density for a gradient.
+    """
+    _core.set_num_threads(threads)
+    critics = make_critics(17, 6, (72, 64), layer_norm=True)
+    spec, flat = spec_of(critics), array(critics.flat)
+    obs, action = draw(301, 17), np.tanh(draw(301, 6))
+    gradients = np.zeros_like(flat)
+    loss, _, q = _core.critic_step(spec, flat, gradients, obs, action, draw(301))
+    net = make_policy(17, 6, (72, 64), layer_norm=True)
+    policy, weights = spec_of(net), array(net.flat)
+    flow_gradients, kl_gradients = np.zeros_like(weights), np.zeros_like(weights)
+    t = 0.01 + 0.99 * np.abs(np.tanh(draw(301, seed=7)))
+    flow_args = obs, action, 0.5 * t, t, draw(301, 6, seed=8)
+    flow_loss = _core.meanflow_step(policy, weights, flow_gradients, *flow_args)
+    reverse_kl: list[Array] = []
+    if recorded:
+        density_args = policy, weights, obs, draw(301, 6, seed=9), *flow_tables(1)
+        density = _core.RecordedDensity(*density_args)
+        density.backward(kl_gradients, draw(301, 6), draw(301))
+        reverse_kl = [density.log_prob, kl_gradients]
+    parameters, first, second = flat.copy(), np.zeros_like(flat), np.zeros_like(flat)
+    _core.adam(parameters, gradients, first, second, 1, 1e-3, 0.9, 0.999, 1e-8)
+    _core.soft_update(first, parameters, 0.3)
+    return [
+        _core.mlp_forward(spec, flat, draw(301, 23)),
+        _core.twin_q(spec, flat, obs, np.tanh(draw(301, 9, 6))),
+        gradients,
+        np.asarray(loss),
+        q,
+        parameters,
+        first,
+        flow_gradients,
+        np.asarray(flow_loss),
+        *reverse_kl,
+        *_core.q_gradient(spec, flat, obs, action),
+        *_core.reweighted_velocity(
+            spec, flat, obs, action, 1 - t, t, 0.2, num_candidates=7, seed=3, resample=True
+        ),
+        *_core.flow_density(policy, weights, obs, draw(301, 5, 6), *flow_tables(2), "log_det"),
+    ]
+
+
+@each_isa
+def test_results_are_the_same_bits_for_any_number_of_threads():
+    one = run_everything(1)
+    for threads in (2, 3, 8):
+        for a, b in zip(one, run_everything(threads), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_refusals_say_what_to_do():
+    critics = make_critics(3, 2, (8,))
+    spec, flat = spec_of(critics), array(critics.flat)
+    obs, actions = draw(4, 3), draw(4, 5, 2)
+    with pytest.raises(ValueError, match=r"obs has shape \(4, 2\); it must be \(4, 3\)"):
+        _core.twin_q(spec, flat, obs[:, :2], actions)
+    with pytest.raises(ValueError, match="parameters has dtype float64; it must be float32"):
+        _core.twin_q(spec, flat.astype(np.float64), obs, actions)
+    with pytest.raises(ValueError, match=r"parameters has shape \(7,\)"):
+        _core.twin_q(spec, flat[:7], obs, actions)
+    with pytest.raises(ValueError, match="strided columns"):
+        _core.twin_q(spec, flat, np.asfortranarray(obs), actions)
+    with pytest.raises(ValueError, match="not C-contiguous"):
+        _core.twin_q(spec, flat, obs, np.asfortranarray(actions))
+    frozen = np.zeros_like(flat)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="gradients is read-only"):
+        _core.critic_step(spec, flat, frozen, obs, actions[:, 0].copy(), draw(4))
+    with pytest.raises(ValueError, match="activation is 'gelu'"):
+        _core.MlpSpec((3, 1), members=1, activation="gelu", layer_norm=False)
+    with pytest.raises(ValueError, match="first step is 1"):
+        _core.adam(flat.copy(), flat, flat.copy(), flat.copy(), 0, 1e-3, 0.9, 0.999, 1e-8)
+
+
+def test_cuda_kernels_do_not_depend_on_the_order_of_threads():
+    """A value read in the phase that writes it would differ: the sign of a missing barrier."""
+    before = _core.isa_active()
+    results = []
+    for order in ("rising", "falling"):
+        _core.run_cuda_on_host(order)
+        results.append(run_everything(1, recorded=False))
+    _core.set_isa(before)
+    for rising, falling in zip(*results, strict=True):
+        assert np.array_equal(rising, falling)
+
+
+def test_cuda_kernels_refuse_what_does_not_fit_the_device():
+    net = FlatMLP((8,), (1024,), 3)
+    before = _core.isa_active()
+    _core.run_cuda_on_host("rising", 48 * 1024)
+    with pytest.raises(ValueError, match=r"1024 columns need .* this device has 49152 bytes"):
+        _core.mlp_forward(spec_of(net), array(net.flat), draw(4, 8))
+    _core.set_isa(before)
