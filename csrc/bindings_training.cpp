@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "bindings_arrays.h"
+#include "bindings_networks.h"
 #include "cpu/kernels.h"
 #include "cpu/workspace.h"
 
@@ -43,19 +44,6 @@ MlpSpec make_spec(const std::vector<int>& sizes, int members, const std::string&
         spec.sizes[i] = sizes[i];
     }
     return spec;
-}
-
-int64_t count_of(const MlpSpec& spec) { return static_cast<int64_t>(parameter_count(spec)); }
-
-int outputs(const MlpSpec& spec) { return spec.sizes[spec.num_layers]; }
-
-// Critics take [action | observation] and return one value.
-int critic_obs_dim(const MlpSpec& spec, int action_dim) {
-    check(outputs(spec) == 1, "a critic has one output, this spec has ", outputs(spec));
-    const int obs_dim = spec.sizes[0] - action_dim;
-    check(action_dim >= 1 && obs_dim >= 0, "actions have ", action_dim,
-          " columns; the critic has only ", spec.sizes[0], " inputs (action and observation)");
-    return obs_dim;
 }
 
 // --- Kernels
@@ -270,18 +258,6 @@ Array py_truncated_normal(const py::array& low, const py::array& high, const py:
     const py::gil_scoped_release release;
     kernels().truncated_normals(args);
     return output;
-}
-
-// A mean-velocity network maps [z (A) | observation (O) | time features] to A values.
-int flow_obs_dim(const MlpSpec& spec, int64_t time_features) {
-    const int action_dim = outputs(spec);
-    check(spec.members == 1, "a policy has one member, this spec has ", spec.members);
-    check(action_dim <= kMaxActionColumns, "the policy has ", action_dim, " outputs; at most ",
-          kMaxActionColumns, " are supported");
-    const int64_t obs_dim = spec.sizes[0] - action_dim - time_features;
-    check(obs_dim >= 0, "the policy has ", spec.sizes[0], " inputs; ", action_dim,
-          " action columns and ", time_features, " time features need more");
-    return static_cast<int>(obs_dim);
 }
 
 double py_meanflow_step(const MlpSpec& spec, const py::array& parameters,

@@ -124,6 +124,38 @@ def critic_step(
     action: _Array,
     target: _Array,
 ) -> tuple[list[float], list[float], _Array]: ...
+
+class PolicySampler:
+    @staticmethod
+    def gaussian(spec: MlpSpec, log_std_range: tuple[float, float]) -> PolicySampler: ...
+    @staticmethod
+    def flow(spec: MlpSpec, time: _Array, scale: _Array) -> PolicySampler: ...
+
+def critic_update(
+    policy: PolicySampler,
+    policy_parameters: _Array,
+    critics: MlpSpec,
+    parameters: _Array,
+    first_moment: _Array,
+    second_moment: _Array,
+    target_parameters: _Array,
+    obs: _Array,
+    action: _Array,
+    reward: _Array,
+    terminated: _Array,
+    next_obs: _Array,
+    noise: _Array,
+    *,
+    reward_scale: float,
+    gamma: float,
+    alpha: float,
+    tau: float,
+    step: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+) -> tuple[float, float]: ...
 def adam(
     parameters: _Array,
     gradients: _Array,

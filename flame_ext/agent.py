@@ -108,38 +108,21 @@ class Agent:
             Scalars to log.
         """
         c = self.config
-        target = self._td_target(batch)
-        metrics = self.backend.critic_step(self.critics, batch.obs, batch.action, target)
-        self.backend.optimizer_step(self.optimizers["critics"])
+        metrics = self.backend.critic_update(
+            self.actor,
+            self.critics,
+            self.target_critics,
+            self.optimizers["critics"],
+            batch,
+            self.alpha,
+            self.generator,
+        )
         self.updates += 1
         if self.updates % c.policy_delay == 0:
             metrics |= self._policy_step(
                 batch.obs[: c.policy_batch_size], batch.action[: c.policy_batch_size]
             )
-        self.backend.soft_update(self.target_critics.flat, self.critics.flat, c.tau)
         return metrics
-
-    @torch.no_grad()
-    def _td_target(self, batch: Batch) -> Tensor:
-        """Reward + gamma (1 - terminated) (Qmin'(s', a') - [entropy] alpha log pi(a'|s'))."""
-        c = self.config
-        obs = batch.next_obs
-        shape = (len(obs), c.target_particles, self.action_dim)
-        noise = normal_like(obs, shape, self.generator)
-        if c.entropy_in_target:
-            # The density is the plain sample's: best-of-N has none in closed form.
-            sample = self.actor.sample(obs, noise[:, 0], self.generator)
-            candidates = sample.action.clamp(-1, 1).unsqueeze(1)
-            if c.target_particles > 1:
-                others = self.actor.action(obs.unsqueeze(1), noise[:, 1:])
-                candidates = torch.cat([candidates, others], dim=1)
-        else:
-            candidates = self.actor.action(obs.unsqueeze(1), noise)
-        value = self.target_critics.candidate_q_min(obs, candidates).amax(1)
-        if c.entropy_in_target:
-            value = value - self.alpha * sample.log_prob
-        reward = c.reward_scale * batch.reward
-        return reward + c.gamma * (1 - batch.terminated) * value
 
     def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
         with _frozen(self.critics):

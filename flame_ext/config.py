@@ -101,7 +101,7 @@ class Config:
     total_steps: int = 1_000_000
     num_envs: int = 5
     learning_starts: int = 5_000
-    updates_per_step: float = 1.0
+    updates_per_step: float = 4.0
     batch_size: int = 64
     buffer_size: int = 1_000_000
     gamma: float = 0.99
@@ -116,7 +116,7 @@ class Config:
     critic_learning_rate: float = 1e-3
     policy_learning_rate: float = 1e-3
     final_policy_learning_rate: float | None = None
-    policy_delay: int = 1
+    policy_delay: int = 4
     policy_batch_size: int = 64
     initial_action_std: float = 0.2
     temperature: Temperature = "entropy"
@@ -143,7 +143,7 @@ class Config:
     sampling_steps: int = 1
     train_particles: int = 1
     exploration_noise: float = 0.0
-    target_particles: int = 4
+    target_particles: int = 1
     eval_particles: int = 16
     log_interval: int = 1_000
     eval_interval: int = 10_000
@@ -265,7 +265,6 @@ _DEFAULT: dict[str, dict[str, Any]] = {"flame": {"policy_batch_size": 32}}
 # several steps, where the exact density of section 4.1 does not apply.
 _MULTI_STEP: dict[str, Any] = {
     "sampling_steps": 20,
-    "policy_delay": 2,
     "proposal": "reverse",
     "reverse_kl_weight": 0.0,
     "instantaneous_fraction": 1.0,

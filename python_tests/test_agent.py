@@ -13,9 +13,16 @@ from flame_ext.errors import BackendUnavailableError
 from flame_ext.policies import reweighting
 from flame_ext.policies.reweighting import damped_logits, resample
 from flame_ext.replay import Batch
+from flame_ext.td_target import td_target
 
 OBS, ACT = 5, 3
-SMALL = {"hidden_sizes": (16, 16), "batch_size": 32, "policy_batch_size": 16, "num_candidates": 8}
+SMALL = {
+    "hidden_sizes": (16, 16),
+    "batch_size": 32,
+    "policy_batch_size": 16,
+    "policy_delay": 1,
+    "num_candidates": 8,
+}
 
 
 def make_agent(algorithm: str = "flame", seed: int = 0, **options: object) -> Agent:
@@ -32,6 +39,10 @@ def make_batch(seed: int = 0, terminated: float = 0.0) -> Batch:
         terminated=torch.full((32,), terminated),
         next_obs=torch.randn(32, OBS, generator=g),
     )
+
+
+def target_of(agent: Agent, batch: Batch) -> torch.Tensor:
+    return td_target(agent.actor, agent.target_critics, batch, agent.alpha, agent.generator)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -64,7 +75,7 @@ def test_actions_stay_in_the_box_for_any_number_of_particles(algorithm: str) -> 
 def test_termination_does_not_bootstrap() -> None:
     agent = make_agent(reward_scale=0.5)
     batch = make_batch(terminated=1.0)
-    torch.testing.assert_close(agent._td_target(batch), 0.5 * batch.reward)
+    torch.testing.assert_close(target_of(agent, batch), 0.5 * batch.reward)
 
 
 @pytest.mark.parametrize("entropy_in_target", [False, True])
@@ -73,7 +84,7 @@ def test_td_target_of_sac(entropy_in_target: bool) -> None:
     agent = make_agent("sac", entropy_in_target=entropy_in_target)
     batch = make_batch()
     state = agent.generator.get_state()
-    target = agent._td_target(batch)
+    target = target_of(agent, batch)
     agent.generator.set_state(state)
     noise = torch.randn(32, 1, ACT, generator=agent.generator)[:, 0]
     mean, std = agent.actor.network.distribution(batch.next_obs)  # type: ignore[operator]
@@ -98,7 +109,7 @@ def test_critic_step_is_the_gradient_of_the_summed_squared_errors() -> None:
 
 
 def test_policy_step_leaves_the_critics_without_gradient() -> None:
-    agent = make_agent(policy_delay=1)
+    agent = make_agent()
     agent.update(make_batch())
     before = agent.critics.flat.grad
     assert before is not None
@@ -195,8 +206,7 @@ def test_ten_updates_agree_between_torch_and_native(
 ) -> None:
     """Loss by loss, from the same weights and draws; then the parameters."""
     monkeypatch.setattr(reweighting, "uniform_like", native_uniform)
-    options = {"hidden_sizes": (32, 24), "policy_delay": 1, "num_candidates": 8}
-    options["proposal"] = proposal
+    options = {"hidden_sizes": (32, 24), "proposal": proposal}
     config = make_config(algorithm, overrides={**SMALL, **options})
     agents = [
         Agent(config, OBS, ACT, make_backend(name, torch.device("cpu")), seed=0)

@@ -16,12 +16,16 @@ from torch.autograd.function import once_differentiable
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
+from flame_ext.policies.base import Actor, normal_like
+from flame_ext.policies.flow import FlowActor
+from flame_ext.policies.gaussian import GaussianActor
 from flame_ext.reference import (
     Estimator,
     LogProb,
     Trace,
     check_log_prob_options,
 )
+from flame_ext.replay import Batch
 from flame_ext.sampling import LOG_STD_RANGE, Flow, flow_steps, time_feature_rows
 
 # What a kernel computes for `reference.log_prob`'s trace option.
@@ -59,6 +63,61 @@ class CpuBackend(TorchBackend):
     def accelerate(self, network: FlatMLP) -> None:
         network.evaluator = NativeEvaluator(network)
 
+    def critic_update(
+        self,
+        actor: Actor,
+        critics: Critics,
+        target_critics: Critics,
+        optimizer: torch.optim.Adam,
+        batch: Batch,
+        alpha: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, float]:
+        c = actor.config
+        sampler = self._sampler(actor)
+        if sampler is None:
+            return super().critic_update(
+                actor, critics, target_critics, optimizer, batch, alpha, generator
+            )
+        rows = (batch.obs, batch.action, batch.reward, batch.terminated, batch.next_obs)
+        noise = normal_like(batch.obs, (len(batch.obs), actor.action_dim), generator)
+        (group,) = optimizer.param_groups
+        moments = adam_moments(optimizer)
+        moments["step"] += 1
+        loss, q_mean = self._core.critic_update(
+            sampler,
+            _array(actor.network.flat),
+            mlp_spec(critics),
+            _array(critics.flat),
+            _array(moments["exp_avg"]),
+            _array(moments["exp_avg_sq"]),
+            _array(target_critics.flat),
+            *(_array(x) for x in rows),
+            _array(noise),
+            reward_scale=c.reward_scale,
+            gamma=c.gamma,
+            alpha=float(alpha) if c.entropy_in_target else 0.0,
+            tau=c.tau,
+            **_adam_options(int(moments["step"]), group),
+        )
+        return {"critic_loss": loss, "q_mean": q_mean}
+
+    def _sampler(self, actor: Actor) -> Any | None:
+        """How the fused update draws next actions; None where it cannot."""
+        c = actor.config
+        if c.target_particles > 1:
+            return None
+        spec = mlp_spec(actor.network)
+        if isinstance(actor, GaussianActor):
+            return self._core.PolicySampler.gaussian(spec, LOG_STD_RANGE)
+        if not isinstance(actor, FlowActor):
+            return None
+        if not c.entropy_in_target:
+            return self._core.PolicySampler.flow(spec, *flow_table(c.sampling_steps, c.flow))
+        if c.entropy_estimator == "exact":
+            return self._core.PolicySampler.flow(spec, *flow_table(1, c.flow))
+        return None
+
     def critic_step(
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
     ) -> dict[str, float]:
@@ -81,10 +140,7 @@ class CpuBackend(TorchBackend):
         tensors = (parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"])
         self._core.adam(
             *(_array(x).reshape(-1) for x in tensors),
-            int(moments["step"]),
-            group["lr"],
-            *group["betas"],
-            group["eps"],
+            **_adam_options(int(moments["step"]), group),
         )
 
     def soft_update(self, target: Tensor, online: Tensor, tau: float) -> None:
@@ -400,6 +456,17 @@ class _MeanFlowLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return d_loss * gradient, *[None] * 6
+
+
+def _adam_options(step: int, group: dict[str, Any]) -> dict[str, Any]:
+    beta1, beta2 = group["betas"]
+    return {
+        "step": step,
+        "learning_rate": group["lr"],
+        "beta1": beta1,
+        "beta2": beta2,
+        "epsilon": group["eps"],
+    }
 
 
 @functools.cache

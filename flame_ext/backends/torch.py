@@ -11,6 +11,8 @@ from torch import Tensor
 
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.policies.base import Actor, ActorLoss
+from flame_ext.replay import Batch
+from flame_ext.td_target import td_target
 
 
 class TorchBackend:
@@ -25,6 +27,23 @@ class TorchBackend:
 
     def accelerate(self, network: FlatMLP) -> None:
         """Prepares a network of the agent; PyTorch needs nothing."""
+
+    def critic_update(
+        self,
+        actor: Actor,
+        critics: Critics,
+        target_critics: Critics,
+        optimizer: torch.optim.Adam,
+        batch: Batch,
+        alpha: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, float]:
+        """One Adam step of the critics towards `td_target`, and the targets' average after it."""
+        target = td_target(actor, target_critics, batch, alpha, generator)
+        metrics = self.critic_step(critics, batch.obs, batch.action, target)
+        self.optimizer_step(optimizer)
+        self.soft_update(target_critics.flat, critics.flat, actor.config.tau)
+        return metrics
 
     def critic_step(
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor

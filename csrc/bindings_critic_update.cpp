@@ -1,0 +1,130 @@
+// Python entry points of the fused critic update: the policies' samplers and the update itself.
+#include <pybind11/stl.h>
+
+#include <utility>
+
+#include "bindings.h"
+#include "bindings_arrays.h"
+#include "bindings_networks.h"
+#include "critic_update.h"
+
+namespace flame {
+namespace {
+
+PolicySampler gaussian_sampler(const MlpSpec& spec, std::pair<float, float> log_std_range) {
+    check(spec.members == 1 && outputs(spec) % 2 == 0,
+          "a Gaussian policy has one member and an even ", "number of outputs; this spec has ",
+          spec.members, " and ", outputs(spec));
+    PolicySampler p{};
+    p.spec = spec;
+    p.action_dim = outputs(spec) / 2;
+    p.log_std_min = log_std_range.first;
+    p.log_std_max = log_std_range.second;
+    return p;
+}
+
+PolicySampler flow_sampler(const MlpSpec& spec, const py::array& time, const py::array& scale) {
+    check(time.ndim() == 2 && time.shape(0) >= 1, "time has shape ", shape_text(time),
+          "; it must be (steps, features) with at least one step");
+    const int64_t steps = time.shape(0);
+    const int64_t features = time.shape(1);
+    flow_obs_dim(spec, features);
+    const float* times = dense(time, "time", {steps, features});
+    const float* scales = dense(scale, "scale", {steps});
+    PolicySampler p{};
+    p.spec = spec;
+    p.action_dim = outputs(spec);
+    p.steps = static_cast<int32_t>(steps);
+    p.time_features = static_cast<int32_t>(features);
+    p.time.assign(times, times + steps * features);
+    p.scale.assign(scales, scales + steps);
+    return p;
+}
+
+// One number per transition, a column of a wider array as well as a vector.
+std::pair<const float*, int64_t> column(const py::array& a, const char* name, int64_t rows) {
+    check_float32(a, name);
+    const auto item = static_cast<py::ssize_t>(sizeof(float));
+    check(a.ndim() == 1 && a.shape(0) == rows && a.strides(0) % item == 0, name, " has shape ",
+          shape_text(a), "; it must be (", rows, ",)");
+    return {static_cast<const float*>(a.data()), a.strides(0) / item};
+}
+
+py::tuple py_critic_update(const PolicySampler& policy, const py::array& policy_parameters,
+                           const MlpSpec& critics, const py::array& parameters,
+                           const py::array& first_moment, const py::array& second_moment,
+                           const py::array& target_parameters, const py::array& obs,
+                           const py::array& action, const py::array& reward,
+                           const py::array& terminated, const py::array& next_obs,
+                           const py::array& noise, float reward_scale, float gamma, float alpha,
+                           float tau, int64_t step, double learning_rate, double beta1,
+                           double beta2, double epsilon) {
+    check(step >= 1, "step is ", step, "; the first step is 1");
+    check(action.ndim() == 2 && action.shape(0) >= 1, "action has shape ", shape_text(action),
+          "; it must be (rows, ", policy.action_dim, ") with at least one row");
+    const int64_t rows = action.shape(0);
+    const int64_t count = count_of(critics);
+    const int obs_dim = critic_obs_dim(critics, policy.action_dim);
+    const int policy_obs_dim =
+        policy.spec.sizes[0] - (policy.steps > 0 ? policy.action_dim + policy.time_features : 0);
+    check(policy_obs_dim == obs_dim, "the policy takes ", policy_obs_dim,
+          " observations, the critics ", obs_dim);
+    const RowsView s = matrix(obs, "obs", rows, obs_dim);
+    const RowsView a = matrix(action, "action", rows, policy.action_dim);
+    const RowsView next = matrix(next_obs, "next_obs", rows, obs_dim);
+    const auto [rewards, reward_ld] = column(reward, "reward", rows);
+    const auto [ends, terminated_ld] = column(terminated, "terminated", rows);
+    const CriticUpdate update{
+        &policy,
+        dense(policy_parameters, "policy_parameters", {count_of(policy.spec)}),
+        critics,
+        count,
+        writable(parameters, "parameters", {count}),
+        writable(first_moment, "first_moment", {count}),
+        writable(second_moment, "second_moment", {count}),
+        writable(target_parameters, "target_parameters", {count}),
+        rows,
+        s.data,
+        s.ld,
+        a.data,
+        a.ld,
+        rewards,
+        reward_ld,
+        ends,
+        terminated_ld,
+        next.data,
+        next.ld,
+        dense(noise, "noise", {rows, policy.action_dim}),
+        reward_scale,
+        gamma,
+        alpha,
+        tau,
+        step,
+        learning_rate,
+        beta1,
+        beta2,
+        epsilon};
+    CriticUpdateResult result{};
+    {
+        const py::gil_scoped_release release;
+        result = critic_update(update);
+    }
+    return py::make_tuple(result.loss, result.q_mean);
+}
+
+}  // namespace
+
+void bind_critic_update(py::module_& m) {
+    py::class_<PolicySampler>(m, "PolicySampler")
+        .def_static("gaussian", &gaussian_sampler, py::arg("spec"), py::arg("log_std_range"))
+        .def_static("flow", &flow_sampler, py::arg("spec"), py::arg("time"), py::arg("scale"));
+    m.def("critic_update", &py_critic_update, py::arg("policy"), py::arg("policy_parameters"),
+          py::arg("critics"), py::arg("parameters"), py::arg("first_moment"),
+          py::arg("second_moment"), py::arg("target_parameters"), py::arg("obs"), py::arg("action"),
+          py::arg("reward"), py::arg("terminated"), py::arg("next_obs"), py::arg("noise"),
+          py::kw_only(), py::arg("reward_scale"), py::arg("gamma"), py::arg("alpha"),
+          py::arg("tau"), py::arg("step"), py::arg("learning_rate"), py::arg("beta1"),
+          py::arg("beta2"), py::arg("epsilon"));
+}
+
+}  // namespace flame

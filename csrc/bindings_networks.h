@@ -1,0 +1,36 @@
+// What the bindings read from a network's shape, with the checks that belong to it.
+#pragma once
+
+#include <cstdint>
+
+#include "check.h"
+#include "mlp_spec.h"
+
+namespace flame {
+
+inline int64_t count_of(const MlpSpec& spec) { return static_cast<int64_t>(parameter_count(spec)); }
+
+inline int outputs(const MlpSpec& spec) { return spec.sizes[spec.num_layers]; }
+
+// Critics take [action | observation] and return one value.
+inline int critic_obs_dim(const MlpSpec& spec, int action_dim) {
+    check(outputs(spec) == 1, "a critic has one output, this spec has ", outputs(spec));
+    const int obs_dim = spec.sizes[0] - action_dim;
+    check(action_dim >= 1 && obs_dim >= 0, "actions have ", action_dim,
+          " columns; the critic has only ", spec.sizes[0], " inputs (action and observation)");
+    return obs_dim;
+}
+
+// A mean-velocity network maps [z (A) | observation (O) | time features] to A values.
+inline int flow_obs_dim(const MlpSpec& spec, int64_t time_features) {
+    const int action_dim = outputs(spec);
+    check(spec.members == 1, "a policy has one member, this spec has ", spec.members);
+    check(action_dim <= kMaxActionColumns, "the policy has ", action_dim, " outputs; at most ",
+          kMaxActionColumns, " are supported");
+    const int64_t obs_dim = spec.sizes[0] - action_dim - time_features;
+    check(obs_dim >= 0, "the policy has ", spec.sizes[0], " inputs; ", action_dim,
+          " action columns and ", time_features, " time features need more");
+    return static_cast<int>(obs_dim);
+}
+
+}  // namespace flame

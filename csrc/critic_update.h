@@ -1,0 +1,65 @@
+// One whole update of soft critics by the CPU kernels: the policy's next actions, the TD target,
+// the critics' gradient and Adam step, and the targets' exponential average. At the small batches
+// that learn fastest the calls between these pieces would cost as much as the products inside.
+#pragma once
+
+#include <stdint.h>
+
+#include <vector>
+
+#include "mlp_spec.h"
+
+namespace flame {
+
+// How a policy's network turns noise into actions: as a tanh Gaussian, or along a flow.
+struct PolicySampler {
+    MlpSpec spec;
+    int32_t action_dim;
+    float log_std_min;  // of the Gaussian
+    float log_std_max;
+    int32_t steps;  // of the flow; 0 for the Gaussian
+    int32_t time_features;
+    std::vector<float> time;   // (steps, time_features)
+    std::vector<float> scale;  // (steps)
+};
+
+struct CriticUpdate {
+    const PolicySampler* policy;
+    const float* policy_parameters;
+    MlpSpec critics;
+    int64_t parameter_count;
+    float* parameters;
+    float* first_moment;
+    float* second_moment;
+    float* target_parameters;
+    int64_t rows;
+    const float* obs;  // (rows, O), rows `obs_ld` apart
+    int64_t obs_ld;
+    const float* action;  // (rows, A)
+    int64_t action_ld;
+    const float* reward;  // (rows), entries `reward_ld` apart
+    int64_t reward_ld;
+    const float* terminated;  // (rows), 1 where the episode ended
+    int64_t terminated_ld;
+    const float* next_obs;  // (rows, O)
+    int64_t next_obs_ld;
+    const float* noise;  // (rows, A) dense, of the next actions
+    float reward_scale;
+    float gamma;
+    float alpha;  // temperature of the target's entropy; 0 leaves the density out
+    float tau;
+    int64_t step;  // of Adam, from 1
+    double learning_rate;
+    double beta1;
+    double beta2;
+    double epsilon;
+};
+
+struct CriticUpdateResult {
+    double loss;    // mean squared error, summed over the members
+    double q_mean;  // over members and rows
+};
+
+CriticUpdateResult critic_update(const CriticUpdate& update);
+
+}  // namespace flame

@@ -1,0 +1,42 @@
+"""The soft critics' target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flame_ext.networks import Critics
+from flame_ext.policies.base import Actor, normal_like
+from flame_ext.replay import Batch
+
+
+@torch.no_grad()
+def td_target(
+    actor: Actor,
+    target_critics: Critics,
+    batch: Batch,
+    alpha: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Reward + gamma (1 - terminated) (Qmin'(s', a') - [entropy] alpha log pi(a'|s')), ``(B,)``.
+
+    A truncated episode bootstraps, a terminated one does not (Pardo et al. 2018). With several
+    `target_particles` a' is the best of them by Qmin'.
+    """
+    c = actor.config
+    obs = batch.next_obs
+    shape = (len(obs), c.target_particles, actor.action_dim)
+    noise = normal_like(obs, shape, generator)
+    if c.entropy_in_target:
+        # The density is the plain sample's: best-of-N has none in closed form.
+        sample = actor.sample(obs, noise[:, 0], generator)
+        candidates = sample.action.clamp(-1, 1).unsqueeze(1)
+        if c.target_particles > 1:
+            others = actor.action(obs.unsqueeze(1), noise[:, 1:])
+            candidates = torch.cat([candidates, others], dim=1)
+    else:
+        candidates = actor.action(obs.unsqueeze(1), noise)
+    value = target_critics.candidate_q_min(obs, candidates).amax(1)
+    if c.entropy_in_target:
+        value = value - alpha * sample.log_prob
+    return c.reward_scale * batch.reward + c.gamma * (1 - batch.terminated) * value
