@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flame_ext import _core, ops
 from flame_ext.agent import Agent
-from flame_ext.backends import make_backend
+from flame_ext.backends import TorchBackend, make_backend
 from flame_ext.config import make_config
 from flame_ext.networks import ACTIVATIONS, Critics, MeanVelocityNet
 from flame_ext.replay import Batch
@@ -62,6 +62,7 @@ def compare(
     native: Callable[[], Any],
     torch_form: Callable[[], Any],
     flop: int | None = None,
+    other: str = "PyTorch",
 ) -> None:
     """Times both alternately, reports the native one and prints the ratio of medians."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -74,7 +75,7 @@ def compare(
             seconds.append(time.perf_counter() - start)
     ours, theirs = (1e3 * statistics.median(seconds) for seconds in times)
     benchmark.extra_info |= {"native_ms": ours, "torch_ms": theirs, "ratio": theirs / ours}
-    print(f"\n{name}: native {ours:.2f} ms, PyTorch {theirs:.2f} ms, ratio {theirs / ours:.2f}")
+    print(f"\n{name}: native {ours:.2f} ms, {other} {theirs:.2f} ms, ratio {theirs / ours:.2f}")
     if flop is not None:
         peak = _core.peak_gflops()
         floor = flop / peak / 1e6
@@ -184,22 +185,30 @@ def update_as_trained(agent: Agent, batch: Batch) -> None:
         agent.update(batch)
 
 
+def make_batch(rows: int) -> Batch:
+    return Batch(
+        obs=draw(rows, OBS),
+        action=draw(rows, ACT, seed=1).tanh(),
+        reward=draw(rows, seed=2),
+        terminated=torch.zeros(rows),
+        next_obs=draw(rows, OBS, seed=3),
+    )
+
+
+def make_agents(algorithm: str, **options: Any) -> list[Agent]:
+    """The same agent on the native and on the PyTorch backend."""
+    config = make_config(algorithm, overrides=options)
+    cpu = torch.device("cpu")
+    return [Agent(config, OBS, ACT, make_backend(name, cpu)) for name in ("cpu", "torch")]
+
+
 @pytest.mark.parametrize("algorithm", ["flame", "flame-r", "sac"])
 def test_whole_update(benchmark: Any, algorithm: str) -> None:
     """A critic and a policy update as the trainer does them, Adam and target update included."""
-    options = {"hidden_sizes": HIDDEN, "policy_delay": 1, "batch_size": B, "policy_batch_size": B}
-    config = make_config(algorithm, overrides=options)
-    batch = Batch(
-        obs=draw(B, OBS),
-        action=draw(B, ACT, seed=1).tanh(),
-        reward=draw(B, seed=2),
-        terminated=torch.zeros(B),
-        next_obs=draw(B, OBS, seed=3),
+    native, plain = make_agents(
+        algorithm, hidden_sizes=HIDDEN, policy_delay=1, batch_size=B, policy_batch_size=B
     )
-    native, plain = (
-        Agent(config, OBS, ACT, make_backend(name, torch.device("cpu")))
-        for name in ("cpu", "torch")
-    )
+    batch = make_batch(B)
     first = native.update(batch), plain.update(batch)
     assert first[0]["critic_loss"] == pytest.approx(first[1]["critic_loss"], rel=1e-3)
     compare(
@@ -208,3 +217,39 @@ def test_whole_update(benchmark: Any, algorithm: str) -> None:
         lambda: update_as_trained(native, batch),
         lambda: plain.update(batch),
     )
+
+
+@pytest.mark.parametrize("algorithm", ["flame", "sac"])
+def test_updates_of_one_environment_step(benchmark: Any, algorithm: str) -> None:
+    """What the default preset computes per environment step."""
+    native, plain = make_agents(algorithm)
+    config, batch = native.config, make_batch(native.config.batch_size)
+    count = round(config.updates_per_step)
+    assert count % config.policy_delay == 0
+
+    def updates(agent: Agent) -> None:
+        for _ in range(count):
+            update_as_trained(agent, batch)
+
+    for agent in (native, plain):
+        updates(agent)
+    assert native.alpha == pytest.approx(float(plain.alpha), rel=1e-3)
+    name = f"{count} critic and {count // config.policy_delay} policy updates, {algorithm}"
+    compare(benchmark, name, lambda: updates(native), lambda: updates(plain))
+
+
+@pytest.mark.parametrize("algorithm", ["flame", "sac"])
+def test_fused_critic_update(benchmark: Any, algorithm: str) -> None:
+    """The critic update in one native call beside the same kernels called one by one."""
+    agents = [make_agents(algorithm)[0] for _ in range(2)]
+    batch = make_batch(agents[0].config.batch_size)
+
+    def update(agent: Agent, method: Callable[..., dict[str, float]]) -> dict[str, float]:
+        networks = agent.actor, agent.critics, agent.target_critics
+        optimizer = agent.optimizers["critics"]
+        return method(agent.backend, *networks, optimizer, batch, agent.alpha, agent.generator)
+
+    fused = functools.partial(update, agents[0], type(agents[0].backend).critic_update)
+    single = functools.partial(update, agents[1], TorchBackend.critic_update)
+    assert fused() == pytest.approx(single(), rel=1e-3)
+    compare(benchmark, f"critic update, {algorithm}", fused, single, other="single kernels")
