@@ -1,4 +1,4 @@
-// Python entry points of the fused critic update: the policies' samplers and the update itself.
+// Python entry point of the fused critic update.
 #include <pybind11/stl.h>
 
 #include <utility>
@@ -10,36 +10,6 @@
 
 namespace flame {
 namespace {
-
-PolicySampler gaussian_sampler(const MlpSpec& spec, std::pair<float, float> log_std_range) {
-    check(spec.members == 1 && outputs(spec) % 2 == 0,
-          "a Gaussian policy has one member and an even ", "number of outputs; this spec has ",
-          spec.members, " and ", outputs(spec));
-    PolicySampler p{};
-    p.spec = spec;
-    p.action_dim = outputs(spec) / 2;
-    p.log_std_min = log_std_range.first;
-    p.log_std_max = log_std_range.second;
-    return p;
-}
-
-PolicySampler flow_sampler(const MlpSpec& spec, const py::array& time, const py::array& scale) {
-    check(time.ndim() == 2 && time.shape(0) >= 1, "time has shape ", shape_text(time),
-          "; it must be (steps, features) with at least one step");
-    const int64_t steps = time.shape(0);
-    const int64_t features = time.shape(1);
-    flow_obs_dim(spec, features);
-    const float* times = dense(time, "time", {steps, features});
-    const float* scales = dense(scale, "scale", {steps});
-    PolicySampler p{};
-    p.spec = spec;
-    p.action_dim = outputs(spec);
-    p.steps = static_cast<int32_t>(steps);
-    p.time_features = static_cast<int32_t>(features);
-    p.time.assign(times, times + steps * features);
-    p.scale.assign(scales, scales + steps);
-    return p;
-}
 
 // One number per transition, a column of a wider array as well as a vector.
 std::pair<const float*, int64_t> column(const py::array& a, const char* name, int64_t rows) {
@@ -64,11 +34,7 @@ py::tuple py_critic_update(const PolicySampler& policy, const py::array& policy_
           "; it must be (rows, ", policy.action_dim, ") with at least one row");
     const int64_t rows = action.shape(0);
     const int64_t count = count_of(critics);
-    const int obs_dim = critic_obs_dim(critics, policy.action_dim);
-    const int policy_obs_dim =
-        policy.spec.sizes[0] - (policy.steps > 0 ? policy.action_dim + policy.time_features : 0);
-    check(policy_obs_dim == obs_dim, "the policy takes ", policy_obs_dim,
-          " observations, the critics ", obs_dim);
+    const int obs_dim = shared_obs_dim(policy, critics);
     const RowsView s = matrix(obs, "obs", rows, obs_dim);
     const RowsView a = matrix(action, "action", rows, policy.action_dim);
     const RowsView next = matrix(next_obs, "next_obs", rows, obs_dim);
@@ -115,9 +81,6 @@ py::tuple py_critic_update(const PolicySampler& policy, const py::array& policy_
 }  // namespace
 
 void bind_critic_update(py::module_& m) {
-    py::class_<PolicySampler>(m, "PolicySampler")
-        .def_static("gaussian", &gaussian_sampler, py::arg("spec"), py::arg("log_std_range"))
-        .def_static("flow", &flow_sampler, py::arg("spec"), py::arg("time"), py::arg("scale"));
     m.def("critic_update", &py_critic_update, py::arg("policy"), py::arg("policy_parameters"),
           py::arg("critics"), py::arg("parameters"), py::arg("first_moment"),
           py::arg("second_moment"), py::arg("target_parameters"), py::arg("obs"), py::arg("action"),

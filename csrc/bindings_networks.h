@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "check.h"
-#include "mlp_spec.h"
+#include "policy_sampler.h"
 
 namespace flame {
 
@@ -31,6 +31,16 @@ inline int flow_obs_dim(const MlpSpec& spec, int64_t time_features) {
     check(obs_dim >= 0, "the policy has ", spec.sizes[0], " inputs; ", action_dim,
           " action columns and ", time_features, " time features need more");
     return static_cast<int>(obs_dim);
+}
+
+// The observation's size, on which a policy and its critics agree.
+inline int shared_obs_dim(const PolicySampler& policy, const MlpSpec& critics) {
+    const int obs_dim = critic_obs_dim(critics, policy.action_dim);
+    const int beside = policy.steps > 0 ? policy.action_dim + policy.time_features : 0;
+    const int of_policy = policy.spec.sizes[0] - beside;
+    check(of_policy == obs_dim, "the policy takes ", of_policy, " observations, the critics ",
+          obs_dim);
+    return obs_dim;
 }
 
 }  // namespace flame

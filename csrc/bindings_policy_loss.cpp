@@ -1,12 +1,14 @@
-// Python entry points of what the policies' losses take beside networks: the tanh Gaussian and the
-// wall against folding.
+// Python entry points of the policies: how they sample, their losses with gradients, and what the
+// losses take beside networks (the tanh Gaussian and the wall against folding).
 #include <pybind11/stl.h>
 
 #include <utility>
 
 #include "bindings.h"
 #include "bindings_arrays.h"
+#include "bindings_networks.h"
 #include "monotonicity.h"
+#include "policy_loss.h"
 #include "tanh_gaussian.h"
 
 namespace flame {
@@ -72,9 +74,138 @@ py::tuple py_monotonicity_gap(const py::array& transport, double margin) {
     return py::make_tuple(gap, gradient);
 }
 
+// --- Samplers
+
+PolicySampler gaussian_sampler(const MlpSpec& spec, std::pair<float, float> log_std_range) {
+    check(spec.members == 1 && outputs(spec) % 2 == 0,
+          "a Gaussian policy has one member and an even ", "number of outputs; this spec has ",
+          spec.members, " and ", outputs(spec));
+    PolicySampler p{};
+    p.spec = spec;
+    p.action_dim = outputs(spec) / 2;
+    p.log_std_min = log_std_range.first;
+    p.log_std_max = log_std_range.second;
+    return p;
+}
+
+PolicySampler flow_sampler(const MlpSpec& spec, const py::array& time, const py::array& scale) {
+    check(time.ndim() == 2 && time.shape(0) >= 1, "time has shape ", shape_text(time),
+          "; it must be (steps, features) with at least one step");
+    const int64_t steps = time.shape(0);
+    const int64_t features = time.shape(1);
+    flow_obs_dim(spec, features);
+    const float* times = dense(time, "time", {steps, features});
+    const float* scales = dense(scale, "scale", {steps});
+    PolicySampler p{};
+    p.spec = spec;
+    p.action_dim = outputs(spec);
+    p.steps = static_cast<int32_t>(steps);
+    p.time_features = static_cast<int32_t>(features);
+    p.time.assign(times, times + steps * features);
+    p.scale.assign(scales, scales + steps);
+    return p;
+}
+
+// --- Losses
+
+// What the losses have in common; `parameters` and `gradients` belong to the policy.
+struct LossCall {
+    PolicyLossInputs inputs;
+    float* gradients;
+};
+
+LossCall loss_call(const PolicySampler& policy, const py::array& parameters,
+                   const py::array& gradients, const MlpSpec& critics,
+                   const py::array& critic_parameters, const py::array& obs, const py::array& noise,
+                   double alpha) {
+    check(noise.ndim() == 2 && noise.shape(0) >= 1, "noise has shape ", shape_text(noise),
+          "; it must be (rows, ", policy.action_dim, ") with at least one row");
+    const int64_t rows = noise.shape(0);
+    const RowsView s = matrix(obs, "obs", rows, shared_obs_dim(policy, critics));
+    const int64_t count = count_of(policy.spec);
+    return {{&policy, dense(parameters, "parameters", {count}), critics,
+             dense(critic_parameters, "critic_parameters", {count_of(critics)}), rows, s.data, s.ld,
+             dense(noise, "noise", {rows, policy.action_dim}), alpha},
+            writable(gradients, "gradients", {count})};
+}
+
+py::tuple py_gaussian_loss(const PolicySampler& policy, const py::array& parameters,
+                           const py::array& gradients, const MlpSpec& critics,
+                           const py::array& critic_parameters, const py::array& obs,
+                           const py::array& noise, double alpha) {
+    check(policy.steps == 0, "this policy is a flow; gaussian_loss takes a Gaussian");
+    const LossCall call =
+        loss_call(policy, parameters, gradients, critics, critic_parameters, obs, noise, alpha);
+    ReverseKl result{};
+    {
+        const py::gil_scoped_release release;
+        result = gaussian_loss(call.inputs, call.gradients);
+    }
+    return py::make_tuple(result.loss, result.log_prob);
+}
+
+py::tuple py_flow_reverse_kl(const PolicySampler& policy, const py::array& parameters,
+                             const py::array& gradients, const MlpSpec& critics,
+                             const py::array& critic_parameters, const py::array& obs,
+                             const py::array& noise, double alpha, double weight,
+                             float boundary_width, float monotonicity_margin, float wall_scale) {
+    check(policy.steps == 1, "the policy takes ", policy.steps,
+          " steps; the exact density has a gradient for one step along a flow");
+    const LossCall call =
+        loss_call(policy, parameters, gradients, critics, critic_parameters, obs, noise, alpha);
+    ReverseKl result{};
+    {
+        const py::gil_scoped_release release;
+        result = flow_reverse_kl(call.inputs, {boundary_width, monotonicity_margin, wall_scale},
+                                 weight, call.gradients);
+    }
+    return py::make_tuple(result.loss, result.log_prob, result.fold_rate);
+}
+
+py::tuple py_flow_matching(const PolicySampler& policy, const py::array& parameters,
+                           const py::array& gradients, const MlpSpec& critics,
+                           const py::array& critic_parameters, const py::array& obs,
+                           const py::array& z, const py::array& r, const py::array& t, double alpha,
+                           double weight, int num_candidates, uint64_t seed) {
+    check(policy.steps >= 1, "this policy is a Gaussian; flow_matching takes a flow");
+    check(policy.time_features == kTimeFeatures, "the policy takes ", policy.time_features,
+          " time features; flow matching needs ", kTimeFeatures);
+    check(alpha > 0, "alpha is ", alpha, "; it must be positive");
+    check(num_candidates >= 1, "num_candidates is ", num_candidates, "; it must be at least 1");
+    const LossCall call =
+        loss_call(policy, parameters, gradients, critics, critic_parameters, obs, z, alpha);
+    const int64_t rows = call.inputs.rows;
+    const float* times = dense(t, "t", {rows});
+    for (int64_t i = 0; i < rows; ++i) {
+        check(times[i] > 0, "t[", i, "] is ", times[i], "; it must be positive");
+    }
+    const FlowMatchingInputs draws{call.inputs.noise, dense(r, "r", {rows}), times, num_candidates,
+                                   seed};
+    FlowMatching result{};
+    {
+        const py::gil_scoped_release release;
+        result = flow_matching(call.inputs, draws, weight, call.gradients);
+    }
+    return py::make_tuple(result.loss, result.ess);
+}
+
 }  // namespace
 
 void bind_policy_loss(py::module_& m) {
+    py::class_<PolicySampler>(m, "PolicySampler")
+        .def_static("gaussian", &gaussian_sampler, py::arg("spec"), py::arg("log_std_range"))
+        .def_static("flow", &flow_sampler, py::arg("spec"), py::arg("time"), py::arg("scale"));
+    m.def("gaussian_loss", &py_gaussian_loss, py::arg("policy"), py::arg("parameters"),
+          py::arg("gradients"), py::arg("critics"), py::arg("critic_parameters"), py::arg("obs"),
+          py::arg("noise"), py::arg("alpha"));
+    m.def("flow_reverse_kl", &py_flow_reverse_kl, py::arg("policy"), py::arg("parameters"),
+          py::arg("gradients"), py::arg("critics"), py::arg("critic_parameters"), py::arg("obs"),
+          py::arg("noise"), py::arg("alpha"), py::kw_only(), py::arg("weight"),
+          py::arg("boundary_width"), py::arg("monotonicity_margin"), py::arg("wall_scale"));
+    m.def("flow_matching", &py_flow_matching, py::arg("policy"), py::arg("parameters"),
+          py::arg("gradients"), py::arg("critics"), py::arg("critic_parameters"), py::arg("obs"),
+          py::arg("z"), py::arg("r"), py::arg("t"), py::arg("alpha"), py::kw_only(),
+          py::arg("weight"), py::arg("num_candidates"), py::arg("seed"));
     m.def("tanh_gaussian", &py_tanh_gaussian, py::arg("output"), py::arg("noise"),
           py::arg("log_std_range"));
     m.def("tanh_gaussian_gradient", &py_tanh_gaussian_gradient, py::arg("output"), py::arg("noise"),

@@ -1,7 +1,6 @@
 // Python entry points of the training kernels: check every argument, release the GIL, call.
 #include <pybind11/stl.h>
 
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -10,7 +9,7 @@
 #include "bindings_arrays.h"
 #include "bindings_networks.h"
 #include "cpu/kernels.h"
-#include "cpu/workspace.h"
+#include "cpu/record_memory.h"
 
 namespace flame {
 namespace {
@@ -65,18 +64,6 @@ Array py_mlp_forward(const MlpSpec& spec, const py::array& parameters, const py:
     kernels().mlp_forward(args);
     return output;
 }
-
-// Memory of a recorded pass: an arena of its own, borrowed from a shared pool.
-class RecordMemory {
-  public:
-    RecordMemory()
-        : arena_(borrow_arena(), &return_arena), workspace_(new Workspace(arena_.get())) {}
-    Workspace& operator*() const { return *workspace_; }
-
-  private:
-    std::unique_ptr<Arena, void (*)(Arena*)> arena_;
-    std::unique_ptr<Workspace> workspace_;  // after arena_: it gives back first
-};
 
 class RecordedMlp {
   public:

@@ -131,6 +131,47 @@ class PolicySampler:
     @staticmethod
     def flow(spec: MlpSpec, time: _Array, scale: _Array) -> PolicySampler: ...
 
+def gaussian_loss(
+    policy: PolicySampler,
+    parameters: _Array,
+    gradients: _Array,
+    critics: MlpSpec,
+    critic_parameters: _Array,
+    obs: _Array,
+    noise: _Array,
+    alpha: float,
+) -> tuple[float, float]: ...
+def flow_reverse_kl(
+    policy: PolicySampler,
+    parameters: _Array,
+    gradients: _Array,
+    critics: MlpSpec,
+    critic_parameters: _Array,
+    obs: _Array,
+    noise: _Array,
+    alpha: float,
+    *,
+    weight: float,
+    boundary_width: float,
+    monotonicity_margin: float,
+    wall_scale: float,
+) -> tuple[float, float, float]: ...
+def flow_matching(
+    policy: PolicySampler,
+    parameters: _Array,
+    gradients: _Array,
+    critics: MlpSpec,
+    critic_parameters: _Array,
+    obs: _Array,
+    z: _Array,
+    r: _Array,
+    t: _Array,
+    alpha: float,
+    *,
+    weight: float,
+    num_candidates: int,
+    seed: int,
+) -> tuple[float, float]: ...
 def critic_update(
     policy: PolicySampler,
     policy_parameters: _Array,

@@ -19,8 +19,8 @@ from torch.autograd import forward_ad
 
 from flame_ext import reference
 from flame_ext.backends import BackendName, resolve_operator
-from flame_ext.backends.cpu import NativeEvaluator
 from flame_ext.backends.cuda import CudaEvaluator
+from flame_ext.backends.native_evaluator import NativeEvaluator
 from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
 from flame_ext.reference import Estimator, LogProb, Reweighted, Trace
 from flame_ext.sampling import Flow

@@ -112,7 +112,7 @@ def test_reweighted_velocity_is_the_cpus():
     ours = CudaEvaluator(critics).reweighted_velocity(
         *args, 0.3, 33, torch.Generator().manual_seed(5)
     )
-    from flame_ext.backends.cpu import NativeEvaluator
+    from flame_ext.backends.native_evaluator import NativeEvaluator
 
     theirs = NativeEvaluator(copy.deepcopy(critics).cpu()).reweighted_velocity(
         *(x.cpu() for x in args), 0.3, 33, torch.Generator().manual_seed(5)

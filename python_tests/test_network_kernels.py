@@ -23,7 +23,7 @@ from kernel_inputs import (
 )
 
 from flame_ext import _core
-from flame_ext.backends.cpu import NativeEvaluator
+from flame_ext.backends.native_evaluator import NativeEvaluator
 from flame_ext.networks import Critics, FlatMLP
 
 each_isa = pytest.mark.usefixtures("isa")

@@ -26,7 +26,7 @@ from kernel_inputs import (
 )
 
 from flame_ext import _core, reference
-from flame_ext.backends.cpu import NativeEvaluator
+from flame_ext.backends.native_evaluator import NativeEvaluator
 from flame_ext.networks import GaussianPolicyNet, MeanVelocityNet
 
 each_isa = pytest.mark.usefixtures("isa")

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from flame_ext.backends.native_evaluator import (
+    NativeEvaluator,
+    array,
+    draw_seed,
+    flow_table,
+    mlp_spec,
+)
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
+from flame_ext.config import Config
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
-from flame_ext.policies.base import Actor, normal_like
-from flame_ext.policies.flow import FlowActor
+from flame_ext.policies.base import Actor, ActorLoss, normal_like
+from flame_ext.policies.flow import WALL_SCALE, FlowActor
 from flame_ext.policies.gaussian import GaussianActor
-from flame_ext.reference import (
-    Estimator,
-    LogProb,
-    Trace,
-    check_log_prob_options,
-)
 from flame_ext.replay import Batch
-from flame_ext.sampling import LOG_STD_RANGE, Flow, flow_steps, time_feature_rows
-
-# What a kernel computes for `reference.log_prob`'s trace option.
-DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
+from flame_ext.sampling import LOG_STD_RANGE
 
 
 class CpuBackend(TorchBackend):
-    """Critic step, target update and every network evaluation inside the losses by native kernels.
+    """Critic update, policy loss with gradient and Adam as one native call each.
 
-    Autograd only joins the native pieces (network outputs, exact density, MeanFlow loss, Qmin, the
-    reweighted velocity). PyTorch still differentiates a reverse-KL term through ``multi_step`` or
-    ``one_step_trace``.
+    Options without a fused form (several particles in the TD target, ``proposal="policy"``, the
+    diffusion policy) are built by autograd from native evaluations; PyTorch still differentiates a
+    reverse-KL term through ``multi_step`` or ``one_step_trace``.
     """
 
     name = "cpu"
@@ -86,14 +82,14 @@ class CpuBackend(TorchBackend):
         moments["step"] += 1
         loss, q_mean = self._core.critic_update(
             sampler,
-            _array(actor.network.flat),
+            array(actor.network.flat),
             mlp_spec(critics),
-            _array(critics.flat),
-            _array(moments["exp_avg"]),
-            _array(moments["exp_avg_sq"]),
-            _array(target_critics.flat),
-            *(_array(x) for x in rows),
-            _array(noise),
+            array(critics.flat),
+            array(moments["exp_avg"]),
+            array(moments["exp_avg_sq"]),
+            array(target_critics.flat),
+            *(array(x) for x in rows),
+            array(noise),
             reward_scale=c.reward_scale,
             gamma=c.gamma,
             alpha=float(alpha) if c.entropy_in_target else 0.0,
@@ -105,18 +101,13 @@ class CpuBackend(TorchBackend):
     def _sampler(self, actor: Actor) -> Any | None:
         """How the fused update draws next actions; None where it cannot."""
         c = actor.config
-        if c.target_particles > 1:
+        if c.target_particles > 1 or not isinstance(actor, (GaussianActor, FlowActor)):
             return None
-        spec = mlp_spec(actor.network)
-        if isinstance(actor, GaussianActor):
-            return self._core.PolicySampler.gaussian(spec, LOG_STD_RANGE)
-        if not isinstance(actor, FlowActor):
-            return None
-        if not c.entropy_in_target:
-            return self._core.PolicySampler.flow(spec, *flow_table(c.sampling_steps, c.flow))
-        if c.entropy_estimator == "exact":
-            return self._core.PolicySampler.flow(spec, *flow_table(1, c.flow))
-        return None
+        if isinstance(actor, FlowActor) and not c.entropy_in_target:
+            table = flow_table(c.sampling_steps, c.flow)
+            return self._core.PolicySampler.flow(mlp_spec(actor.network), *table)
+        exact = isinstance(actor, GaussianActor) or c.entropy_estimator == "exact"
+        return _one_step_sampler(actor) if exact else None
 
     def critic_step(
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
@@ -124,11 +115,11 @@ class CpuBackend(TorchBackend):
         gradient = zeroed_gradient(critics)
         losses, means, _ = self._core.critic_step(
             mlp_spec(critics),
-            _array(critics.flat),
+            array(critics.flat),
             gradient.numpy(),
-            _array(obs),
-            _array(action),
-            _array(target),
+            array(obs),
+            array(action),
+            array(target),
         )
         return {"critic_loss": sum(losses), "q_mean": float(np.mean(means))}
 
@@ -139,323 +130,116 @@ class CpuBackend(TorchBackend):
         moments["step"] += 1
         tensors = (parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"])
         self._core.adam(
-            *(_array(x).reshape(-1) for x in tensors),
+            *(array(x).reshape(-1) for x in tensors),
             **_adam_options(int(moments["step"]), group),
         )
 
     def soft_update(self, target: Tensor, online: Tensor, tau: float) -> None:
-        self._core.soft_update(_array(target), _array(online), tau)
+        self._core.soft_update(array(target), array(online), tau)
 
+    def actor_step(
+        self,
+        actor: Actor,
+        obs: Tensor,
+        action: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
+    ) -> ActorLoss:
+        if isinstance(actor, GaussianActor):
+            return self._gaussian_step(actor, obs, critics, alpha, generator)
+        if isinstance(actor, FlowActor) and _is_fused(actor.config):
+            return self._flow_step(actor, obs, action, critics, alpha, generator)
+        return super().actor_step(actor, obs, action, critics, alpha, generator)
 
-class NativeEvaluator:
-    """A network's evaluations by native kernels.
+    def _gaussian_step(
+        self,
+        actor: GaussianActor,
+        obs: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
+    ) -> ActorLoss:
+        noise = normal_like(obs, (len(obs), actor.action_dim), generator)
+        loss, log_prob = self._core.gaussian_loss(
+            *_loss_arguments(actor, critics, obs), array(noise), float(alpha)
+        )
+        return ActorLoss(torch.tensor(loss), torch.tensor(log_prob), None, {})
 
-    Args:
-        network: A float32 network on the CPU; its flat buffer is read in place.
-    """
-
-    differentiates_forward = True
-
-    def __init__(self, network: FlatMLP) -> None:
-        self.network, self.core = network, load_core()
-        self.spec = mlp_spec(network)
-
-    def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
-        """As `FlatMLP.forward`, differentiable once and by the parameters alone."""
-        batch = np.broadcast_shapes(*(tuple(block.shape[:-1]) for block in blocks))
-        rows = torch.cat([block.expand(*batch, -1) for block in blocks], dim=-1)
-        out = self.forward_rows(rows.reshape(-1, rows.shape[-1]))
-        return out.view(self.network.members, *batch, out.shape[-1])
-
-    def forward_rows(self, rows: Tensor) -> Tensor:
-        """Outputs ``(members, B, out)`` of concatenated inputs ``(B, in)``."""
-        if torch.is_grad_enabled() and self.network.flat.requires_grad:
-            recorded: Tensor = _Forward.apply(  # type: ignore[no-untyped-call]
-                self.network.flat, rows, self
+    def _flow_step(
+        self,
+        actor: FlowActor,
+        obs: Tensor,
+        action: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
+    ) -> ActorLoss:
+        """As `FlowActor.loss`, with its gradient."""
+        c, temperature = actor.config, float(alpha)
+        arguments = _loss_arguments(actor, critics, obs)
+        loss, metrics = 0.0, {}
+        mean_log_prob, ess = None, None
+        if c.reverse_kl_weight > 0:
+            noise = normal_like(obs, (len(obs), actor.action_dim), generator)
+            kl, log_prob, fold_rate = self._core.flow_reverse_kl(
+                *arguments,
+                array(noise),
+                temperature,
+                weight=c.reverse_kl_weight,
+                boundary_width=c.boundary_width,
+                monotonicity_margin=c.monotonicity_margin,
+                wall_scale=WALL_SCALE,
             )
-            return recorded
-        out = self.core.mlp_forward(self.spec, _array(self.network.flat), _array(rows))
-        return torch.from_numpy(out)
-
-    def q_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Qmin ``(B,)`` and its gradient with respect to the action ``(B, A)``."""
-        flat = _array(self.network.flat)
-        q, gradient = self.core.q_gradient(self.spec, flat, _array(obs), _array(action))
-        return torch.from_numpy(q), torch.from_numpy(gradient)
-
-    def meanflow_gradient(
-        self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The collapsed MeanFlow loss and its gradient in the flat layout."""
-        gradient = torch.zeros_like(self.network.flat)
-        loss = self.core.meanflow_step(
-            self.spec,
-            _array(self.network.flat),
-            gradient.numpy(),
-            _array(obs.contiguous()),
-            _array(z.contiguous()),
-            _array(r.reshape(-1)),
-            _array(t.reshape(-1)),
-            _array(velocity.contiguous()),
-        )
-        return gradient.new_tensor(loss), gradient
-
-    def density(
-        self,
-        obs: Tensor,
-        noise: Tensor,
-        steps: int,
-        flow: Flow,
-        divergence: str,
-        probe: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Action, log-density and fold flag of samples ``(S, A)`` or ``(S, K, A)``."""
-        arguments = self.density_arguments(obs, noise, steps, flow)
-        probes = None if probe is None else _array(probe)
-        outputs = self.core.flow_density(*arguments, divergence, probes)
-        action, log_prob, folded = (torch.from_numpy(x) for x in outputs)
-        return action, log_prob, folded
-
-    def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
-        """As `Critics.q_min` for rows, differentiable with respect to the action alone."""
-        q: Tensor = _QMin.apply(action, obs, self)  # type: ignore[no-untyped-call]
-        return q
-
-    def log_prob(
-        self,
-        obs: Tensor,
-        noise: Tensor,
-        *,
-        estimator: Estimator = "exact",
-        steps: int = 1,
-        trace: Trace = "exact",
-        flow: Flow = "mean",
-        probe: Tensor | None = None,
-    ) -> LogProb:
-        """As `reference.log_prob`, without `LogProb.transport` where no gradient is recorded.
-
-        The exact density of rows ``(B, A)`` is differentiable with respect to the parameters and
-        raises for a second derivative; everything else is for ``torch.no_grad()``.
-        """
-        check_log_prob_options(estimator, steps, trace, probe)
-        if torch.is_grad_enabled() and self.network.flat.requires_grad:
-            if not self.differentiates_log_prob(estimator, obs, noise):
-                raise RuntimeError(
-                    "the native log_prob is differentiated for estimator='exact' and rows (B, A) "
-                    f"only; got estimator={estimator!r} and noise {tuple(noise.shape)}"
-                )
-            outputs = _Density.apply(  # type: ignore[no-untyped-call]
-                self.network.flat, obs, noise, self, steps, flow
+            loss += c.reverse_kl_weight * kl
+            mean_log_prob = torch.tensor(log_prob)
+            metrics = {"fold_rate": fold_rate, "reverse_kl_loss": kl}
+        if c.reweighting_weight > 0:
+            r, t = actor.draw_times(obs, generator)
+            z = actor.draw_noised(obs, action, t, critics, alpha, generator)
+            weight = c.reweighting_weight * temperature
+            flow_loss, fraction = self._core.flow_matching(
+                *arguments,
+                array(z),
+                array(r).reshape(-1),
+                array(t).reshape(-1),
+                temperature,
+                weight=weight,
+                num_candidates=c.num_candidates,
+                seed=draw_seed(generator),
             )
-            return LogProb(*outputs)
-        divergence = DIVERGENCES["log_det" if estimator == "exact" else trace]
-        states, samples = per_state(obs, noise)
-        shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
-        probes = None
-        if divergence == "probe" and probe is not None:
-            probes = probe.expand(*shape, -1).reshape(samples.shape)
-        action, log_prob, folded = self.density(states, samples, steps, flow, divergence, probes)
-        return LogProb(
-            action.view(*shape, noise.shape[-1]), log_prob.view(shape), folded.view(shape)
-        )
-
-    @staticmethod
-    def differentiates_log_prob(estimator: Estimator, obs: Tensor, noise: Tensor) -> bool:
-        """Whether `log_prob` records a gradient for these options."""
-        rows = obs.dim() == noise.dim() == 2 and len(obs) == len(noise) > 0
-        return rows and estimator == "exact"
-
-    def sample_flow(self, obs: Tensor, noise: Tensor, steps: int, flow: Flow) -> Tensor:
-        """As `reference.sample_flow`, without gradient: observations enter once per state."""
-        states, samples = per_state(obs, noise)
-        shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
-        action, _, _ = self.density(states, samples, steps, flow, "none")
-        return action.view(*shape, noise.shape[-1])
-
-    def reweighted_velocity(
-        self,
-        obs: Tensor,
-        z: Tensor,
-        signal: Tensor,
-        scale: Tensor,
-        alpha: float,
-        num_candidates: int,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Reverse candidates, their weights, velocity and ESS in one pass; no gradient.
-
-        The uniforms are the kernel's own Philox draws, seeded by one draw of `generator`.
-        """
-        seed = draw_seed(generator)
-        velocity, ess, _ = self.core.reweighted_velocity(
-            self.spec,
-            _array(self.network.flat),
-            _array(obs.contiguous()),
-            _array(z.contiguous()),
-            _array(signal.reshape(-1).contiguous()),
-            _array(scale.reshape(-1).contiguous()),
-            alpha,
-            num_candidates=num_candidates,
-            seed=seed,
-        )
-        return torch.from_numpy(velocity), torch.from_numpy(ess)
-
-    def tanh_gaussian(self, output: Tensor, noise: Tensor) -> LogProb:
-        """As `reference.tanh_gaussian` for rows, differentiable once by the network's output."""
-        action, log_prob = _TanhGaussian.apply(output, noise, self.core)  # type: ignore[no-untyped-call]
-        return LogProb(action, log_prob, torch.zeros_like(log_prob, dtype=torch.bool))
-
-    def monotonicity_gap(self, transport: Tensor, margin: float) -> Tensor:
-        """As `reference.monotonicity_gap` for rows, differentiable once."""
-        gap: Tensor = _MonotonicityGap.apply(transport, margin, self.core)  # type: ignore[no-untyped-call]
-        return gap
-
-    def meanflow_loss(
-        self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
-    ) -> Tensor:
-        """As `reference.meanflow_loss`; differentiable once with respect to the parameters."""
-        rows = (z, r, t, obs, velocity)
-        loss: Tensor = _MeanFlowLoss.apply(self.network.flat, self, *rows)  # type: ignore[no-untyped-call]
-        return loss
-
-    def density_arguments(
-        self, obs: Tensor, noise: Tensor, steps: int, flow: Flow
-    ) -> tuple[Any, ...]:
-        """What the density kernels take."""
-        return (
-            self.spec,
-            _array(self.network.flat),
-            _array(obs.contiguous()),
-            _array(noise.contiguous()),
-            *flow_table(steps, flow),
-        )
-
-    def candidates(self, obs: Tensor, action: Tensor) -> Tensor:
-        """As `Critics.candidate_q_min`: layer one's observation part once per state."""
-        q = self.core.twin_q(
-            self.spec, _array(self.network.flat), _array(obs), _array(action.contiguous())
-        )
-        return torch.from_numpy(q)
+            loss += weight * flow_loss
+            ess = torch.tensor(fraction)
+            metrics["reweighted_loss"] = flow_loss
+        scalars = {name: torch.tensor(value) for name, value in metrics.items()}
+        return ActorLoss(torch.tensor(loss), mean_log_prob, ess, scalars)
 
 
-class _Forward(torch.autograd.Function):
-    """A network's output, with its gradient by the parameters."""
-
-    @staticmethod
-    def forward(ctx: Any, flat: Tensor, rows: Tensor, evaluator: NativeEvaluator) -> Tensor:
-        recorded = evaluator.core.RecordedMlp(evaluator.spec, _array(flat), _array(rows))
-        ctx.recorded, ctx.size = recorded, flat.numel()
-        return torch.from_numpy(recorded.output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None, None]:
-        gradient = torch.zeros(ctx.size)
-        ctx.recorded.backward(gradient.numpy(), _array(d_output.contiguous()))
-        return gradient, None, None
+def _is_fused(config: Config) -> bool:
+    exact = config.reverse_kl_weight == 0 or config.entropy_estimator == "exact"
+    return exact and config.proposal == "reverse"
 
 
-class _QMin(torch.autograd.Function):
-    """Qmin and its gradient with respect to the action, from one native call."""
-
-    @staticmethod
-    def forward(ctx: Any, action: Tensor, obs: Tensor, evaluator: NativeEvaluator) -> Tensor:
-        q, gradient = evaluator.q_gradient(obs, action)
-        ctx.save_for_backward(gradient)
-        return q
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_q: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return d_q.unsqueeze(1) * gradient, None, None
+def _one_step_sampler(actor: GaussianActor | FlowActor) -> Any:
+    """The policy as its loss samples it."""
+    make, spec = load_core().PolicySampler, mlp_spec(actor.network)
+    if isinstance(actor, GaussianActor):
+        return make.gaussian(spec, LOG_STD_RANGE)
+    return make.flow(spec, *flow_table(1, actor.config.flow))
 
 
-class _TanhGaussian(torch.autograd.Function):
-    """Action and log-density of the tanh-squashed Gaussian."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, noise: Tensor, core: Any) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(output, noise)
-        ctx.core = core
-        sample = core.tanh_gaussian(_array(output), _array(noise.contiguous()), LOG_STD_RANGE)
-        action, log_prob = (torch.from_numpy(x) for x in sample)
-        return action, log_prob
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_action: Tensor, d_log_prob: Tensor) -> tuple[Tensor, None, None]:
-        arrays = (_array(x.contiguous()) for x in (*ctx.saved_tensors, d_action, d_log_prob))
-        gradient = ctx.core.tanh_gaussian_gradient(*arrays, LOG_STD_RANGE)
-        return torch.from_numpy(gradient), None, None
-
-
-class _Density(torch.autograd.Function):
-    """Action, exact log-density, fold flag and transport Jacobian of the one-step policy."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        flat: Tensor,
-        obs: Tensor,
-        noise: Tensor,
-        evaluator: NativeEvaluator,
-        steps: int,
-        flow: Flow,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        arguments = evaluator.density_arguments(obs, noise, steps, flow)
-        recorded = evaluator.core.RecordedDensity(*arguments)
-        ctx.recorded, ctx.size = recorded, flat.numel()
-        outputs = (recorded.action, recorded.log_prob, recorded.folded, recorded.transport)
-        action, log_prob, folded, transport = (torch.from_numpy(x) for x in outputs)
-        ctx.mark_non_differentiable(folded)
-        return action, log_prob, folded, transport
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, d_action: Tensor, d_log_prob: Tensor, _: Tensor, d_transport: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        gradient = torch.zeros(ctx.size)
-        ctx.recorded.backward(
-            gradient.numpy(),
-            _array(d_action.contiguous()),
-            _array(d_log_prob.contiguous()),
-            _array(d_transport.contiguous()),
-        )
-        return gradient, *[None] * 5
-
-
-class _MonotonicityGap(torch.autograd.Function):
-    """The gap and its gradient, from one native call."""
-
-    @staticmethod
-    def forward(ctx: Any, transport: Tensor, margin: float, core: Any) -> Tensor:
-        gap, gradient = core.monotonicity_gap(_array(transport.contiguous()), margin)
-        ctx.save_for_backward(torch.from_numpy(gradient))
-        return torch.from_numpy(gap)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_gap: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return d_gap.view(-1, 1, 1) * gradient, None, None
-
-
-class _MeanFlowLoss(torch.autograd.Function):
-    """The collapsed MeanFlow loss and its gradient, from one native call."""
-
-    @staticmethod
-    def forward(ctx: Any, _: Tensor, evaluator: NativeEvaluator, *rows: Tensor) -> Tensor:
-        loss, gradient = evaluator.meanflow_gradient(*rows)
-        ctx.save_for_backward(gradient)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return d_loss * gradient, *[None] * 6
+def _loss_arguments(
+    actor: GaussianActor | FlowActor, critics: Critics, obs: Tensor
+) -> tuple[Any, ...]:
+    """What the native losses have in common, the policy's zeroed gradient among it."""
+    return (
+        _one_step_sampler(actor),
+        array(actor.network.flat),
+        zeroed_gradient(actor.network).numpy(),
+        mlp_spec(critics),
+        array(critics.flat),
+        array(obs),
+    )
 
 
 def _adam_options(step: int, group: dict[str, Any]) -> dict[str, Any]:
@@ -467,42 +251,3 @@ def _adam_options(step: int, group: dict[str, Any]) -> dict[str, Any]:
         "beta2": beta2,
         "epsilon": group["eps"],
     }
-
-
-@functools.cache
-def flow_table(steps: int, flow: Flow) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Time features ``(steps, F)`` and step scales ``(steps,)`` of `flow_steps`."""
-    table = flow_steps(steps, flow)
-    return time_feature_rows(table), np.array([step.q for step in table], np.float32)
-
-
-def per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """States ``(S, O)`` and samples ``(S, K, A)`` or ``(S, A)`` of broadcastable arguments."""
-    if noise.dim() == 3 and obs.dim() == 3 and obs.shape[:2] == (len(noise), 1):
-        return obs.squeeze(1), noise
-    shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
-    return (
-        obs.expand(*shape, -1).reshape(-1, obs.shape[-1]),
-        noise.expand(*shape, -1).reshape(-1, noise.shape[-1]),
-    )
-
-
-def draw_seed(generator: torch.Generator | None) -> int:
-    """One seed for a kernel's own generator."""
-    device = None if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
-
-
-def mlp_spec(network: FlatMLP) -> Any:
-    """The network's shape as the kernels take it."""
-    return load_core().MlpSpec(
-        list(network.layer_sizes),
-        members=network.members,
-        activation=network.activation,
-        layer_norm=network.layer_norm,
-    )
-
-
-def _array(tensor: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = tensor.detach().numpy()
-    return array

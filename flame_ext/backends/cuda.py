@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flame_ext.backends.cpu import NativeEvaluator, draw_seed, flow_table, mlp_spec
+from flame_ext.backends.native_evaluator import NativeEvaluator, draw_seed, flow_table, mlp_spec
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.native import load_core

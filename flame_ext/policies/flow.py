@@ -187,7 +187,7 @@ class FlowActor(Actor):
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """The collapsed MeanFlow loss on the reweighted velocity, and the mean ESS fraction."""
-        r, t = self._times(obs, generator)
+        r, t = self.draw_times(obs, generator)
         with torch.no_grad():
             if self.config.proposal == "policy":
                 z, reweighted = self._from_policy(obs, t, critics, alpha, generator)
@@ -200,7 +200,7 @@ class FlowActor(Actor):
             loss = meanflow_loss(self.network, z, r, t, obs, reweighted.velocity)
         return loss, reweighted.ess.mean() / self.config.num_candidates
 
-    def _times(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw_times(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Times of the MeanFlow loss: some pairs r = t, some (0, 1), else r < t at random."""
         draws = uniform_like(obs, (len(obs), 3), generator)
         t = MIN_TIME + (1 - MIN_TIME) * draws[:, :1]
@@ -220,13 +220,25 @@ class FlowActor(Actor):
         alpha: Tensor,
         generator: torch.Generator,
     ) -> tuple[Tensor, Reweighted]:
-        shape = (len(obs), self.action_dim)
-        source = self._source_actions(obs, action, critics, alpha, generator)
-        z = (1 - t) * source + t * normal_like(obs, shape, generator)
+        z = self.draw_noised(obs, action, t, critics, alpha, generator)
         reweighted = reverse_reweighted(
             critics, obs, z, 1 - t, t, alpha, self.config.num_candidates, generator
         )
         return z, reweighted
+
+    @torch.no_grad()
+    def draw_noised(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        t: Tensor,
+        critics: Critics,
+        alpha: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Z = (1 - t) a + t eps for actions of `Config.z_source`, ``(B, A)``."""
+        source = self._source_actions(obs, action, critics, alpha, generator)
+        return (1 - t) * source + t * normal_like(obs, (len(obs), self.action_dim), generator)
 
     def _source_actions(
         self,

@@ -1,0 +1,186 @@
+#include "policy_loss.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/record_memory.h"
+#include "monotonicity.h"
+#include "tanh_gaussian.h"
+
+namespace flame {
+namespace {
+
+int64_t action_count(const PolicyLossInputs& in) { return in.rows * in.policy->action_dim; }
+
+struct QValues {
+    float* q;         // (rows) Qmin
+    float* gradient;  // (rows, A) with respect to the action
+    double sum;
+    double sum_of_sizes;
+};
+
+QValues evaluate_q(const PolicyLossInputs& in, const float* action, Workspace& workspace) {
+    const int action_dim = in.policy->action_dim;
+    QValues v{workspace.floats(in.rows), workspace.floats(action_count(in)), 0.0, 0.0};
+    kernels().q_gradient({in.critics, in.critic_parameters, in.rows, action_dim, in.obs, in.obs_ld,
+                          action, action_dim, v.q, v.gradient});
+    for (int64_t b = 0; b < in.rows; ++b) {
+        v.sum += static_cast<double>(v.q[b]);
+        v.sum_of_sizes += std::fabs(static_cast<double>(v.q[b]));
+    }
+    return v;
+}
+
+double sum_of(const float* x, int64_t count) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[i]);
+    return sum;
+}
+
+// The walls' mean and `weight` times its gradient: adds to d_action, writes d_transport.
+double add_walls(const PolicyLossInputs& in, const Walls& walls, double weight, const float* action,
+                 const float* transport, float* d_action, float* d_transport,
+                 Workspace& workspace) {
+    const auto rows = static_cast<double>(in.rows);
+    const double width = static_cast<double>(walls.boundary_width);
+    double sum = 0.0;
+    for (int64_t i = 0; i < action_count(in); ++i) {
+        const float outside = action[i] - std::min(std::max(action[i], -1.0f), 1.0f);
+        const double slope = static_cast<double>(outside) / (width * width);
+        sum += 0.5 * slope * static_cast<double>(outside);
+        d_action[i] += static_cast<float>(weight / rows * slope);
+    }
+    if (walls.monotonicity_margin == 0.0f) return sum / rows;
+    const int n = in.policy->action_dim;
+    const double margin = static_cast<double>(walls.monotonicity_margin);
+    float* gap = workspace.floats(in.rows);
+    monotonicity_gap(in.rows, n, transport, margin, gap, d_transport);
+    for (int64_t b = 0; b < in.rows; ++b) {
+        const double slope = static_cast<double>(gap[b]) / (margin * margin);
+        sum += 0.5 * slope * static_cast<double>(gap[b]);
+        const auto factor = static_cast<float>(weight / rows * slope);
+        for (int64_t i = b * n * n; i < (b + 1) * n * n; ++i) d_transport[i] *= factor;
+    }
+    return sum / rows;
+}
+
+}  // namespace
+
+ReverseKl gaussian_loss(const PolicyLossInputs& in, float* gradients) {
+    const PolicySampler& p = *in.policy;
+    const auto rows = static_cast<double>(in.rows);
+    RecordMemory memory;
+    Workspace workspace;
+    float* output = workspace.floats(2 * action_count(in));
+    MlpTape* tape =
+        kernels().mlp_record({p.spec, in.parameters, in.rows, in.obs, in.obs_ld, output}, *memory);
+    const TanhGaussian gaussian{in.rows,  p.action_dim,  output,
+                                in.noise, p.log_std_min, p.log_std_max};
+    float* action = workspace.floats(action_count(in));
+    float* log_prob = workspace.floats(in.rows);
+    tanh_gaussian(gaussian, action, log_prob);
+    const QValues q = evaluate_q(in, action, workspace);
+    for (int64_t i = 0; i < action_count(in); ++i) {
+        q.gradient[i] *= static_cast<float>(-1.0 / rows);
+    }
+    float* d_log_prob = workspace.floats(in.rows);
+    std::fill_n(d_log_prob, in.rows, static_cast<float>(in.alpha / rows));
+    float* d_output = workspace.floats(2 * action_count(in));
+    tanh_gaussian_gradient(gaussian, q.gradient, d_log_prob, d_output);
+    tape->backward({tape, gradients, d_output});
+    const double mean_log_prob = sum_of(log_prob, in.rows) / rows;
+    return {in.alpha * mean_log_prob - q.sum / rows, mean_log_prob, 0.0};
+}
+
+ReverseKl flow_reverse_kl(const PolicyLossInputs& in, const Walls& walls, double weight,
+                          float* gradients) {
+    const PolicySampler& p = *in.policy;
+    const auto rows = static_cast<double>(in.rows);
+    const int64_t actions = action_count(in);
+    RecordMemory memory;
+    Workspace workspace;
+    FlowDensityArgs args{};
+    args.spec = p.spec;
+    args.parameters = in.parameters;
+    args.states = in.rows;
+    args.samples = 1;
+    args.action_dim = p.action_dim;
+    args.obs = in.obs;
+    args.obs_ld = in.obs_ld;
+    args.noise = in.noise;
+    args.steps = p.steps;
+    args.time_features = p.time_features;
+    args.time = p.time.data();
+    args.scale = p.scale.data();
+    args.divergence = Divergence::kLogDet;
+    args.action = workspace.floats(actions);
+    args.log_prob = workspace.floats(in.rows);
+    args.folded = static_cast<bool*>(workspace.bytes(in.rows * sizeof(bool)));
+    args.transport = workspace.floats(actions * p.action_dim);
+    FlowTape* tape = kernels().flow_record(args, *memory);
+    float* clipped = workspace.floats(actions);
+    for (int64_t i = 0; i < actions; ++i) {
+        clipped[i] = std::min(std::max(args.action[i], -1.0f), 1.0f);
+    }
+    const QValues q = evaluate_q(in, clipped, workspace);
+    // Q is flat outside the box: a clipped coordinate carries no gradient of it.
+    float* d_action = q.gradient;
+    for (int64_t i = 0; i < actions; ++i) {
+        const float inside = clipped[i] == args.action[i] ? 1.0f : 0.0f;
+        d_action[i] *= static_cast<float>(-weight / rows) * inside;
+    }
+    const double wall_weight =
+        in.alpha + static_cast<double>(walls.q_scale) * q.sum_of_sizes / rows;
+    float* d_transport =
+        walls.monotonicity_margin != 0.0f ? workspace.floats(actions * p.action_dim) : nullptr;
+    const double wall = add_walls(in, walls, weight * wall_weight, args.action, args.transport,
+                                  d_action, d_transport, workspace);
+    float* d_log_prob = workspace.floats(in.rows);
+    std::fill_n(d_log_prob, in.rows, static_cast<float>(weight * in.alpha / rows));
+    tape->backward({tape, gradients, d_action, d_log_prob, d_transport});
+    const double mean_log_prob = sum_of(args.log_prob, in.rows) / rows;
+    const auto folds = static_cast<double>(std::count(args.folded, args.folded + in.rows, true));
+    return {in.alpha * mean_log_prob - q.sum / rows + wall_weight * wall, mean_log_prob,
+            folds / rows};
+}
+
+FlowMatching flow_matching(const PolicyLossInputs& in, const FlowMatchingInputs& draws,
+                           double weight, float* gradients) {
+    const PolicySampler& p = *in.policy;
+    Workspace workspace;
+    float* signal = workspace.floats(in.rows);
+    for (int64_t b = 0; b < in.rows; ++b) signal[b] = 1.0f - draws.t[b];
+    float* velocity = workspace.floats(action_count(in));
+    float* ess = workspace.floats(in.rows);
+    ReweightedArgs candidates{};
+    candidates.spec = in.critics;
+    candidates.parameters = in.critic_parameters;
+    candidates.states = in.rows;
+    candidates.candidates = draws.candidates;
+    candidates.action_dim = p.action_dim;
+    candidates.obs = in.obs;
+    candidates.obs_ld = in.obs_ld;
+    candidates.z = draws.z;
+    candidates.signal = signal;
+    candidates.scale = draws.t;
+    candidates.alpha = in.alpha;
+    candidates.source = Candidates::kRandom;
+    candidates.seed = draws.seed;
+    candidates.velocity = velocity;
+    candidates.ess = ess;
+    kernels().reweighted_velocity(candidates);
+    const auto count = static_cast<int64_t>(parameter_count(p.spec));
+    float* by_parameters = workspace.floats(count);
+    std::fill_n(by_parameters, count, 0.0f);
+    FlowMatching result{0.0, sum_of(ess, in.rows) / static_cast<double>(in.rows) /
+                                 static_cast<double>(draws.candidates)};
+    kernels().meanflow_step({p.spec, in.parameters, by_parameters, in.rows, p.action_dim, in.obs,
+                             in.obs_ld, draws.z, velocity, velocity, draws.r, draws.t,
+                             &result.loss});
+    const auto factor = static_cast<float>(weight);
+    for (int64_t i = 0; i < count; ++i) gradients[i] += factor * by_parameters[i];
+    return result;
+}
+
+}  // namespace flame

@@ -1,0 +1,62 @@
+// The policies' losses with their gradients by the CPU kernels, each in one call: what
+// flame_ext/policies/gaussian.py and flow.py write down, differentiated by hand.
+#pragma once
+
+#include <stdint.h>
+
+#include "policy_sampler.h"
+
+namespace flame {
+
+// What both losses read: the policy, frozen critics, states, and the base noise of fresh samples.
+struct PolicyLossInputs {
+    const PolicySampler* policy;
+    const float* parameters;
+    MlpSpec critics;
+    const float* critic_parameters;
+    int64_t rows;
+    const float* obs;  // (rows, O), rows `obs_ld` apart
+    int64_t obs_ld;
+    const float* noise;  // (rows, A) dense
+    double alpha;
+};
+
+struct ReverseKl {
+    double loss;      // E[alpha log pi - Qmin], the walls included
+    double log_prob;  // mean
+    double fold_rate;
+};
+
+// SAC's objective (Haarnoja et al. 2018, Eq. 7); its gradient is added to `gradients`.
+ReverseKl gaussian_loss(const PolicyLossInputs& inputs, float* gradients);
+
+// Where entropy would grow for free: outside the box and where the map folds.
+struct Walls {
+    float boundary_width;
+    float monotonicity_margin;  // 0 for none
+    float q_scale;              // the walls' weight is alpha + q_scale E|Qmin|
+};
+
+// Reverse KL through the exact density of a one-step flow; `weight` times its gradient is added.
+ReverseKl flow_reverse_kl(const PolicyLossInputs& inputs, const Walls& walls, double weight,
+                          float* gradients);
+
+// Noised actions z at time t, the other end r of each pair, and how candidates are drawn.
+struct FlowMatchingInputs {
+    const float* z;  // (rows, A) dense
+    const float* r;  // (rows)
+    const float* t;  // (rows), positive
+    int32_t candidates;
+    uint64_t seed;
+};
+
+struct FlowMatching {
+    double loss;
+    double ess;  // mean, as a fraction of the candidates
+};
+
+// The collapsed MeanFlow loss on the Q-reweighted velocity; `weight` times its gradient is added.
+FlowMatching flow_matching(const PolicyLossInputs& inputs, const FlowMatchingInputs& draws,
+                           double weight, float* gradients);
+
+}  // namespace flame

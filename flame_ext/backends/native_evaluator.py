@@ -1,0 +1,376 @@
+"""A network's evaluations by the native CPU kernels, where the losses are built by autograd."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flame_ext.native import load_core
+from flame_ext.networks import FlatMLP
+from flame_ext.reference import (
+    Estimator,
+    LogProb,
+    Trace,
+    check_log_prob_options,
+)
+from flame_ext.sampling import LOG_STD_RANGE, Flow, flow_steps, time_feature_rows
+
+# What a kernel computes for `reference.log_prob`'s trace option.
+DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
+
+
+class NativeEvaluator:
+    """A network's evaluations by native kernels.
+
+    Args:
+        network: A float32 network on the CPU; its flat buffer is read in place.
+    """
+
+    differentiates_forward = True
+
+    def __init__(self, network: FlatMLP) -> None:
+        self.network, self.core = network, load_core()
+        self.spec = mlp_spec(network)
+
+    def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
+        """As `FlatMLP.forward`, differentiable once and by the parameters alone."""
+        batch = np.broadcast_shapes(*(tuple(block.shape[:-1]) for block in blocks))
+        rows = torch.cat([block.expand(*batch, -1) for block in blocks], dim=-1)
+        out = self.forward_rows(rows.reshape(-1, rows.shape[-1]))
+        return out.view(self.network.members, *batch, out.shape[-1])
+
+    def forward_rows(self, rows: Tensor) -> Tensor:
+        """Outputs ``(members, B, out)`` of concatenated inputs ``(B, in)``."""
+        if torch.is_grad_enabled() and self.network.flat.requires_grad:
+            recorded: Tensor = _Forward.apply(  # type: ignore[no-untyped-call]
+                self.network.flat, rows, self
+            )
+            return recorded
+        out = self.core.mlp_forward(self.spec, array(self.network.flat), array(rows))
+        return torch.from_numpy(out)
+
+    def q_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Qmin ``(B,)`` and its gradient with respect to the action ``(B, A)``."""
+        flat = array(self.network.flat)
+        q, gradient = self.core.q_gradient(self.spec, flat, array(obs), array(action))
+        return torch.from_numpy(q), torch.from_numpy(gradient)
+
+    def meanflow_gradient(
+        self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The collapsed MeanFlow loss and its gradient in the flat layout."""
+        gradient = torch.zeros_like(self.network.flat)
+        loss = self.core.meanflow_step(
+            self.spec,
+            array(self.network.flat),
+            gradient.numpy(),
+            array(obs.contiguous()),
+            array(z.contiguous()),
+            array(r.reshape(-1)),
+            array(t.reshape(-1)),
+            array(velocity.contiguous()),
+        )
+        return gradient.new_tensor(loss), gradient
+
+    def density(
+        self,
+        obs: Tensor,
+        noise: Tensor,
+        steps: int,
+        flow: Flow,
+        divergence: str,
+        probe: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Action, log-density and fold flag of samples ``(S, A)`` or ``(S, K, A)``."""
+        arguments = self.density_arguments(obs, noise, steps, flow)
+        probes = None if probe is None else array(probe)
+        outputs = self.core.flow_density(*arguments, divergence, probes)
+        action, log_prob, folded = (torch.from_numpy(x) for x in outputs)
+        return action, log_prob, folded
+
+    def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
+        """As `Critics.q_min` for rows, differentiable with respect to the action alone."""
+        q: Tensor = _QMin.apply(action, obs, self)  # type: ignore[no-untyped-call]
+        return q
+
+    def log_prob(
+        self,
+        obs: Tensor,
+        noise: Tensor,
+        *,
+        estimator: Estimator = "exact",
+        steps: int = 1,
+        trace: Trace = "exact",
+        flow: Flow = "mean",
+        probe: Tensor | None = None,
+    ) -> LogProb:
+        """As `reference.log_prob`, without `LogProb.transport` where no gradient is recorded.
+
+        The exact density of rows ``(B, A)`` is differentiable with respect to the parameters and
+        raises for a second derivative; everything else is for ``torch.no_grad()``.
+        """
+        check_log_prob_options(estimator, steps, trace, probe)
+        if torch.is_grad_enabled() and self.network.flat.requires_grad:
+            if not self.differentiates_log_prob(estimator, obs, noise):
+                raise RuntimeError(
+                    "the native log_prob is differentiated for estimator='exact' and rows (B, A) "
+                    f"only; got estimator={estimator!r} and noise {tuple(noise.shape)}"
+                )
+            outputs = _Density.apply(  # type: ignore[no-untyped-call]
+                self.network.flat, obs, noise, self, steps, flow
+            )
+            return LogProb(*outputs)
+        divergence = DIVERGENCES["log_det" if estimator == "exact" else trace]
+        states, samples = per_state(obs, noise)
+        shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
+        probes = None
+        if divergence == "probe" and probe is not None:
+            probes = probe.expand(*shape, -1).reshape(samples.shape)
+        action, log_prob, folded = self.density(states, samples, steps, flow, divergence, probes)
+        return LogProb(
+            action.view(*shape, noise.shape[-1]), log_prob.view(shape), folded.view(shape)
+        )
+
+    @staticmethod
+    def differentiates_log_prob(estimator: Estimator, obs: Tensor, noise: Tensor) -> bool:
+        """Whether `log_prob` records a gradient for these options."""
+        rows = obs.dim() == noise.dim() == 2 and len(obs) == len(noise) > 0
+        return rows and estimator == "exact"
+
+    def sample_flow(self, obs: Tensor, noise: Tensor, steps: int, flow: Flow) -> Tensor:
+        """As `reference.sample_flow`, without gradient: observations enter once per state."""
+        states, samples = per_state(obs, noise)
+        shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
+        action, _, _ = self.density(states, samples, steps, flow, "none")
+        return action.view(*shape, noise.shape[-1])
+
+    def reweighted_velocity(
+        self,
+        obs: Tensor,
+        z: Tensor,
+        signal: Tensor,
+        scale: Tensor,
+        alpha: float,
+        num_candidates: int,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Reverse candidates, their weights, velocity and ESS in one pass; no gradient.
+
+        The uniforms are the kernel's own Philox draws, seeded by one draw of `generator`.
+        """
+        seed = draw_seed(generator)
+        velocity, ess, _ = self.core.reweighted_velocity(
+            self.spec,
+            array(self.network.flat),
+            array(obs.contiguous()),
+            array(z.contiguous()),
+            array(signal.reshape(-1).contiguous()),
+            array(scale.reshape(-1).contiguous()),
+            alpha,
+            num_candidates=num_candidates,
+            seed=seed,
+        )
+        return torch.from_numpy(velocity), torch.from_numpy(ess)
+
+    def tanh_gaussian(self, output: Tensor, noise: Tensor) -> LogProb:
+        """As `reference.tanh_gaussian` for rows, differentiable once by the network's output."""
+        action, log_prob = _TanhGaussian.apply(output, noise, self.core)  # type: ignore[no-untyped-call]
+        return LogProb(action, log_prob, torch.zeros_like(log_prob, dtype=torch.bool))
+
+    def monotonicity_gap(self, transport: Tensor, margin: float) -> Tensor:
+        """As `reference.monotonicity_gap` for rows, differentiable once."""
+        gap: Tensor = _MonotonicityGap.apply(transport, margin, self.core)  # type: ignore[no-untyped-call]
+        return gap
+
+    def meanflow_loss(
+        self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
+    ) -> Tensor:
+        """As `reference.meanflow_loss`; differentiable once with respect to the parameters."""
+        rows = (z, r, t, obs, velocity)
+        loss: Tensor = _MeanFlowLoss.apply(self.network.flat, self, *rows)  # type: ignore[no-untyped-call]
+        return loss
+
+    def density_arguments(
+        self, obs: Tensor, noise: Tensor, steps: int, flow: Flow
+    ) -> tuple[Any, ...]:
+        """What the density kernels take."""
+        return (
+            self.spec,
+            array(self.network.flat),
+            array(obs.contiguous()),
+            array(noise.contiguous()),
+            *flow_table(steps, flow),
+        )
+
+    def candidates(self, obs: Tensor, action: Tensor) -> Tensor:
+        """As `Critics.candidate_q_min`: layer one's observation part once per state."""
+        q = self.core.twin_q(
+            self.spec, array(self.network.flat), array(obs), array(action.contiguous())
+        )
+        return torch.from_numpy(q)
+
+
+class _Forward(torch.autograd.Function):
+    """A network's output, with its gradient by the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, rows: Tensor, evaluator: NativeEvaluator) -> Tensor:
+        recorded = evaluator.core.RecordedMlp(evaluator.spec, array(flat), array(rows))
+        ctx.recorded, ctx.size = recorded, flat.numel()
+        return torch.from_numpy(recorded.output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None, None]:
+        gradient = torch.zeros(ctx.size)
+        ctx.recorded.backward(gradient.numpy(), array(d_output.contiguous()))
+        return gradient, None, None
+
+
+class _QMin(torch.autograd.Function):
+    """Qmin and its gradient with respect to the action, from one native call."""
+
+    @staticmethod
+    def forward(ctx: Any, action: Tensor, obs: Tensor, evaluator: NativeEvaluator) -> Tensor:
+        q, gradient = evaluator.q_gradient(obs, action)
+        ctx.save_for_backward(gradient)
+        return q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_q: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return d_q.unsqueeze(1) * gradient, None, None
+
+
+class _TanhGaussian(torch.autograd.Function):
+    """Action and log-density of the tanh-squashed Gaussian."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, noise: Tensor, core: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(output, noise)
+        ctx.core = core
+        sample = core.tanh_gaussian(array(output), array(noise.contiguous()), LOG_STD_RANGE)
+        action, log_prob = (torch.from_numpy(x) for x in sample)
+        return action, log_prob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_action: Tensor, d_log_prob: Tensor) -> tuple[Tensor, None, None]:
+        arrays = (array(x.contiguous()) for x in (*ctx.saved_tensors, d_action, d_log_prob))
+        gradient = ctx.core.tanh_gaussian_gradient(*arrays, LOG_STD_RANGE)
+        return torch.from_numpy(gradient), None, None
+
+
+class _Density(torch.autograd.Function):
+    """Action, exact log-density, fold flag and transport Jacobian of the one-step policy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        flat: Tensor,
+        obs: Tensor,
+        noise: Tensor,
+        evaluator: NativeEvaluator,
+        steps: int,
+        flow: Flow,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        arguments = evaluator.density_arguments(obs, noise, steps, flow)
+        recorded = evaluator.core.RecordedDensity(*arguments)
+        ctx.recorded, ctx.size = recorded, flat.numel()
+        outputs = (recorded.action, recorded.log_prob, recorded.folded, recorded.transport)
+        action, log_prob, folded, transport = (torch.from_numpy(x) for x in outputs)
+        ctx.mark_non_differentiable(folded)
+        return action, log_prob, folded, transport
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_action: Tensor, d_log_prob: Tensor, _: Tensor, d_transport: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        gradient = torch.zeros(ctx.size)
+        ctx.recorded.backward(
+            gradient.numpy(),
+            array(d_action.contiguous()),
+            array(d_log_prob.contiguous()),
+            array(d_transport.contiguous()),
+        )
+        return gradient, *[None] * 5
+
+
+class _MonotonicityGap(torch.autograd.Function):
+    """The gap and its gradient, from one native call."""
+
+    @staticmethod
+    def forward(ctx: Any, transport: Tensor, margin: float, core: Any) -> Tensor:
+        gap, gradient = core.monotonicity_gap(array(transport.contiguous()), margin)
+        ctx.save_for_backward(torch.from_numpy(gradient))
+        return torch.from_numpy(gap)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_gap: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return d_gap.view(-1, 1, 1) * gradient, None, None
+
+
+class _MeanFlowLoss(torch.autograd.Function):
+    """The collapsed MeanFlow loss and its gradient, from one native call."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, evaluator: NativeEvaluator, *rows: Tensor) -> Tensor:
+        loss, gradient = evaluator.meanflow_gradient(*rows)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return d_loss * gradient, *[None] * 6
+
+
+@functools.cache
+def flow_table(steps: int, flow: Flow) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Time features ``(steps, F)`` and step scales ``(steps,)`` of `flow_steps`."""
+    table = flow_steps(steps, flow)
+    return time_feature_rows(table), np.array([step.q for step in table], np.float32)
+
+
+def per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """States ``(S, O)`` and samples ``(S, K, A)`` or ``(S, A)`` of broadcastable arguments."""
+    if noise.dim() == 3 and obs.dim() == 3 and obs.shape[:2] == (len(noise), 1):
+        return obs.squeeze(1), noise
+    shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
+    return (
+        obs.expand(*shape, -1).reshape(-1, obs.shape[-1]),
+        noise.expand(*shape, -1).reshape(-1, noise.shape[-1]),
+    )
+
+
+def draw_seed(generator: torch.Generator | None) -> int:
+    """One seed for a kernel's own generator."""
+    device = None if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
+def mlp_spec(network: FlatMLP) -> Any:
+    """The network's shape as the kernels take it."""
+    return load_core().MlpSpec(
+        list(network.layer_sizes),
+        members=network.members,
+        activation=network.activation,
+        layer_norm=network.layer_norm,
+    )
+
+
+def array(tensor: Tensor) -> NDArray[np.float32]:
+    """The tensor's memory as numpy."""
+    values: NDArray[np.float32] = tensor.detach().numpy()
+    return values

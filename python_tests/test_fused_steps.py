@@ -1,0 +1,198 @@
+"""The fused critic update and policy losses against what PyTorch makes of the same draws."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_inputs import Array, array, assert_as_accurate, draw
+from torch import Tensor
+
+from flame_ext import _core
+from flame_ext.agent import Agent
+from flame_ext.backends import cpu, make_backend, native_evaluator
+from flame_ext.backends.native_evaluator import mlp_spec
+from flame_ext.config import make_config
+from flame_ext.policies import flow, gaussian, reweighting
+from flame_ext.replay import ReplayBuffer
+from flame_ext.sampling import LOG_STD_RANGE
+
+OBS, ACT, ROWS = 5, 3, 33
+
+
+def make_agent(backend: str, algorithm: str, **options: Any) -> Agent:
+    small = {"hidden_sizes": (32, 24), "target_particles": 1, "reward_scale": 0.5, "tau": 0.1}
+    config = make_config(algorithm, overrides={**small, **options})
+    return Agent(config, OBS, ACT, make_backend(backend, torch.device("cpu")), seed=0)
+
+
+def replay() -> ReplayBuffer:
+    """Every third transition terminates; its batches are columns of wider rows."""
+    g = torch.Generator().manual_seed(0)
+    buffer = ReplayBuffer(100, OBS, ACT)
+    obs, action, reward, next_obs = (
+        torch.randn(100, *shape, generator=g).numpy() for shape in ((OBS,), (ACT,), (), (OBS,))
+    )
+    terminated = (torch.arange(100) % 3 == 0).float().numpy()
+    buffer.add(obs, action, reward, terminated, next_obs)
+    return buffer
+
+
+def critic_update(agent: Agent, seed: int) -> dict[str, float]:
+    batch = replay().sample(ROWS, torch.Generator().manual_seed(seed))
+    return agent.backend.critic_update(
+        agent.actor,
+        agent.critics,
+        agent.target_critics,
+        agent.optimizers["critics"],
+        batch,
+        agent.alpha,
+        agent.generator,
+    )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("sac", {"entropy_in_target": True}),
+        ("sac", {"entropy_in_target": False}),
+        ("flame", {"entropy_in_target": True, "initial_alpha": 0.5}),
+        ("flame", {"entropy_in_target": False}),
+        ("flame-r", {"sampling_steps": 3}),
+    ],
+)
+@pytest.mark.usefixtures("kernels")
+def test_fused_update_follows_the_sequence_of_steps(
+    algorithm: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents = [make_agent(name, algorithm, **options) for name in ("torch", "cpu")]
+    # A call of one of the steps would mean that the fused path was not taken.
+    monkeypatch.setattr(agents[1].backend, "critic_step", None)
+    for seed in range(3):
+        first, second = (critic_update(agent, seed) for agent in agents)
+        assert second == pytest.approx(first, rel=1e-4, abs=1e-5)
+    for name in ("critics", "target_critics"):
+        wanted, ours = (agent.networks()[name].flat for agent in agents)
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5)
+    states = [agent.optimizers["critics"].state_dict()["state"][0] for agent in agents]
+    assert states[0]["step"] == states[1]["step"] == 3
+    assert torch.equal(*(agent.generator.get_state() for agent in agents))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("sac", {"target_particles": 2}),
+        ("flame", {"entropy_estimator": "multi_step", "entropy_steps": 2, "reverse_kl_weight": 0}),
+        ("diffusion", {}),
+    ],
+)
+def test_other_targets_take_the_steps_one_by_one(algorithm: str, options: dict[str, Any]) -> None:
+    agents = [make_agent(name, algorithm, **options) for name in ("torch", "cpu")]
+    first, second = (critic_update(agent, 0) for agent in agents)
+    assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
+
+
+SEED = 11
+
+
+@pytest.fixture
+def equal_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same float32 draws for every precision, wide enough to leave the box and to fold."""
+
+    def normal(reference: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.from_numpy(draw(*shape, scale=2.0)).to(reference.dtype)
+
+    def times(reference: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.from_numpy(np.abs(np.tanh(draw(*shape, seed=5)))).to(reference.dtype)
+
+    def candidates(reference: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        stream = _core.philox_uniform(SEED, 0, 0, math.prod(shape))
+        return torch.from_numpy(stream).view(shape).to(reference.dtype)
+
+    for module in (cpu, flow, gaussian):
+        monkeypatch.setattr(module, "normal_like", normal)
+    monkeypatch.setattr(flow, "uniform_like", times)
+    monkeypatch.setattr(reweighting, "uniform_like", candidates)
+    for module in (cpu, native_evaluator):
+        monkeypatch.setattr(module, "draw_seed", lambda generator: SEED)
+
+
+def policy_step(
+    backend: str, algorithm: str, dtype: torch.dtype, rows: int, **options: Any
+) -> tuple[Array, dict[str, float]]:
+    """The policy's gradient and everything that the loss reports."""
+    agent = make_agent(backend, algorithm, policy_delay=1, **options)
+    for network in (agent.actor.network, agent.critics):
+        network.to(dtype)
+    obs, action = (
+        torch.from_numpy(x).to(dtype) for x in (draw(rows, OBS), np.tanh(draw(rows, ACT)))
+    )
+    agent.critics.requires_grad_(False)
+    alpha = torch.tensor(0.3, dtype=dtype)
+    result = agent.backend.actor_step(
+        agent.actor, obs, action, agent.critics, alpha, agent.generator
+    )
+    scalars = {"loss": result.loss, "log_prob": result.log_prob, "ess": result.ess}
+    scalars |= result.metrics
+    gradient = agent.actor.network.flat.grad
+    assert gradient is not None
+    return array(gradient), {name: x.item() for name, x in scalars.items() if x is not None}
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("sac", {}),
+        ("sac", {"policy_layer_norm": True, "policy_activation": "relu"}),
+        ("flame", {"monotonicity_margin": 0.9}),
+        ("flame", {"monotonicity_margin": 0.0, "reverse_kl_weight": 0.5, "num_candidates": 5}),
+        ("flame", {"reweighting_weight": 0.0, "policy_layer_norm": True}),
+        ("flame", {"reverse_kl_weight": 0.0, "z_source": "uniform"}),
+        ("flame-r", {}),
+    ],
+)
+@pytest.mark.usefixtures("isa", "equal_draws")
+def test_policy_losses_are_as_accurate_as_pytorch(
+    algorithm: str, options: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single, _ = policy_step("torch", algorithm, torch.float32, rows, **options)
+    exact, wanted = policy_step("torch", algorithm, torch.float64, rows, **options)
+    # Autograd would mean that the fused path was not taken.
+    monkeypatch.setattr(Tensor, "backward", None)
+    ours, reported = policy_step("cpu", algorithm, torch.float32, rows, **options)
+    assert_as_accurate(ours, torch.from_numpy(single), torch.from_numpy(exact))
+    assert reported == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    if options.get("monotonicity_margin") == 0.9:
+        _, without = policy_step("cpu", algorithm, torch.float32, rows, monotonicity_margin=0.0)
+        assert reported["loss"] > without["loss"], "the wall stood nowhere"
+
+
+@pytest.mark.parametrize("options", [{"proposal": "policy"}, {"entropy_estimator": "multi_step"}])
+@pytest.mark.usefixtures("equal_draws")
+def test_other_losses_are_built_by_autograd(options: dict[str, Any]) -> None:
+    first, second = (
+        policy_step(name, "flame", torch.float32, 33, **options)[1] for name in ("torch", "cpu")
+    )
+    assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
+
+
+def test_refusals_say_what_to_do() -> None:
+    agent = make_agent("cpu", "sac")
+    critics = mlp_spec(agent.critics)
+    with pytest.raises(ValueError, match="an even number of outputs; this spec has 2 and 1"):
+        _core.PolicySampler.gaussian(critics, LOG_STD_RANGE)
+    wider = make_config("sac", overrides={"hidden_sizes": (32, 24), "target_particles": 1})
+    agent.actor = Agent(wider, OBS + 1, ACT, agent.backend).actor
+    with pytest.raises(ValueError, match="the policy takes 6 observations, the critics 5"):
+        critic_update(agent, 0)
+    net = agent.actor.network
+    sampler = _core.PolicySampler.gaussian(mlp_spec(net), LOG_STD_RANGE)
+    arrays = array(net.flat), np.zeros_like(array(net.flat)), critics, array(agent.critics.flat)
+    draws = draw(4, ACT), np.zeros(4, np.float32), np.ones(4, np.float32)
+    with pytest.raises(ValueError, match="this policy is a Gaussian; flow_matching takes a flow"):
+        _core.flow_matching(
+            sampler, *arrays, draw(4, OBS), *draws, 0.1, weight=1.0, num_candidates=4, seed=0
+        )
