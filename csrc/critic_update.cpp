@@ -20,19 +20,8 @@ void sample_gaussian(const CriticUpdate& u, float* action, float* log_prob, Work
 
 void sample_flow(const CriticUpdate& u, float* action, float* log_prob, Workspace& workspace) {
     const PolicySampler& p = *u.policy;
-    FlowDensityArgs args{};
-    args.spec = p.spec;
-    args.parameters = u.policy_parameters;
-    args.states = u.rows;
-    args.samples = 1;
-    args.action_dim = p.action_dim;
-    args.obs = u.next_obs;
-    args.obs_ld = u.next_obs_ld;
-    args.noise = u.noise;
-    args.steps = p.steps;
-    args.time_features = p.time_features;
-    args.time = p.time.data();
-    args.scale = p.scale.data();
+    FlowDensityArgs args =
+        flow_samples(p, u.policy_parameters, u.rows, u.next_obs, u.next_obs_ld, u.noise);
     args.divergence = u.alpha != 0.0f ? Divergence::kLogDet : Divergence::kNone;
     args.action = action;
     args.log_prob = log_prob;

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "mlp_spec.h"
+#include "cpu/training.h"
 
 namespace flame {
 
@@ -20,5 +20,25 @@ struct PolicySampler {
     std::vector<float> time;   // (steps, time_features)
     std::vector<float> scale;  // (steps)
 };
+
+// One sample along the flow per row; the caller says which density and where results go.
+inline FlowDensityArgs flow_samples(const PolicySampler& policy, const float* parameters,
+                                    int64_t rows, const float* obs, int64_t obs_ld,
+                                    const float* noise) {
+    FlowDensityArgs args{};
+    args.spec = policy.spec;
+    args.parameters = parameters;
+    args.states = rows;
+    args.samples = 1;
+    args.action_dim = policy.action_dim;
+    args.obs = obs;
+    args.obs_ld = obs_ld;
+    args.noise = noise;
+    args.steps = policy.steps;
+    args.time_features = policy.time_features;
+    args.time = policy.time.data();
+    args.scale = policy.scale.data();
+    return args;
+}
 
 }  // namespace flame
