@@ -27,9 +27,7 @@ void sample_flow(const CriticUpdate& u, float* action, float* log_prob, Workspac
     args.log_prob = log_prob;
     args.folded = static_cast<bool*>(workspace.bytes(u.rows * sizeof(bool)));
     kernels().flow_density(args);
-    for (int64_t i = 0; i < u.rows * p.action_dim; ++i) {
-        action[i] = std::min(std::max(action[i], -1.0f), 1.0f);
-    }
+    std::transform(action, action + u.rows * p.action_dim, action, into_box);
 }
 
 // y = reward + gamma (1 - terminated) (Qmin'(s', a') - alpha log pi(a' | s'))

@@ -40,13 +40,13 @@ double sum_of(const float* x, int64_t count) {
 
 // The walls' mean and `weight` times its gradient: adds to d_action, writes d_transport.
 double add_walls(const PolicyLossInputs& in, const Walls& walls, double weight, const float* action,
-                 const float* transport, float* d_action, float* d_transport,
+                 const float* clipped, const float* transport, float* d_action, float* d_transport,
                  Workspace& workspace) {
     const auto rows = static_cast<double>(in.rows);
     const double width = static_cast<double>(walls.boundary_width);
     double sum = 0.0;
     for (int64_t i = 0; i < action_count(in); ++i) {
-        const float outside = action[i] - std::min(std::max(action[i], -1.0f), 1.0f);
+        const float outside = action[i] - clipped[i];
         const double slope = static_cast<double>(outside) / (width * width);
         sum += 0.5 * slope * static_cast<double>(outside);
         d_action[i] += static_cast<float>(weight / rows * slope);
@@ -108,9 +108,7 @@ ReverseKl flow_reverse_kl(const PolicyLossInputs& in, const Walls& walls, double
     args.transport = workspace.floats(actions * p.action_dim);
     FlowTape* tape = kernels().flow_record(args, *memory);
     float* clipped = workspace.floats(actions);
-    for (int64_t i = 0; i < actions; ++i) {
-        clipped[i] = std::min(std::max(args.action[i], -1.0f), 1.0f);
-    }
+    std::transform(args.action, args.action + actions, clipped, into_box);
     const QValues q = evaluate_q(in, clipped, workspace);
     // Q is flat outside the box: a clipped coordinate carries no gradient of it.
     float* d_action = q.gradient;
@@ -122,8 +120,8 @@ ReverseKl flow_reverse_kl(const PolicyLossInputs& in, const Walls& walls, double
         in.alpha + static_cast<double>(walls.q_scale) * q.sum_of_sizes / rows;
     float* d_transport =
         walls.monotonicity_margin != 0.0f ? workspace.floats(actions * p.action_dim) : nullptr;
-    const double wall = add_walls(in, walls, weight * wall_weight, args.action, args.transport,
-                                  d_action, d_transport, workspace);
+    const double wall = add_walls(in, walls, weight * wall_weight, args.action, clipped,
+                                  args.transport, d_action, d_transport, workspace);
     float* d_log_prob = workspace.floats(in.rows);
     std::fill_n(d_log_prob, in.rows, static_cast<float>(weight * in.alpha / rows));
     tape->backward({tape, gradients, d_action, d_log_prob, d_transport});

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/training.h"
@@ -20,6 +21,9 @@ struct PolicySampler {
     std::vector<float> time;   // (steps, time_features)
     std::vector<float> scale;  // (steps)
 };
+
+// A flow's action as the environment takes it.
+inline float into_box(float action) { return std::min(std::max(action, -1.0f), 1.0f); }
 
 // One sample along the flow per row; the caller says which density and where results go.
 inline FlowDensityArgs flow_samples(const PolicySampler& policy, const float* parameters,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 
 from flame_ext import _core
+from flame_ext.backends.native_evaluator import array
 from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
-from flame_ext.sampling import flow_steps, time_feature_rows
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 EPS = float(np.finfo(np.float32).eps)
@@ -23,22 +24,9 @@ POLICIES = [
 ]
 
 
-def array(x: torch.Tensor) -> Array:
-    return x.detach().numpy()
-
-
 def draw(*shape: int, scale: float = 1.0, seed: int = 0) -> Array:
     rng = np.random.default_rng([seed, *shape])
     return (scale * rng.standard_normal(shape)).astype(np.float32)
-
-
-def spec_of(net: FlatMLP) -> _core.MlpSpec:
-    return _core.MlpSpec(
-        net.layer_sizes,
-        members=net.members,
-        activation=net.activation,
-        layer_norm=net.layer_norm,
-    )
 
 
 def shaken(net: FlatMLP, seed: int = 0) -> FlatMLP:
@@ -74,9 +62,9 @@ def to_tensors(dtype: torch.dtype, *arrays: Array) -> list[torch.Tensor]:
     return [torch.from_numpy(x).to(dtype) for x in arrays]
 
 
-def flow_tables(steps: int, flow: str = "mean") -> tuple[Array, Array]:
-    table = flow_steps(steps, flow)
-    return time_feature_rows(table), np.array([step.q for step in table], np.float32)
+def philox_uniform(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The uniform draws of the native reweighting's candidates."""
+    return torch.from_numpy(_core.philox_uniform(seed, 0, 0, math.prod(shape))).view(shape)
 
 
 def assert_as_accurate(ours: Array, single: torch.Tensor, exact: torch.Tensor) -> None:

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from kernel_inputs import philox_uniform
 
 from flame_ext import _core
 from flame_ext.agent import MAX_ALPHA, Agent
 from flame_ext.backends import TorchBackend, make_backend
+from flame_ext.backends.native_evaluator import draw_seed
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.policies import reweighting
@@ -195,8 +197,7 @@ def native_uniform(
     reference: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator
 ) -> torch.Tensor:
     """What the native reweighting draws: the Philox stream of a seed from the generator."""
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    return torch.from_numpy(_core.philox_uniform(seed, 0, 0, math.prod(shape))).view(shape)
+    return philox_uniform(draw_seed(generator), shape)
 
 
 @pytest.mark.parametrize("proposal", ["reverse", "policy"])

@@ -6,17 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from kernel_inputs import (
-    Array,
-    array,
-    draw,
-    flow_tables,
-    make_critics,
-    make_policy,
-    spec_of,
-)
+from kernel_inputs import Array, draw, make_critics, make_policy
 
 from flame_ext import _core
+from flame_ext.backends.native_evaluator import array, flow_table, mlp_spec
 from flame_ext.networks import FlatMLP
 
 each_isa = pytest.mark.usefixtures("isa")
@@ -37,19 +30,19 @@ def run_everything(threads: int, recorded: bool = True) -> list[Array]:
     """
     _core.set_num_threads(threads)
     critics = make_critics(17, 6, (72, 64), layer_norm=True)
-    spec, flat = spec_of(critics), array(critics.flat)
+    spec, flat = mlp_spec(critics), array(critics.flat)
     obs, action = draw(301, 17), np.tanh(draw(301, 6))
     gradients = np.zeros_like(flat)
     loss, _, q = _core.critic_step(spec, flat, gradients, obs, action, draw(301))
     net = make_policy(17, 6, (72, 64), layer_norm=True)
-    policy, weights = spec_of(net), array(net.flat)
+    policy, weights = mlp_spec(net), array(net.flat)
     flow_gradients, kl_gradients = np.zeros_like(weights), np.zeros_like(weights)
     t = 0.01 + 0.99 * np.abs(np.tanh(draw(301, seed=7)))
     flow_args = obs, action, 0.5 * t, t, draw(301, 6, seed=8)
     flow_loss = _core.meanflow_step(policy, weights, flow_gradients, *flow_args)
     reverse_kl: list[Array] = []
     if recorded:
-        density_args = policy, weights, obs, draw(301, 6, seed=9), *flow_tables(1)
+        density_args = policy, weights, obs, draw(301, 6, seed=9), *flow_table(1, "mean")
         density = _core.RecordedDensity(*density_args)
         density.backward(kl_gradients, draw(301, 6), draw(301))
         reverse_kl = [density.log_prob, kl_gradients]
@@ -71,7 +64,9 @@ def run_everything(threads: int, recorded: bool = True) -> list[Array]:
         *_core.reweighted_velocity(
             spec, flat, obs, action, 1 - t, t, 0.2, num_candidates=7, seed=3, resample=True
         ),
-        *_core.flow_density(policy, weights, obs, draw(301, 5, 6), *flow_tables(2), "log_det"),
+        *_core.flow_density(
+            policy, weights, obs, draw(301, 5, 6), *flow_table(2, "mean"), "log_det"
+        ),
     ]
 
 
@@ -85,7 +80,7 @@ def test_results_are_the_same_bits_for_any_number_of_threads():
 
 def test_refusals_say_what_to_do():
     critics = make_critics(3, 2, (8,))
-    spec, flat = spec_of(critics), array(critics.flat)
+    spec, flat = mlp_spec(critics), array(critics.flat)
     obs, actions = draw(4, 3), draw(4, 5, 2)
     with pytest.raises(ValueError, match=r"obs has shape \(4, 2\); it must be \(4, 3\)"):
         _core.twin_q(spec, flat, obs[:, :2], actions)
@@ -124,5 +119,5 @@ def test_cuda_kernels_refuse_what_does_not_fit_the_device():
     before = _core.isa_active()
     _core.run_cuda_on_host("rising", 48 * 1024)
     with pytest.raises(ValueError, match=r"1024 columns need .* this device has 49152 bytes"):
-        _core.mlp_forward(spec_of(net), array(net.flat), draw(4, 8))
+        _core.mlp_forward(mlp_spec(net), array(net.flat), draw(4, 8))
     _core.set_isa(before)

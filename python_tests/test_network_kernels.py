@@ -10,20 +10,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import (
-    ACTIVATIONS,
-    EPS,
-    Array,
-    array,
-    assert_as_accurate,
-    draw,
-    make_critics,
-    shaken,
-    spec_of,
-)
+from kernel_inputs import ACTIVATIONS, EPS, Array, assert_as_accurate, draw, make_critics, shaken
 
 from flame_ext import _core
-from flame_ext.backends.native_evaluator import NativeEvaluator
+from flame_ext.backends.native_evaluator import NativeEvaluator, array, mlp_spec
 from flame_ext.networks import Critics, FlatMLP
 
 each_isa = pytest.mark.usefixtures("isa")
@@ -56,7 +46,7 @@ def test_mlp_forward(activation, layer_norm, rows, sizes, members):
     )
     shaken(net)
     x = draw(rows, sizes[0], scale=2.0)
-    ours = _core.mlp_forward(spec_of(net), array(net.flat), x)
+    ours = _core.mlp_forward(mlp_spec(net), array(net.flat), x)
     single = net(torch.from_numpy(x))
     exact = copy.deepcopy(net).double()(torch.from_numpy(x).double())
     assert_as_accurate(ours, single, exact)
@@ -67,7 +57,7 @@ def test_mlp_forward_takes_strided_and_unaligned_rows():
     net = FlatMLP((7,), (32,), 3, generator=torch.Generator().manual_seed(0))
     memory = draw(21 * 12 + 1)[1:].reshape(21, 12)
     view = memory[::2, 3:10]
-    args = spec_of(net), array(net.flat)
+    args = mlp_spec(net), array(net.flat)
     assert np.array_equal(
         _core.mlp_forward(*args, view), _core.mlp_forward(*args, np.ascontiguousarray(view))
     )
@@ -84,11 +74,11 @@ def test_activations_at_extreme_inputs(activation):
             layer.bias.zero_()
     x = np.concatenate([np.linspace(-100, 100, 4001), [-1e30, -1e4, 1e4, 1e30, 0.0]])
     x = x.astype(np.float32).reshape(-1, 1)
-    ours = _core.mlp_forward(spec_of(net), array(net.flat), x)[0]
+    ours = _core.mlp_forward(mlp_spec(net), array(net.flat), x)[0]
     exact = copy.deepcopy(net).double()(torch.from_numpy(x).double())[0].detach().numpy()
     assert (np.abs(ours - exact) <= 6 * EPS * np.abs(exact) + 1e-30).all()
     nan = np.full((1, 1), np.nan, np.float32)
-    assert np.isnan(_core.mlp_forward(spec_of(net), array(net.flat), nan)).all()
+    assert np.isnan(_core.mlp_forward(mlp_spec(net), array(net.flat), nan)).all()
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
@@ -146,13 +136,13 @@ def test_recorded_mlp(rows, sizes, members, layer_norm):
 def test_twin_q(layer_norm, states, candidates, obs_dim, action_dim, hidden):
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
     obs, actions = draw(states, obs_dim), np.tanh(draw(states, candidates, action_dim))
-    q_min, q_each = _core.twin_q(spec_of(critics), array(critics.flat), obs, actions, each=True)
+    q_min, q_each = _core.twin_q(mlp_spec(critics), array(critics.flat), obs, actions, each=True)
     inputs = torch.from_numpy(obs).unsqueeze(1), torch.from_numpy(actions)
     single = critics.q_values(*inputs)
     exact = copy.deepcopy(critics).double().q_values(*(x.double() for x in inputs))
     assert_as_accurate(q_each, single, exact)
     assert np.array_equal(q_min, q_each.min(0))
-    only_min = _core.twin_q(spec_of(critics), array(critics.flat), obs, actions)
+    only_min = _core.twin_q(mlp_spec(critics), array(critics.flat), obs, actions)
     assert np.array_equal(only_min, q_min)
 
 
@@ -160,7 +150,7 @@ def test_twin_q_minimum_shows_nan_of_any_member():
     critics = make_critics(3, 2, (8,))
     with torch.no_grad():
         critics.layers()[-1].bias[0] = float("nan")
-    q_min = _core.twin_q(spec_of(critics), array(critics.flat), draw(4, 3), draw(4, 5, 2))
+    q_min = _core.twin_q(mlp_spec(critics), array(critics.flat), draw(4, 3), draw(4, 5, 2))
     assert np.isnan(q_min).all()
 
 
@@ -195,7 +185,7 @@ def test_critic_step(activation, layer_norm, rows, obs_dim, action_dim, hidden, 
     )
     obs, action, target = draw(rows, obs_dim), np.tanh(draw(rows, action_dim)), draw(rows)
     gradients = np.zeros_like(array(critics.flat))
-    args = spec_of(critics), array(critics.flat), gradients, obs, action, target
+    args = mlp_spec(critics), array(critics.flat), gradients, obs, action, target
     loss, q_mean, q = _core.critic_step(*args)
     loss32, single = critic_gradient(critics, obs, action, target, torch.float32)
     loss64, exact = critic_gradient(critics, obs, action, target, torch.float64)
@@ -214,7 +204,7 @@ def test_critic_step_with_extreme_targets():
     obs, action = draw(65, 17, scale=1e2), np.tanh(draw(65, 6))
     target = draw(65, scale=1e3)
     gradients = np.zeros_like(array(critics.flat))
-    _core.critic_step(spec_of(critics), array(critics.flat), gradients, obs, action, target)
+    _core.critic_step(mlp_spec(critics), array(critics.flat), gradients, obs, action, target)
     _, single = critic_gradient(critics, obs, action, target, torch.float32)
     _, exact = critic_gradient(critics, obs, action, target, torch.float64)
     assert_as_accurate(gradients, single, exact)
@@ -229,7 +219,7 @@ def test_critic_step_with_extreme_targets():
 def test_q_gradient(layer_norm, rows, obs_dim, action_dim, hidden):
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
     obs, action = draw(rows, obs_dim), np.tanh(draw(rows, action_dim))
-    q_min, gradient = _core.q_gradient(spec_of(critics), array(critics.flat), obs, action)
+    q_min, gradient = _core.q_gradient(mlp_spec(critics), array(critics.flat), obs, action)
     results = []
     for dtype in (torch.float32, torch.float64):
         net = copy.deepcopy(critics).to(dtype)

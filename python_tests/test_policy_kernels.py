@@ -15,18 +15,15 @@ from kernel_inputs import (
     EPS,
     POLICIES,
     Array,
-    array,
     assert_as_accurate,
     draw,
-    flow_tables,
     make_critics,
     make_policy,
-    spec_of,
     to_tensors,
 )
 
 from flame_ext import _core, reference
-from flame_ext.backends.native_evaluator import NativeEvaluator
+from flame_ext.backends.native_evaluator import NativeEvaluator, array, flow_table, mlp_spec
 from flame_ext.networks import GaussianPolicyNet, MeanVelocityNet
 
 each_isa = pytest.mark.usefixtures("isa")
@@ -154,7 +151,7 @@ def test_reweighted_velocity(scale, alpha, states, candidates, obs_dim, action_d
     uniform = np.random.default_rng(1).random((states, candidates, action_dim), np.float32)
     uniform = np.clip(uniform, EPS, 1 - EPS).astype(np.float32)
     velocity, ess, _ = _core.reweighted_velocity(
-        spec_of(critics), array(critics.flat), obs, z, signal, noise_scale, alpha, uniform=uniform
+        mlp_spec(critics), array(critics.flat), obs, z, signal, noise_scale, alpha, uniform=uniform
     )
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -182,7 +179,7 @@ def test_reweighted_velocity(scale, alpha, states, candidates, obs_dim, action_d
 def test_reweighted_velocity_draws_from_the_philox_stream():
     critics = make_critics(3, 6, (16,))
     inputs = reverse_inputs(11, 3, 6)
-    args = spec_of(critics), array(critics.flat), *inputs, 0.5
+    args = mlp_spec(critics), array(critics.flat), *inputs, 0.5
     uniform = _core.philox_uniform(7, 3, 100, 11 * 9 * 6).reshape(11, 9, 6)
     drawn = _core.reweighted_velocity(*args, num_candidates=9, seed=7, stream=3, offset=100)
     given = _core.reweighted_velocity(*args, uniform=uniform)
@@ -198,10 +195,10 @@ def test_resampled_candidates_follow_the_weights():
     n = 4000
     obs, z = np.zeros((n, 1), np.float32), np.zeros((n, 1), np.float32)
     one = np.ones(n, np.float32)
-    args = spec_of(critics), array(critics.flat), obs, z, 0 * one, one, 0.5
+    args = mlp_spec(critics), array(critics.flat), obs, z, 0 * one, one, 0.5
     resampled = _core.reweighted_velocity(*args, num_candidates=64, seed=1, resample=True)[2][:, 0]
     grid = np.linspace(-1, 1, 2001, dtype=np.float32).reshape(1, -1, 1)
-    q = _core.twin_q(spec_of(critics), array(critics.flat), obs[:1], grid)[0].astype(np.float64)
+    q = _core.twin_q(mlp_spec(critics), array(critics.flat), obs[:1], grid)[0].astype(np.float64)
     density = np.exp((q - q.max()) / 0.5)
     cdf = np.cumsum(density) / density.sum()
     levels = np.interp(resampled, grid[0, :, 0], cdf)
@@ -211,7 +208,7 @@ def test_resampled_candidates_follow_the_weights():
 
 def test_lattice_candidates_estimate_the_same_velocity_no_worse():
     critics = make_critics(3, 6, (32, 32))
-    args = spec_of(critics), array(critics.flat), *reverse_inputs(64, 3, 6), 1.0
+    args = mlp_spec(critics), array(critics.flat), *reverse_inputs(64, 3, 6), 1.0
     truth = _core.reweighted_velocity(*args, num_candidates=20_000, seed=99)[0]
     errors = {}
     for sampling in ("random", "lattice"):
@@ -238,7 +235,7 @@ def test_meanflow_step(activation, layer_norm, rows, obs_dim, action_dim, hidden
     r = np.where(np.arange(rows) % 3 == 0, t, 0.5 * t).astype(np.float32)
     gradients = np.zeros_like(array(net.flat))
     loss = _core.meanflow_step(
-        spec_of(net), array(net.flat), gradients, obs, z, r, t, velocity, None
+        mlp_spec(net), array(net.flat), gradients, obs, z, r, t, velocity, None
     )
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -274,7 +271,7 @@ def away_from_kinks(net: MeanVelocityNet, obs: Array, noise: Array) -> Array:
 def test_exact_density(activation, layer_norm, rows, obs_dim, action_dim, hidden):
     net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)
     obs, noise = draw(rows, obs_dim), draw(rows, action_dim)
-    args = spec_of(net), array(net.flat), obs, noise, *flow_tables(1)
+    args = mlp_spec(net), array(net.flat), obs, noise, *flow_table(1, "mean")
     action, log_prob, folded = _core.flow_density(*args, "log_det")
     single = reference.log_prob(net, *to_tensors(torch.float32, obs, noise))
     exact = reference.log_prob(copy.deepcopy(net).double(), *to_tensors(torch.float64, obs, noise))
@@ -301,9 +298,9 @@ def test_density_estimators_with_several_samples_per_state(options, divergence):
     net = make_policy(17, 6, (64, 48))
     obs, noise = draw(7, 17), draw(7, 23, 6)
     probe = np.sign(draw(7, 23, 6, seed=5)) if divergence == "probe" else None
-    tables = flow_tables(options.get("steps", 1), options.get("flow", "mean"))
+    tables = flow_table(options.get("steps", 1), options.get("flow", "mean"))
     action, log_prob, folded = _core.flow_density(
-        spec_of(net), array(net.flat), obs, noise, *tables, divergence, probe
+        mlp_spec(net), array(net.flat), obs, noise, *tables, divergence, probe
     )
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -333,7 +330,7 @@ def test_density_gradient(activation, layer_norm, rows, obs_dim, action_dim, hid
     net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)
     arrays = [draw(rows, obs_dim), draw(rows, action_dim)]
     arrays += [draw(rows, action_dim, seed=3), draw(rows, seed=4)]
-    args = spec_of(net), array(net.flat), *arrays[:2], *flow_tables(1)
+    args = mlp_spec(net), array(net.flat), *arrays[:2], *flow_table(1, "mean")
     recorded = _core.RecordedDensity(*args)
     action, log_prob, folded = _core.flow_density(*args, "log_det")
     assert np.allclose(recorded.action, action, rtol=1e-5, atol=1e-5)
@@ -353,7 +350,7 @@ def test_density_gradient(activation, layer_norm, rows, obs_dim, action_dim, hid
 def test_sample_without_density_has_the_action_gradient_alone():
     net = make_policy(3, 2, (32, 32), layer_norm=True)
     obs, noise, d_action = draw(9, 3), draw(9, 2), draw(9, 2, seed=3)
-    args = spec_of(net), array(net.flat), obs, noise, *flow_tables(1)
+    args = mlp_spec(net), array(net.flat), obs, noise, *flow_table(1, "mean")
     gradients = np.zeros_like(array(net.flat))
     _core.RecordedDensity(*args, density=False).backward(gradients, d_action, draw(9))
     arrays = [obs, noise, d_action, np.zeros(9, np.float32)]

@@ -362,11 +362,14 @@ def draw_seed(generator: torch.Generator | None) -> int:
 
 def mlp_spec(network: FlatMLP) -> Any:
     """The network's shape as the kernels take it."""
+    shape = tuple(network.layer_sizes), network.members, network.activation, network.layer_norm
+    return _mlp_spec(*shape)
+
+
+@functools.cache
+def _mlp_spec(sizes: tuple[int, ...], members: int, activation: str, layer_norm: bool) -> Any:
     return load_core().MlpSpec(
-        list(network.layer_sizes),
-        members=network.members,
-        activation=network.activation,
-        layer_norm=network.layer_norm,
+        list(sizes), members=members, activation=activation, layer_norm=layer_norm
     )
 
 
