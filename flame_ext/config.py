@@ -125,7 +125,7 @@ class Config:
     alpha_interval: int = 1
     target_entropy_scale: float = -0.75
     target_ess: float = 0.25
-    entropy_in_target: bool = True
+    entropy_in_target: bool = False
     entropy_estimator: Estimator = "exact"
     entropy_steps: int = 1
     entropy_trace: Trace = "exact"
@@ -241,7 +241,6 @@ _PAPER: dict[str, Any] = {
     "alpha_learning_rate": 5e-3,
     "alpha_interval": 100,
     "target_entropy_scale": -3.0,
-    "entropy_in_target": False,
     "entropy_estimator": "multi_step",
     "entropy_steps": 4,
     "entropy_trace": "hutchinson",
@@ -274,7 +273,6 @@ _MULTI_STEP: dict[str, Any] = {
     "temperature": "ess",
     "alpha_learning_rate": 1e-3,
     "target_ess": 0.15,
-    "entropy_in_target": False,
 }
 _ALGORITHM: dict[str, dict[str, Any]] = {
     "flame": {},
