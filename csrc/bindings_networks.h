@@ -33,11 +33,15 @@ inline int flow_obs_dim(const MlpSpec& spec, int64_t time_features) {
     return static_cast<int>(obs_dim);
 }
 
+inline int policy_obs_dim(const PolicySampler& policy) {
+    const int beside = policy.steps > 0 ? policy.action_dim + policy.time_features : 0;
+    return policy.spec.sizes[0] - beside;
+}
+
 // The observation's size, on which a policy and its critics agree.
 inline int shared_obs_dim(const PolicySampler& policy, const MlpSpec& critics) {
     const int obs_dim = critic_obs_dim(critics, policy.action_dim);
-    const int beside = policy.steps > 0 ? policy.action_dim + policy.time_features : 0;
-    const int of_policy = policy.spec.sizes[0] - beside;
+    const int of_policy = policy_obs_dim(policy);
     check(of_policy == obs_dim, "the policy takes ", of_policy, " observations, the critics ",
           obs_dim);
     return obs_dim;

@@ -106,6 +106,21 @@ PolicySampler flow_sampler(const MlpSpec& spec, const py::array& time, const py:
     return p;
 }
 
+Array py_sample(const PolicySampler& policy, const py::array& parameters, const py::array& obs,
+                const py::array& noise) {
+    check(noise.ndim() == 2, "noise has shape ", shape_text(noise), "; it must be (rows, ",
+          policy.action_dim, ")");
+    const int64_t rows = noise.shape(0);
+    const RowsView s = matrix(obs, "obs", rows, policy_obs_dim(policy));
+    const float* weights = dense(parameters, "parameters", {count_of(policy.spec)});
+    const float* draws = dense(noise, "noise", {rows, policy.action_dim});
+    Array action({rows, static_cast<int64_t>(policy.action_dim)});
+    float* actions = action.mutable_data();
+    const py::gil_scoped_release release;
+    sample_actions(policy, weights, rows, s.data, s.ld, draws, actions, nullptr);
+    return action;
+}
+
 // --- Losses
 
 // What the losses have in common; `parameters` and `gradients` belong to the policy.
@@ -194,7 +209,8 @@ py::tuple py_flow_matching(const PolicySampler& policy, const py::array& paramet
 void bind_policy_loss(py::module_& m) {
     py::class_<PolicySampler>(m, "PolicySampler")
         .def_static("gaussian", &gaussian_sampler, py::arg("spec"), py::arg("log_std_range"))
-        .def_static("flow", &flow_sampler, py::arg("spec"), py::arg("time"), py::arg("scale"));
+        .def_static("flow", &flow_sampler, py::arg("spec"), py::arg("time"), py::arg("scale"))
+        .def("sample", &py_sample, py::arg("parameters"), py::arg("obs"), py::arg("noise"));
     m.def("gaussian_loss", &py_gaussian_loss, py::arg("policy"), py::arg("parameters"),
           py::arg("gradients"), py::arg("critics"), py::arg("critic_parameters"), py::arg("obs"),
           py::arg("noise"), py::arg("alpha"));

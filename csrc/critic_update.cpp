@@ -4,31 +4,9 @@
 
 #include "cpu/kernels.h"
 #include "cpu/workspace.h"
-#include "tanh_gaussian.h"
 
 namespace flame {
 namespace {
-
-// Actions (rows, A) of the policy in next_obs and, where alpha is not 0, their log-density (rows).
-void sample_gaussian(const CriticUpdate& u, float* action, float* log_prob, Workspace& workspace) {
-    const PolicySampler& p = *u.policy;
-    float* output = workspace.floats(u.rows * 2 * p.action_dim);
-    kernels().mlp_forward({p.spec, u.policy_parameters, u.rows, u.next_obs, u.next_obs_ld, output});
-    tanh_gaussian({u.rows, p.action_dim, output, u.noise, p.log_std_min, p.log_std_max}, action,
-                  log_prob);
-}
-
-void sample_flow(const CriticUpdate& u, float* action, float* log_prob, Workspace& workspace) {
-    const PolicySampler& p = *u.policy;
-    FlowDensityArgs args =
-        flow_samples(p, u.policy_parameters, u.rows, u.next_obs, u.next_obs_ld, u.noise);
-    args.divergence = u.alpha != 0.0f ? Divergence::kLogDet : Divergence::kNone;
-    args.action = action;
-    args.log_prob = log_prob;
-    args.folded = static_cast<bool*>(workspace.bytes(u.rows * sizeof(bool)));
-    kernels().flow_density(args);
-    std::transform(action, action + u.rows * p.action_dim, action, into_box);
-}
 
 // y = reward + gamma (1 - terminated) (Qmin'(s', a') - alpha log pi(a' | s'))
 void td_target(const CriticUpdate& u, float* target, Workspace& workspace) {
@@ -36,7 +14,8 @@ void td_target(const CriticUpdate& u, float* target, Workspace& workspace) {
     float* action = workspace.floats(u.rows * action_dim);
     float* log_prob = workspace.floats(u.rows);
     float* q_min = workspace.floats(u.rows);
-    (u.policy->steps > 0 ? sample_flow : sample_gaussian)(u, action, log_prob, workspace);
+    sample_actions(*u.policy, u.policy_parameters, u.rows, u.next_obs, u.next_obs_ld, u.noise,
+                   action, u.alpha != 0.0f ? log_prob : nullptr);
     kernels().twin_q({u.critics, u.target_parameters, u.rows, 1, action_dim, u.next_obs,
                       u.next_obs_ld, action, q_min, nullptr});
     for (int64_t i = 0; i < u.rows; ++i) {

@@ -45,4 +45,10 @@ inline FlowDensityArgs flow_samples(const PolicySampler& policy, const float* pa
     return args;
 }
 
+// Actions (rows, A) in the box from dense noise (rows, A) and, where log_prob is not null, their
+// exact log-density (rows).
+void sample_actions(const PolicySampler& policy, const float* parameters, int64_t rows,
+                    const float* obs, int64_t obs_ld, const float* noise, float* action,
+                    float* log_prob);
+
 }  // namespace flame

@@ -130,27 +130,26 @@ class Agent:
                 self.actor, obs, action, self.critics, self.alpha, self.generator
             )
         self.backend.optimizer_step(self.optimizers["actor"])
-        metrics = {name: float(value) for name, value in result.metrics.items()}
-        metrics |= {"policy_loss": result.loss.item()}
+        metrics = {**result.metrics, "policy_loss": result.loss}
         log_prob = result.log_prob
         alpha_due = (self.updates // self.config.policy_delay) % self.config.alpha_interval == 0
         if alpha_due and log_prob is None and self.actor.has_log_prob:
             log_prob = self._mean_log_prob(obs)
         if log_prob is not None:
-            metrics["entropy"] = -float(log_prob)
+            metrics["entropy"] = -log_prob
         if result.ess is not None:
-            metrics["ess"] = float(result.ess)
+            metrics["ess"] = result.ess
         if alpha_due:
             self._temperature_step(log_prob, result.ess)
         metrics["alpha"] = float(self.alpha)
         return metrics
 
     @torch.no_grad()
-    def _mean_log_prob(self, obs: Tensor) -> Tensor:
+    def _mean_log_prob(self, obs: Tensor) -> float:
         noise = normal_like(obs, (len(obs), self.action_dim), self.generator)
-        return self.actor.sample(obs, noise, self.generator).log_prob.mean()
+        return self.actor.sample(obs, noise, self.generator).log_prob.mean().item()
 
-    def _temperature_step(self, log_prob: Tensor | None, ess: Tensor | None) -> None:
+    def _temperature_step(self, log_prob: float | None, ess: float | None) -> None:
         """Moves log alpha so that the entropy, or the effective sample size, nears its target."""
         if self.config.temperature == "entropy" and log_prob is not None:
             excess = -(log_prob + self.target_entropy)
@@ -159,7 +158,7 @@ class Agent:
         else:
             return
         # d/d(log alpha) of log_alpha * excess: too much entropy or too even weights lower alpha.
-        self.log_alpha.grad = excess.to(self.log_alpha)
+        self.log_alpha.grad = torch.full_like(self.log_alpha, excess)
         self.backend.optimizer_step(self.optimizers["alpha"])
         with torch.no_grad():
             self.log_alpha.clamp_(math.log(MIN_ALPHA), math.log(MAX_ALPHA))

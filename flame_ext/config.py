@@ -164,6 +164,10 @@ class Config:
                 f"instantaneous_fraction={self.instantaneous_fraction} and acting_fraction="
                 f"{self.acting_fraction} are parts of one batch; their sum must not exceed 1"
             )
+        if self.num_envs > self.buffer_size:
+            raise ValueError(
+                f"buffer_size={self.buffer_size} does not hold one step of num_envs={self.num_envs}"
+            )
         if self.reverse_kl_weight > 0 and (self.sampling_steps, self.flow) != (1, "mean"):
             raise ValueError(
                 "reverse_kl_weight > 0 needs the one-step policy (sampling_steps=1, flow='mean'): "

@@ -51,13 +51,15 @@ class ReplayBuffer:
         terminated: np.ndarray,
         next_obs: np.ndarray,
     ) -> None:
-        """Appends n transitions, overwriting the oldest when full; arrays ``(n, ...)``."""
+        """Appends n <= capacity transitions over the oldest; arrays ``(n, ...)``."""
         scalars = np.stack([reward, terminated], axis=1)
         rows = np.concatenate([obs, next_obs, action, scalars], axis=1, dtype=np.float32)
-        index = (self._next + torch.arange(len(rows))) % self.capacity
-        self._rows[index.to(self._rows.device)] = torch.from_numpy(rows).to(self._rows.device)
-        self._next = (self._next + len(rows)) % self.capacity
-        self.size = min(self.size + len(rows), self.capacity)
+        new = torch.from_numpy(rows)
+        before_end = min(len(new), self.capacity - self._next)
+        self._rows[self._next : self._next + before_end] = new[:before_end]
+        self._rows[: len(new) - before_end] = new[before_end:]
+        self._next = (self._next + len(new)) % self.capacity
+        self.size = min(self.size + len(new), self.capacity)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """`batch_size` transitions drawn uniformly with replacement.

@@ -38,6 +38,7 @@ def test_overrides_win_over_the_preset() -> None:
         (("flame", "default", {"gamma": 1.5}), r"gamma=1.5 is out of range; allowed: \[0, 1\]"),
         (("flame", "default", {"sampling_steps": 4}), "reverse_kl_weight > 0 needs the one-step"),
         (("flame", "default", {"hidden_sizes": ()}), "at least one width"),
+        (("flame", "default", {"buffer_size": 4}), "does not hold one step of num_envs=5"),
         (("sac", "default", Config(algorithm="flame")), "pass the same name to both"),
     ],
 )

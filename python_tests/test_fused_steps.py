@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import Array, assert_as_accurate, draw, philox_uniform
+from kernel_inputs import Array, assert_as_accurate, draw, philox_uniform, to_tensors
 from torch import Tensor
 
 from flame_ext import _core
@@ -124,9 +124,7 @@ def policy_step(
     agent = make_agent(backend, algorithm, policy_delay=1, **options)
     for network in (agent.actor.network, agent.critics):
         network.to(dtype)
-    obs, action = (
-        torch.from_numpy(x).to(dtype) for x in (draw(rows, OBS), np.tanh(draw(rows, ACT)))
-    )
+    obs, action = to_tensors(dtype, draw(rows, OBS), np.tanh(draw(rows, ACT)))
     agent.critics.requires_grad_(False)
     alpha = torch.tensor(0.3, dtype=dtype)
     result = agent.backend.actor_step(
@@ -136,7 +134,7 @@ def policy_step(
     scalars |= result.metrics
     gradient = agent.actor.network.flat.grad
     assert gradient is not None
-    return array(gradient), {name: x.item() for name, x in scalars.items() if x is not None}
+    return array(gradient), {name: x for name, x in scalars.items() if x is not None}
 
 
 @pytest.mark.parametrize("rows", [1, 33])
@@ -166,6 +164,21 @@ def test_policy_losses_are_as_accurate_as_pytorch(
     if options.get("monotonicity_margin") == 0.9:
         _, without = policy_step("cpu", algorithm, torch.float32, rows, monotonicity_margin=0.0)
         assert reported["loss"] > without["loss"], "the wall stood nowhere"
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("algorithm", ["sac", "flame", "flame-r"])
+@pytest.mark.usefixtures("isa")
+@torch.no_grad()
+def test_actions_are_as_accurate_as_pytorch(algorithm: str, rows: int) -> None:
+    def actions(backend: str, dtype: torch.dtype) -> Tensor:
+        actor = make_agent(backend, algorithm).actor
+        actor.network.to(dtype)
+        obs, noise = to_tensors(dtype, draw(rows, OBS), draw(rows, ACT, scale=2.0))
+        return actor.action(obs, noise)
+
+    single, exact = (actions("torch", dtype) for dtype in (torch.float32, torch.float64))
+    assert_as_accurate(array(actions("cpu", torch.float32)), single, exact)
 
 
 @pytest.mark.parametrize("options", [{"proposal": "policy"}, {"entropy_estimator": "multi_step"}])

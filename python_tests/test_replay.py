@@ -35,7 +35,8 @@ def test_rows_come_back_whole_and_the_oldest_are_overwritten() -> None:
 
 def test_state_continues_exactly() -> None:
     first = ReplayBuffer(10, 2, 1)
-    fill(first, 0, 13)
+    fill(first, 0, 9)
+    fill(first, 9, 4)
     second = ReplayBuffer(10, 2, 1)
     second.load_state_dict(first.state_dict())
     for buffer in (first, second):

@@ -109,17 +109,59 @@ static inline void gemm_packed(int rows, int n, int first, int depth, int packed
          kGemmCols, static_cast<ptrdiff_t>(packed_depth) * kGemmCols, init, c, ldc);
 }
 
+// to[k * kGemmCols + j] = from[j * ld + k] for the square block that one register transpose holds.
+#if defined(FLAME_ISA_AVX2) || defined(FLAME_ISA_AVX512)
+constexpr int kTransposed = 8;
+
+FLAME_INLINE void transpose_block(const float* from, ptrdiff_t ld, float* to) {
+    __m256 pairs[8];
+    for (int j = 0; j < 8; j += 2) {
+        const __m256 even = _mm256_loadu_ps(from + j * ld);
+        const __m256 odd = _mm256_loadu_ps(from + (j + 1) * ld);
+        pairs[j] = _mm256_unpacklo_ps(even, odd);
+        pairs[j + 1] = _mm256_unpackhi_ps(even, odd);
+    }
+    __m256 fours[8];  // [h * 4 + k]: rows 4 h to 4 h + 3 of columns k and, in the upper lane, k + 4
+    for (int h = 0; h < 2; ++h) {
+        const __m256* pair = pairs + 4 * h;
+        fours[h * 4] = _mm256_shuffle_ps(pair[0], pair[2], 0x44);
+        fours[h * 4 + 1] = _mm256_shuffle_ps(pair[0], pair[2], 0xEE);
+        fours[h * 4 + 2] = _mm256_shuffle_ps(pair[1], pair[3], 0x44);
+        fours[h * 4 + 3] = _mm256_shuffle_ps(pair[1], pair[3], 0xEE);
+    }
+    for (int k = 0; k < 4; ++k) {
+        const __m256 low = _mm256_permute2f128_ps(fours[k], fours[4 + k], 0x20);
+        const __m256 high = _mm256_permute2f128_ps(fours[k], fours[4 + k], 0x31);
+        _mm256_storeu_ps(to + k * kGemmCols, low);
+        _mm256_storeu_ps(to + (k + 4) * kGemmCols, high);
+    }
+}
+#else
+constexpr int kTransposed = 4;
+
+FLAME_INLINE void transpose_block(const float* from, ptrdiff_t ld, float* to) {
+    for (int k = 0; k < 4; ++k) {
+        for (int j = 0; j < 4; ++j) to[k * kGemmCols + j] = from[j * ld + k];
+    }
+}
+#endif
+
 // Packs W (out x in, row-major) as B = W^T: panels of kGemmCols outputs, depth `in`, zero padded.
 static inline void pack_transposed(const float* w, int out, int in, float* packed) {
-    for (int p = 0; p < panel_count(out); ++p) {
-        const int first = p * kGemmCols;
+    for (int first = 0; first < out; first += kGemmCols) {
         const int valid = out - first < kGemmCols ? out - first : kGemmCols;
-        for (int j = 0; j < valid; ++j) {
-            const float* row = w + static_cast<ptrdiff_t>(first + j) * in;
-            for (int k = 0; k < in; ++k) packed[k * kGemmCols + j] = row[k];
+        const float* rows = w + static_cast<ptrdiff_t>(first) * in;
+        const int whole = valid == kGemmCols ? in / kTransposed * kTransposed : 0;
+        for (int k = 0; k < whole; k += kTransposed) {
+            for (int j = 0; j < kGemmCols; j += kTransposed) {
+                transpose_block(rows + static_cast<ptrdiff_t>(j) * in + k, in,
+                                packed + k * kGemmCols + j);
+            }
         }
-        for (int j = valid; j < kGemmCols; ++j) {
-            for (int k = 0; k < in; ++k) packed[k * kGemmCols + j] = 0.0f;
+        for (int k = whole; k < in; ++k) {
+            float* to = packed + k * kGemmCols;
+            for (int j = 0; j < valid; ++j) to[j] = rows[static_cast<ptrdiff_t>(j) * in + k];
+            for (int j = valid; j < kGemmCols; ++j) to[j] = 0.0f;
         }
         packed += static_cast<ptrdiff_t>(in) * kGemmCols;
     }

@@ -56,9 +56,30 @@ struct PackTask {
     float* backward;
 };
 
-static inline void run_pack_task(const PackTask& t) {
-    pack_transposed(t.weight, t.out, t.in, t.forward);
-    if (t.backward) pack_plain(t.weight, t.out, t.in, t.columns, t.backward);
+// Matrices differ in size, so each is cut into parts for the threads.
+constexpr int kPackParts = 4;
+
+// Panels of `width` columns that belong to one part.
+struct PanelRange {
+    int first;    // column
+    int columns;  // 0 for none
+};
+
+static inline PanelRange part_of(int width, int part) {
+    const int panels = panel_count(width);
+    const int first = panels * part / kPackParts * kGemmCols;
+    const int end = panels * (part + 1) / kPackParts * kGemmCols;
+    return {first, (end < width ? end : width) - first};
+}
+
+static inline void run_pack_task(const PackTask& t, int part) {
+    const PanelRange outputs = part_of(t.out, part);
+    pack_transposed(t.weight + static_cast<ptrdiff_t>(outputs.first) * t.in, outputs.columns, t.in,
+                    t.forward + static_cast<ptrdiff_t>(outputs.first) * t.in);
+    if (!t.backward) return;
+    const PanelRange inputs = part_of(t.columns, part);
+    pack_plain(t.weight + inputs.first, t.out, t.in, inputs.columns,
+               t.backward + static_cast<ptrdiff_t>(inputs.first) * t.out);
 }
 
 static inline void pack_mlp(const MlpSpec& spec, const float* parameters,
@@ -91,8 +112,8 @@ static inline void pack_mlp(const MlpSpec& spec, const float* parameters,
                 norm ? copy_padded(parameters + at.offset + row, out, workspace) : nullptr};
         }
     }
-    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) run_pack_task(tasks[i]);
+    parallel_for(count * kPackParts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) run_pack_task(tasks[i / kPackParts], i % kPackParts);
     });
 }
 

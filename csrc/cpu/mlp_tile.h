@@ -35,6 +35,21 @@ static inline int even_chunk(int64_t rows, int limit) {
     return rounded > limit ? limit : static_cast<int>(rounded);
 }
 
+// Below this a chunk reads more weights than it multiplies.
+constexpr int kMinChunkRows = 16;
+
+// As even_chunk, with as many chunks for every thread. For kernels without sums over rows: their
+// bits do not depend on the cut, so it may depend on the number of threads.
+static inline int balanced_chunk(int64_t rows, int limit) {
+    const int64_t threads = num_threads();
+    const int64_t fewest = rows > 0 ? (rows + limit - 1) / limit : 1;
+    const int64_t balanced = (fewest + threads - 1) / threads * threads;
+    const int64_t most = rows / kMinChunkRows;
+    const int64_t wanted = balanced < most ? balanced : most;
+    const int64_t chunks = wanted > fewest ? wanted : fewest;
+    return static_cast<int>((rows + chunks - 1) / chunks);
+}
+
 static inline void fill_rows(const float** init, int rows, const float* first, ptrdiff_t stride) {
     for (int i = 0; i < rows; ++i) init[i] = first + i * stride;
 }

@@ -1,7 +1,7 @@
 // Qmin(s, a) over an ensemble and its gradient with respect to the action.
 //
-// Every member runs forward; the backward pass of a row carries a one into the smallest member only
-// (the first of equals).
+// Every member runs forward; a row runs backward through its smallest member only (the first of
+// equals), so that the backward pass costs that of one member.
 #include "cpu/mlp_input.h"
 #include "cpu/mlp_tape.h"
 #include "cpu/training_kernels.h"
@@ -15,8 +15,9 @@ struct MemberTapes {
     ptrdiff_t ld;
 };
 
-// Marks the smallest member of each row in the tapes' output deltas.
-void select_minimum(const QGradientArgs& a, const MemberTapes& tapes, int64_t first, int rows) {
+// Qmin of each row and the member it comes from.
+void select_minimum(const QGradientArgs& a, const MemberTapes& tapes, int64_t first, int rows,
+                    int* member) {
     for (int i = 0; i < rows; ++i) {
         const ptrdiff_t at = i * tapes.tape[0].output_ld;
         int best = 0;
@@ -25,30 +26,55 @@ void select_minimum(const QGradientArgs& a, const MemberTapes& tapes, int64_t fi
             if (q < tapes.tape[best].output[at] || q != q) best = m;
         }
         a.q_min[first + i] = tapes.tape[best].output[at];
-        for (int m = 0; m < a.spec.members; ++m) {
-            tapes.tape[m].output_delta[at] = m == best ? 1.0f : 0.0f;
-        }
+        member[i] = best;
+    }
+}
+
+// Moves what the backward pass reads of row `from` to row `to`.
+void move_row(const Tape& tape, int from, int to) {
+    if (from == to) return;
+    for (int l = 0; l + 1 < tape.num_layers; ++l) {
+        const TapeLayer& layer = tape.hidden[l];
+        const size_t bytes = layer.ld * sizeof(float);
+        std::memcpy(layer.slope + to * layer.ld, layer.slope + from * layer.ld, bytes);
+        if (!layer.normed) continue;
+        std::memcpy(layer.normed + to * layer.ld, layer.normed + from * layer.ld, bytes);
+        layer.inverse_std[to] = layer.inverse_std[from];
+    }
+}
+
+// Gradient of member m at the rows that chose it, as its tape's first rows; writes them to `to`.
+void member_gradient(const PackedLayer* layers, const MemberTapes& tapes, int m, const int* member,
+                     int rows, int action_dim, float* to) {
+    const Tape& tape = tapes.tape[m];
+    int chosen[kTapeRows];
+    int count = 0;
+    for (int i = 0; i < rows; ++i) {
+        if (member[i] != m) continue;
+        move_row(tape, i, count);
+        tape.output_delta[count * tape.output_ld] = 1.0f;
+        chosen[count++] = i;
+    }
+    const ChunkRange range{0, count};
+    backward_range(layers, tape, range, 0);
+    input_gradient_rows(layers, tape, range, tapes.gradient, tapes.ld);
+    for (int j = 0; j < count; ++j) {
+        std::memcpy(to + chosen[j] * action_dim, tapes.gradient + j * tapes.ld,
+                    action_dim * sizeof(float));
     }
 }
 
 template <typename Act>
 void q_gradient_rows(const QGradientArgs& a, const PackedMlp& packed, const MemberTapes& tapes,
                      const float* input, ptrdiff_t ldx, int64_t first, int rows) {
-    const ChunkRange range{0, rows};
     for (int m = 0; m < a.spec.members; ++m) {
-        record_rows<Act>(packed.layers[m], tapes.tape[m], range, input + first * ldx, ldx);
+        record_rows<Act>(packed.layers[m], tapes.tape[m], {0, rows}, input + first * ldx, ldx);
     }
-    select_minimum(a, tapes, first, rows);
-    float* to = a.gradient + first * a.action_dim;
-    __builtin_memset(to, 0, static_cast<size_t>(rows) * a.action_dim * sizeof(float));
+    int member[kTapeRows];
+    select_minimum(a, tapes, first, rows, member);
     for (int m = 0; m < a.spec.members; ++m) {
-        backward_range(packed.layers[m], tapes.tape[m], range, 0);
-        input_gradient_rows(packed.layers[m], tapes.tape[m], range, tapes.gradient, tapes.ld);
-        for (int i = 0; i < rows; ++i) {
-            for (int j = 0; j < a.action_dim; ++j) {
-                to[i * a.action_dim + j] += tapes.gradient[i * tapes.ld + j];
-            }
-        }
+        member_gradient(packed.layers[m], tapes, m, member, rows, a.action_dim,
+                        a.gradient + first * a.action_dim);
     }
 }
 
@@ -63,7 +89,7 @@ void q_gradient(const QGradientArgs& a) {
                                   {a.obs, a.obs_ld, in - a.action_dim}};
     const float* input = concatenate(a.rows, blocks, 2, in, workspace);
     const ptrdiff_t ldx = padded_columns(in);
-    const int chunk = even_chunk(a.rows, kTapeRows);
+    const int chunk = balanced_chunk(a.rows, kTapeRows);
     parallel_for((a.rows + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
         Workspace scratch;
         MemberTapes tapes;

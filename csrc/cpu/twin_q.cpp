@@ -31,7 +31,7 @@ void twin_q(const TwinQArgs& a) {
     const CandidateCritics critics =
         prepare_critics(a.spec, packed, a.action_dim, a.states, a.obs, a.obs_ld, workspace);
     const int64_t total = a.states * a.candidates;
-    const int chunk = even_chunk(total, tile_rows(critics.width));
+    const int chunk = balanced_chunk(total, tile_rows(critics.width));
     parallel_for((total + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
         Workspace scratch;
         const TileBuffers tile = make_tile_buffers(chunk, critics.width, scratch);

@@ -21,7 +21,7 @@ from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.config import Config
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
-from flame_ext.policies.base import Actor, ActorLoss, normal_like
+from flame_ext.policies.base import Actor, PolicyStep, normal_like
 from flame_ext.policies.flow import WALL_SCALE, FlowActor
 from flame_ext.policies.gaussian import GaussianActor
 from flame_ext.replay import Batch
@@ -145,7 +145,7 @@ class CpuBackend(TorchBackend):
         critics: Critics,
         alpha: Tensor,
         generator: torch.Generator,
-    ) -> ActorLoss:
+    ) -> PolicyStep:
         if isinstance(actor, GaussianActor):
             return self._gaussian_step(actor, obs, critics, alpha, generator)
         if isinstance(actor, FlowActor) and _is_fused(actor.config):
@@ -159,12 +159,12 @@ class CpuBackend(TorchBackend):
         critics: Critics,
         alpha: Tensor,
         generator: torch.Generator,
-    ) -> ActorLoss:
+    ) -> PolicyStep:
         noise = normal_like(obs, (len(obs), actor.action_dim), generator)
         loss, log_prob = self._core.gaussian_loss(
             *_loss_arguments(actor, critics, obs), array(noise), float(alpha)
         )
-        return ActorLoss(torch.tensor(loss), torch.tensor(log_prob), None, {})
+        return PolicyStep(loss, log_prob, None, {})
 
     def _flow_step(
         self,
@@ -174,12 +174,12 @@ class CpuBackend(TorchBackend):
         critics: Critics,
         alpha: Tensor,
         generator: torch.Generator,
-    ) -> ActorLoss:
+    ) -> PolicyStep:
         """As `FlowActor.loss`, with its gradient."""
         c, temperature = actor.config, float(alpha)
         arguments = _loss_arguments(actor, critics, obs)
         loss, metrics = 0.0, {}
-        mean_log_prob, ess = None, None
+        log_prob, ess = None, None
         if c.reverse_kl_weight > 0:
             noise = normal_like(obs, (len(obs), actor.action_dim), generator)
             kl, log_prob, fold_rate = self._core.flow_reverse_kl(
@@ -192,13 +192,12 @@ class CpuBackend(TorchBackend):
                 wall_scale=WALL_SCALE,
             )
             loss += c.reverse_kl_weight * kl
-            mean_log_prob = torch.tensor(log_prob)
             metrics = {"fold_rate": fold_rate, "reverse_kl_loss": kl}
         if c.reweighting_weight > 0:
             r, t = actor.draw_times(obs, generator)
             z = actor.draw_noised(obs, action, t, critics, alpha, generator)
             weight = c.reweighting_weight * temperature
-            flow_loss, fraction = self._core.flow_matching(
+            flow_loss, ess = self._core.flow_matching(
                 *arguments,
                 array(z),
                 array(r).reshape(-1),
@@ -209,10 +208,8 @@ class CpuBackend(TorchBackend):
                 seed=draw_seed(generator),
             )
             loss += weight * flow_loss
-            ess = torch.tensor(fraction)
             metrics["reweighted_loss"] = flow_loss
-        scalars = {name: torch.tensor(value) for name, value in metrics.items()}
-        return ActorLoss(torch.tensor(loss), mean_log_prob, ess, scalars)
+        return PolicyStep(loss, log_prob, ess, metrics)
 
 
 def _is_fused(config: Config) -> bool:

@@ -155,6 +155,9 @@ class CudaEvaluator(NativeEvaluator):
             )
         return out
 
+    def sample_gaussian(self, obs: Tensor, noise: Tensor) -> Tensor:
+        return tanh_gaussian(self.forward_rows(obs)[0], noise).action
+
     def candidates(self, obs: Tensor, action: Tensor) -> Tensor:
         flat, obs, action = self.network.flat, obs.contiguous(), action.contiguous()
         states, candidates, columns = action.shape

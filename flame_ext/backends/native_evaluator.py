@@ -178,6 +178,12 @@ class NativeEvaluator:
         )
         return torch.from_numpy(velocity), torch.from_numpy(ess)
 
+    def sample_gaussian(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions tanh(mean + std noise) for rows, without gradient."""
+        sampler = self.core.PolicySampler.gaussian(self.spec, LOG_STD_RANGE)
+        action = sampler.sample(array(self.network.flat), array(obs), array(noise.contiguous()))
+        return torch.from_numpy(action)
+
     def tanh_gaussian(self, output: Tensor, noise: Tensor) -> LogProb:
         """As `reference.tanh_gaussian` for rows, differentiable once by the network's output."""
         action, log_prob = _TanhGaussian.apply(output, noise, self.core)  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flame_ext.networks import Critics, FlatMLP
-from flame_ext.policies.base import Actor, ActorLoss
+from flame_ext.policies.base import Actor, PolicyStep
 from flame_ext.replay import Batch
 from flame_ext.td_target import td_target
 
@@ -63,12 +63,17 @@ class TorchBackend:
         critics: Critics,
         alpha: Tensor,
         generator: torch.Generator,
-    ) -> ActorLoss:
+    ) -> PolicyStep:
         """Gradient of the policy's loss on states ``(B, O)`` and actions ``(B, A)``."""
         actor.network.flat.grad = None
         result = actor.loss(obs, action, critics, alpha, generator)
         result.loss.backward()  # type: ignore[no-untyped-call]
-        return result
+        return PolicyStep(
+            result.loss.item(),
+            None if result.log_prob is None else result.log_prob.item(),
+            None if result.ess is None else result.ess.item(),
+            {name: value.item() for name, value in result.metrics.items()},
+        )
 
     def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
         """One Adam step of a network's flat buffer, or of the temperature."""

@@ -30,6 +30,16 @@ class ActorLoss:
     metrics: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class PolicyStep:
+    """What one policy step reports, `ActorLoss` in plain numbers."""
+
+    loss: float
+    log_prob: float | None
+    ess: float | None
+    metrics: dict[str, float]
+
+
 class Actor(ABC):
     """A policy that turns one base-noise vector into one action.
 

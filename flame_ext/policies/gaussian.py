@@ -16,6 +16,9 @@ from flame_ext.reference import LogProb, tanh_gaussian
 class GaussianEvaluator(Protocol):
     """What a backend computes for a Gaussian policy beside its network."""
 
+    def sample_gaussian(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions for rows, without gradient."""
+
     def tanh_gaussian(self, output: Tensor, noise: Tensor) -> LogProb:
         """As `reference.tanh_gaussian` for rows, differentiable once by the network's output."""
 
@@ -44,14 +47,21 @@ class GaussianActor(Actor):
         )
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        native = self._native()
+        if native is not None and obs.dim() == noise.dim() == 2 and not torch.is_grad_enabled():
+            return native.sample_gaussian(obs, noise)
         mean, std = self.network.distribution(obs)
         return torch.tanh(mean + std * noise)
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
         output: Tensor = self.network(obs)[0]
-        native = cast("GaussianEvaluator | None", self.network.evaluator)
+        native = self._native()
         evaluate = tanh_gaussian if native is None else native.tanh_gaussian
         return evaluate(output, noise)
+
+    def _native(self) -> GaussianEvaluator | None:
+        """The backend's kernels for this policy, if it has any."""
+        return cast("GaussianEvaluator | None", self.network.evaluator)
 
     def loss(
         self,
