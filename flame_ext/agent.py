@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -125,10 +123,9 @@ class Agent:
         return metrics
 
     def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
-        with _frozen(self.critics):
-            result = self.backend.actor_step(
-                self.actor, obs, action, self.critics, self.alpha, self.generator
-            )
+        result = self.backend.actor_step(
+            self.actor, obs, action, self.critics, self.alpha, self.generator
+        )
         self.backend.optimizer_step(self.optimizers["actor"])
         metrics = {**result.metrics, "policy_loss": result.loss}
         log_prob = result.log_prob
@@ -207,13 +204,3 @@ class Agent:
 
 def _adam(parameter: Tensor, learning_rate: float) -> torch.optim.Adam:
     return torch.optim.Adam([parameter], lr=learning_rate, fused=True)
-
-
-@contextmanager
-def _frozen(network: FlatMLP) -> Iterator[None]:
-    """Lets gradients pass through the network to its inputs but not into its parameters."""
-    network.flat.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.flat.requires_grad_(True)

@@ -125,7 +125,6 @@ def policy_step(
     for network in (agent.actor.network, agent.critics):
         network.to(dtype)
     obs, action = to_tensors(dtype, draw(rows, OBS), np.tanh(draw(rows, ACT)))
-    agent.critics.requires_grad_(False)
     alpha = torch.tensor(0.3, dtype=dtype)
     result = agent.backend.actor_step(
         agent.actor, obs, action, agent.critics, alpha, agent.generator

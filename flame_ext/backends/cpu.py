@@ -14,7 +14,8 @@ from flame_ext.backends.native_evaluator import (
     NativeEvaluator,
     array,
     draw_seed,
-    flow_table,
+    flow_sampler,
+    gaussian_sampler,
     mlp_spec,
 )
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
@@ -25,7 +26,6 @@ from flame_ext.policies.base import Actor, PolicyStep, normal_like
 from flame_ext.policies.flow import WALL_SCALE, FlowActor
 from flame_ext.policies.gaussian import GaussianActor
 from flame_ext.replay import Batch
-from flame_ext.sampling import LOG_STD_RANGE
 
 
 class CpuBackend(TorchBackend):
@@ -104,8 +104,7 @@ class CpuBackend(TorchBackend):
         if c.target_particles > 1 or not isinstance(actor, (GaussianActor, FlowActor)):
             return None
         if isinstance(actor, FlowActor) and not c.entropy_in_target:
-            table = flow_table(c.sampling_steps, c.flow)
-            return self._core.PolicySampler.flow(mlp_spec(actor.network), *table)
+            return flow_sampler(mlp_spec(actor.network), c.sampling_steps, c.flow)
         exact = isinstance(actor, GaussianActor) or c.entropy_estimator == "exact"
         return _one_step_sampler(actor) if exact else None
 
@@ -219,10 +218,10 @@ def _is_fused(config: Config) -> bool:
 
 def _one_step_sampler(actor: GaussianActor | FlowActor) -> Any:
     """The policy as its loss samples it."""
-    make, spec = load_core().PolicySampler, mlp_spec(actor.network)
+    spec = mlp_spec(actor.network)
     if isinstance(actor, GaussianActor):
-        return make.gaussian(spec, LOG_STD_RANGE)
-    return make.flow(spec, *flow_table(1, actor.config.flow))
+        return gaussian_sampler(spec)
+    return flow_sampler(spec, 1, actor.config.flow)
 
 
 def _loss_arguments(

@@ -180,9 +180,8 @@ class NativeEvaluator:
 
     def sample_gaussian(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions tanh(mean + std noise) for rows, without gradient."""
-        sampler = self.core.PolicySampler.gaussian(self.spec, LOG_STD_RANGE)
-        action = sampler.sample(array(self.network.flat), array(obs), array(noise.contiguous()))
-        return torch.from_numpy(action)
+        arrays = (array(x) for x in (self.network.flat, obs, noise.contiguous()))
+        return torch.from_numpy(gaussian_sampler(self.spec).sample(*arrays))
 
     def tanh_gaussian(self, output: Tensor, noise: Tensor) -> LogProb:
         """As `reference.tanh_gaussian` for rows, differentiable once by the network's output."""
@@ -347,6 +346,18 @@ def flow_table(steps: int, flow: Flow) -> tuple[NDArray[np.float32], NDArray[np.
     """Time features ``(steps, F)`` and step scales ``(steps,)`` of `flow_steps`."""
     table = flow_steps(steps, flow)
     return time_feature_rows(table), np.array([step.q for step in table], np.float32)
+
+
+@functools.cache
+def gaussian_sampler(spec: Any) -> Any:
+    """The tanh Gaussian of a network."""
+    return load_core().PolicySampler.gaussian(spec, LOG_STD_RANGE)
+
+
+@functools.cache
+def flow_sampler(spec: Any, steps: int, flow: Flow) -> Any:
+    """`steps` steps along the flow of a network."""
+    return load_core().PolicySampler.flow(spec, *flow_table(steps, flow))
 
 
 def per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

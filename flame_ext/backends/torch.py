@@ -66,8 +66,9 @@ class TorchBackend:
     ) -> PolicyStep:
         """Gradient of the policy's loss on states ``(B, O)`` and actions ``(B, A)``."""
         actor.network.flat.grad = None
-        result = actor.loss(obs, action, critics, alpha, generator)
-        result.loss.backward()  # type: ignore[no-untyped-call]
+        with _frozen(critics):
+            result = actor.loss(obs, action, critics, alpha, generator)
+            result.loss.backward()  # type: ignore[no-untyped-call]
         return PolicyStep(
             result.loss.item(),
             None if result.log_prob is None else result.log_prob.item(),
@@ -83,6 +84,16 @@ class TorchBackend:
     def soft_update(self, target: Tensor, online: Tensor, tau: float) -> None:
         """Target <- target + tau (online - target), in place."""
         target.lerp_(online, tau)
+
+
+@contextmanager
+def _frozen(network: FlatMLP) -> Iterator[None]:
+    """Lets gradients pass through the network to its inputs but not into its parameters."""
+    network.flat.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.flat.requires_grad_(True)
 
 
 def zeroed_gradient(network: FlatMLP) -> Tensor:
