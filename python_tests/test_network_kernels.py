@@ -146,6 +146,12 @@ def test_twin_q(layer_norm, states, candidates, obs_dim, action_dim, hidden):
     assert np.array_equal(only_min, q_min)
 
 
+def test_twin_q_of_no_states_is_empty():
+    critics = make_critics(3, 2, (8,))
+    q_min = _core.twin_q(mlp_spec(critics), array(critics.flat), draw(0, 3), draw(0, 5, 2))
+    assert q_min.shape == (0, 5)
+
+
 def test_twin_q_minimum_shows_nan_of_any_member():
     critics = make_critics(3, 2, (8,))
     with torch.no_grad():

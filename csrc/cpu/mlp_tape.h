@@ -50,7 +50,7 @@ static inline Tape make_tape(const MlpSpec& spec, int64_t rows, Workspace& works
     Tape tape{};
     tape.rows = rows;
     tape.chunk = even_chunk(rows, kTapeRows);
-    tape.chunks = rows > 0 ? (rows + tape.chunk - 1) / tape.chunk : 0;
+    tape.chunks = (rows + tape.chunk - 1) / tape.chunk;
     tape.num_layers = spec.num_layers;
     for (int l = 0; l + 1 < spec.num_layers; ++l) {
         TapeLayer& layer = tape.hidden[l];

@@ -26,9 +26,10 @@ static inline int tile_rows(int row_floats) {
 }
 
 // Rows per chunk when `rows` are cut into the fewest chunks of at most `limit` rows, all of nearly
-// the same size: a short last chunk would read all weights for a few rows.
+// the same size: a short last chunk would read all weights for a few rows. At least 1, so that no
+// rows are no chunks.
 static inline int even_chunk(int64_t rows, int limit) {
-    if (rows <= limit) return static_cast<int>(rows);
+    if (rows <= limit) return rows > 0 ? static_cast<int>(rows) : 1;
     const int64_t chunks = (rows + limit - 1) / limit;
     const int64_t even = (rows + chunks - 1) / chunks;
     const int64_t rounded = (even + kGemmRows - 1) / kGemmRows * kGemmRows;
@@ -42,7 +43,8 @@ constexpr int kMinChunkRows = 16;
 // bits do not depend on the cut, so it may depend on the number of threads.
 static inline int balanced_chunk(int64_t rows, int limit) {
     const int64_t threads = num_threads();
-    const int64_t fewest = rows > 0 ? (rows + limit - 1) / limit : 1;
+    if (rows < 2 * kMinChunkRows) return even_chunk(rows, limit);
+    const int64_t fewest = (rows + limit - 1) / limit;
     const int64_t balanced = (fewest + threads - 1) / threads * threads;
     const int64_t most = rows / kMinChunkRows;
     const int64_t wanted = balanced < most ? balanced : most;
