@@ -103,7 +103,7 @@ def cases() -> list[tuple[str, float, Run, Run]]:
         (
             "reweighted velocity",
             candidate_flop,
-            lambda: twin.reweighted_velocity(obs, noise, 1 - t, t, 0.2, K, seed),
+            lambda: twin.reweighted_velocity(obs, noise, 1 - t, t, 0.2, K, "random", seed),
             reweighted,
         ),
         (

@@ -35,7 +35,7 @@ def transitions() -> dict[str, np.ndarray]:
     }
 
 
-def ours(candidates: int) -> tuple[Callable[[], object], Callable[[], object]]:
+def ours(candidates: int, sampling: str) -> tuple[Callable[[], object], Callable[[], object]]:
     import torch
 
     from flame_ext.agent import Agent
@@ -45,6 +45,7 @@ def ours(candidates: int) -> tuple[Callable[[], object], Callable[[], object]]:
     from flame_ext.replay import Batch
 
     options = {"num_candidates": candidates, "policy_delay": 1, "batch_size": BATCH}
+    options["candidate_sampling"] = sampling
     config = make_config("flame", "paper", options)
     device = torch.device("cpu")
     agent = Agent(config, OBS_DIM, ACTION_DIM, make_backend("auto", device))
@@ -94,7 +95,10 @@ def _stand_in(name: str, **members: object) -> None:
 
 def programs(arguments: argparse.Namespace, name: str) -> tuple[Callable, Callable]:
     if name == "ours":
-        return ours(arguments.candidates)
+        stratified = arguments.stratified
+        if stratified is not None:
+            return ours(stratified, "stratified")
+        return ours(arguments.candidates, "random")
     return published(arguments.candidates, arguments.checkout)
 
 
@@ -118,6 +122,8 @@ def peak_memory(arguments: argparse.Namespace, name: str) -> str:
     """Peak resident megabytes of a process of its own, before and after five updates."""
     command = [sys.executable, __file__, "--checkout", arguments.checkout, "--memory-of", name]
     command += ["--candidates", str(arguments.candidates)]
+    if arguments.stratified is not None:
+        command += ["--stratified", str(arguments.stratified)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return output.strip().splitlines()[-1]
 
@@ -143,6 +149,11 @@ def main() -> None:
     )
     parser.add_argument("--checkout", required=True, help="a checkout of lzqw/FLAME")
     parser.add_argument("--candidates", type=int, default=100, help="K")
+    parser.add_argument(
+        "--stratified",
+        type=int,
+        help="stratified candidates of ours, as many as benchmarks/candidate_error.py finds enough",
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--memory-of", choices=PROGRAMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -152,7 +163,10 @@ def main() -> None:
     calls = {name: programs(arguments, name) for name in PROGRAMS}
     update = {name: both[0] for name, both in calls.items()}
     act = {name: both[1] for name, both in calls.items()}
-    print_ratios(f"update, batch {BATCH}, K {arguments.candidates}", update, arguments.rounds, 1)
+    k = f"K {arguments.candidates}"
+    if arguments.stratified is not None:
+        k += f", ours {arguments.stratified} stratified"
+    print_ratios(f"update, batch {BATCH}, {k}", update, arguments.rounds, 1)
     print_ratios("best-of-32 action, batch 1", act, arguments.rounds, 100)
     for name in PROGRAMS:
         print(f"peak memory, {name}: {peak_memory(arguments, name)}")

@@ -110,8 +110,9 @@ size_t meanflow_step(const MlpSpec& spec, Pointer parameters, Pointer gradients,
 
 size_t reweighted_velocity(const MlpSpec& spec, Pointer parameters, int64_t states, int candidates,
                            int action_dim, Pointer obs, Pointer z, Pointer signal, Pointer scale,
-                           double alpha, uint64_t seed, uint64_t offset, Pointer draw_offset,
-                           Pointer velocity, Pointer ess, Pointer workspace, Pointer stream) {
+                           double alpha, const std::string& sampling, uint64_t seed,
+                           uint64_t offset, Pointer draw_offset, Pointer velocity, Pointer ess,
+                           Pointer workspace, Pointer stream) {
     const ReweightedArgs args{spec,
                               at<float>(parameters),
                               states,
@@ -123,7 +124,7 @@ size_t reweighted_velocity(const MlpSpec& spec, Pointer parameters, int64_t stat
                               at<float>(signal),
                               at<float>(scale),
                               alpha,
-                              Candidates::kRandom,
+                              parse_candidates(sampling),
                               nullptr,
                               seed,
                               0,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "check.h"
 #include "policy_sampler.h"
@@ -45,6 +46,13 @@ inline int shared_obs_dim(const PolicySampler& policy, const MlpSpec& critics) {
     check(of_policy == obs_dim, "the policy takes ", of_policy, " observations, the critics ",
           obs_dim);
     return obs_dim;
+}
+
+inline Candidates parse_candidates(const std::string& sampling) {
+    if (sampling == "random") return Candidates::kRandom;
+    check(sampling == "stratified", "sampling is '", sampling,
+          "'; choose one of: stratified, random");
+    return Candidates::kStratified;
 }
 
 }  // namespace flame

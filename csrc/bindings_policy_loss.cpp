@@ -181,7 +181,8 @@ py::tuple py_flow_matching(const PolicySampler& policy, const py::array& paramet
                            const py::array& gradients, const MlpSpec& critics,
                            const py::array& critic_parameters, const py::array& obs,
                            const py::array& z, const py::array& r, const py::array& t, double alpha,
-                           double weight, int num_candidates, uint64_t seed) {
+                           double weight, int num_candidates, const std::string& sampling,
+                           uint64_t seed) {
     check(policy.steps >= 1, "this policy is a Gaussian; flow_matching takes a flow");
     check(policy.time_features == kTimeFeatures, "the policy takes ", policy.time_features,
           " time features; flow matching needs ", kTimeFeatures);
@@ -194,8 +195,8 @@ py::tuple py_flow_matching(const PolicySampler& policy, const py::array& paramet
     for (int64_t i = 0; i < rows; ++i) {
         check(times[i] > 0, "t[", i, "] is ", times[i], "; it must be positive");
     }
-    const FlowMatchingInputs draws{call.inputs.noise, dense(r, "r", {rows}), times, num_candidates,
-                                   seed};
+    const FlowMatchingInputs draws{call.inputs.noise, dense(r, "r", {rows}),      times,
+                                   num_candidates,    parse_candidates(sampling), seed};
     FlowMatching result{};
     {
         const py::gil_scoped_release release;
@@ -221,7 +222,7 @@ void bind_policy_loss(py::module_& m) {
     m.def("flow_matching", &py_flow_matching, py::arg("policy"), py::arg("parameters"),
           py::arg("gradients"), py::arg("critics"), py::arg("critic_parameters"), py::arg("obs"),
           py::arg("z"), py::arg("r"), py::arg("t"), py::arg("alpha"), py::kw_only(),
-          py::arg("weight"), py::arg("num_candidates"), py::arg("seed"));
+          py::arg("weight"), py::arg("num_candidates"), py::arg("sampling"), py::arg("seed"));
     m.def("tanh_gaussian", &py_tanh_gaussian, py::arg("output"), py::arg("noise"),
           py::arg("log_std_range"));
     m.def("tanh_gaussian_gradient", &py_tanh_gaussian_gradient, py::arg("output"), py::arg("noise"),

@@ -177,12 +177,6 @@ py::tuple py_q_gradient(const MlpSpec& spec, const py::array& parameters, const 
     return py::make_tuple(q_min, gradient);
 }
 
-Candidates parse_candidates(const std::string& name) {
-    if (name == "random") return Candidates::kRandom;
-    check(name == "lattice", "sampling is '", name, "'; choose one of: random, lattice");
-    return Candidates::kLattice;
-}
-
 // Either `uniform` or (num_candidates, seed, stream, offset, sampling) says where candidates are.
 py::tuple py_reweighted_velocity(const MlpSpec& spec, const py::array& parameters,
                                  const py::array& obs, const py::array& z, const py::array& signal,
@@ -451,7 +445,7 @@ void bind_training(py::module_& m) {
           py::arg("obs"), py::arg("z"), py::arg("signal"), py::arg("scale"), py::arg("alpha"),
           py::kw_only(), py::arg("uniform") = py::none(), py::arg("num_candidates") = 32,
           py::arg("seed") = 0, py::arg("stream") = 0, py::arg("offset") = 0,
-          py::arg("sampling") = "random", py::arg("resample") = false);
+          py::arg("sampling") = "stratified", py::arg("resample") = false);
     m.def("truncated_normal", &py_truncated_normal, py::arg("low"), py::arg("high"),
           py::arg("uniform"));
     m.def("meanflow_step", &py_meanflow_step, py::arg("spec"), py::arg("parameters"),

@@ -151,7 +151,7 @@ FlowMatching flow_matching(const PolicyLossInputs& in, const FlowMatchingInputs&
     candidates.signal = signal;
     candidates.scale = draws.t;
     candidates.alpha = in.alpha;
-    candidates.source = Candidates::kRandom;
+    candidates.source = draws.source;
     candidates.seed = draws.seed;
     candidates.velocity = velocity;
     candidates.ess = ess;

@@ -47,6 +47,7 @@ struct FlowMatchingInputs {
     const float* r;  // (rows)
     const float* t;  // (rows), positive
     int32_t candidates;
+    Candidates source;  // kRandom or kStratified
     uint64_t seed;
 };
 

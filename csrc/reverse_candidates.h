@@ -19,10 +19,18 @@ FLAME_HD double inside_unit(double u) {
     return u > kLargest ? kLargest : (u < 0x1p-30 ? 0x1p-30 : u);
 }
 
-// Point k of a shifted lattice: frac(shift + k step).
-FLAME_HD double lattice_point(double shift, int64_t k, double step) {
-    const double u = shift + static_cast<double>(k) * step;
-    return u - ::floor(u);
+// The rank of order[k] among `count` draws, equal ones in the order of their index.
+FLAME_HD int rank_of(const float* order, int count, int k) {
+    const float own = order[k];
+    int rank = 0;
+    for (int i = 0; i < k; ++i) rank += order[i] <= own ? 1 : 0;
+    for (int i = k + 1; i < count; ++i) rank += order[i] < own ? 1 : 0;
+    return rank;
+}
+
+// A place within stratum `rank` of `count` equal ones (McKay, Beckman and Conover 1979).
+FLAME_HD double in_stratum(int rank, int count, double u) {
+    return (static_cast<double>(rank) + u) / static_cast<double>(count);
 }
 
 struct ReverseCandidate {
@@ -48,18 +56,6 @@ FLAME_HD ReverseCandidate reverse_candidate(float z, float signal, float scale, 
 // Gumbel's maximum: the candidate with the largest key is a draw by the softmax of the logits.
 FLAME_HD double gumbel_key(double logit, uint32_t bits) {
     return logit - ::log(-::log(static_cast<double>(uniform_from_bits(bits))));
-}
-
-// Generator of the R_d sequence in n dimensions (Roberts 2018): g_j = phi^-(j + 1) with
-// phi^(n + 1) = phi + 1. Host only.
-static inline void lattice_steps(int n, double* steps) {
-    double phi = 2.0;
-    for (int i = 0; i < 60; ++i) phi = ::pow(1.0 + phi, 1.0 / (n + 1));
-    double g = 1.0;
-    for (int j = 0; j < n; ++j) {
-        g /= phi;
-        steps[j] = g;
-    }
 }
 
 }  // namespace flame

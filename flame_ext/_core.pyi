@@ -4,6 +4,8 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from flame_ext.sampling import CandidateSampling
+
 _Array = NDArray[np.floating[Any]]
 
 def build_info() -> dict[str, str]: ...
@@ -171,6 +173,7 @@ def flow_matching(
     *,
     weight: float,
     num_candidates: int,
+    sampling: CandidateSampling,
     seed: int,
 ) -> tuple[float, float]: ...
 def critic_update(
@@ -227,7 +230,7 @@ def reweighted_velocity(
     seed: int = 0,
     stream: int = 0,
     offset: int = 0,
-    sampling: Literal["random", "lattice"] = "random",
+    sampling: CandidateSampling = "stratified",
     resample: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]: ...
 def truncated_normal(low: _Array, high: _Array, uniform: _Array) -> NDArray[np.float32]: ...

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from flame_ext.errors import check_choice
 from flame_ext.networks import Activation
 from flame_ext.reference import Estimator, Trace
-from flame_ext.sampling import Flow
+from flame_ext.sampling import CandidateSampling, Flow
 
 Algorithm = Literal["flame", "flame-r", "sac", "diffusion"]
 Preset = Literal["default", "paper"]
@@ -66,6 +66,10 @@ class Config:
         entropy_steps: Sub-steps of the ``multi_step`` estimator.
         entropy_trace: Trace of the estimators that take one.
         num_candidates: Importance samples per (s, z, t) [K].
+        candidate_sampling: How reverse candidates are drawn: ``random`` independently;
+            ``stratified`` as a Latin hypercube, each coordinate once in each K-th of its
+            distribution. The expectation is the same, the error under even weights that of many
+            times as many.
         proposal: Where candidates come from: ``reverse`` truncated-normal reverse samples weighted
             by exp(Q / alpha); ``policy`` the policy's own samples, weighted by
             (exp(Q / alpha) / pi)^beta with beta such that the effective sample size is
@@ -130,6 +134,7 @@ class Config:
     entropy_steps: int = 1
     entropy_trace: Trace = "exact"
     num_candidates: int = 8
+    candidate_sampling: CandidateSampling = "stratified"
     proposal: Proposal = "reverse"
     proposal_ess: float = 0.5
     z_source: ZSource = "replay"
@@ -186,6 +191,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "temperature": get_args(Temperature),
     "entropy_estimator": get_args(Estimator),
     "entropy_trace": get_args(Trace),
+    "candidate_sampling": get_args(CandidateSampling),
     "proposal": get_args(Proposal),
     "z_source": get_args(ZSource),
     "flow": get_args(Flow),
@@ -249,6 +255,7 @@ _PAPER: dict[str, Any] = {
     "entropy_steps": 4,
     "entropy_trace": "hutchinson",
     "num_candidates": 100,
+    "candidate_sampling": "random",
     "proposal": "reverse",
     "z_source": "replay",
     "instantaneous_fraction": 0.0,

@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flame_ext.sampling import LOG_STD_MAX, LOG_STD_MIN, TIME_FEATURES, TIME_FREQUENCIES
+from flame_ext.sampling import (
+    LOG_STD_MAX,
+    LOG_STD_MIN,
+    TIME_FEATURES,
+    TIME_FREQUENCIES,
+    CandidateSampling,
+)
 
 Activation = Literal["relu", "silu", "mish"]
 
@@ -85,6 +91,7 @@ class Evaluator(Protocol):
         scale: Tensor,
         alpha: float,
         num_candidates: int,
+        sampling: CandidateSampling,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         """Velocity and ESS of `policies.reweighting.reverse_reweighted`, without gradient."""

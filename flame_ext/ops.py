@@ -22,8 +22,9 @@ from flame_ext.backends import BackendName, resolve_operator
 from flame_ext.backends.cuda import CudaEvaluator
 from flame_ext.backends.native_evaluator import NativeEvaluator
 from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
+from flame_ext.policies.reweighting import candidate_uniforms
 from flame_ext.reference import Estimator, LogProb, Reweighted, Trace
-from flame_ext.sampling import Flow
+from flame_ext.sampling import CandidateSampling, Flow
 
 __all__ = ["log_prob", "meanflow_loss", "one_step_action", "reweighted_velocity"]
 
@@ -81,6 +82,7 @@ def reweighted_velocity(
     *,
     alpha: float | Tensor,
     num_candidates: int = 32,
+    sampling: CandidateSampling = "stratified",
     generator: torch.Generator | None = None,
     backend: BackendName = "auto",
 ) -> Reweighted:
@@ -93,6 +95,7 @@ def reweighted_velocity(
         t: Flow times in (0, 1], ``(B, 1)``.
         alpha: Temperature, positive.
         num_candidates: K importance samples per state.
+        sampling: ``stratified`` (a Latin hypercube) or ``random`` (independent) candidates.
         generator: Source of the draws; the native kernel takes one seed of it for its own.
         backend: See the module.
 
@@ -113,12 +116,10 @@ def reweighted_velocity(
     native = _native(backend, "reweighted_velocity", [critics], (obs, z, t))
     if native is not None:
         velocity, ess = native(critics).reweighted_velocity(
-            obs, z, 1 - t, t, float(alpha), num_candidates, generator
+            obs, z, 1 - t, t, float(alpha), num_candidates, sampling, generator
         )
         return Reweighted(velocity, ess, None)
-    shape = (len(z), num_candidates, z.shape[1])
-    uniform = torch.rand(shape, generator=generator, dtype=z.dtype, device=z.device)
-    uniform = uniform.clamp_(min=torch.finfo(z.dtype).eps)
+    uniform = candidate_uniforms(z, num_candidates, sampling, generator)
     action, noise = reference.reverse_candidates(z, 1 - t, t, uniform)
     logits = critics.candidate_q_min(obs, action) / alpha
     return reference.reweighted_velocity(logits, action, noise)

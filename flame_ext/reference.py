@@ -117,6 +117,23 @@ def _inverse_log_ndtr(log_p: Tensor) -> Tensor:
     return torch.where(log_p < -5.0, x, central)
 
 
+def stratify(uniform: Tensor, order: Tensor) -> Tensor:
+    """Turns independent draws into a Latin hypercube (McKay, Beckman and Conover 1979).
+
+    Each coordinate of the K candidates falls once in each of K strata of equal probability, so that
+    what a sum over them owes to one coordinate at a time is integrated almost exactly.
+
+    Args:
+        uniform: U(0, 1) draws, places within a stratum, ``(B, K, A)``.
+        order: Draws whose rank among the K is the stratum, ``(B, K, A)``.
+
+    Returns:
+        Draws in (0, 1], ``(B, K, A)``.
+    """
+    rank = order.argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank + uniform) / uniform.shape[1]
+
+
 def reverse_candidates(
     z: Tensor, signal: Tensor, scale: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:

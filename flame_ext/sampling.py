@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Flow = Literal["mean", "instantaneous"]
+CandidateSampling = Literal["stratified", "random"]
 
 # Low frequencies keep the MeanFlow tangent bounded: with sinusoids up to 50 rad training diverged.
 TIME_FREQUENCIES = np.linspace(0.5, 3.0, 8)

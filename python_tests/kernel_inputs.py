@@ -11,6 +11,7 @@ import torch
 from flame_ext import _core
 from flame_ext.backends.native_evaluator import array
 from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
+from flame_ext.reference import stratify
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 EPS = float(np.finfo(np.float32).eps)
@@ -62,9 +63,15 @@ def to_tensors(dtype: torch.dtype, *arrays: Array) -> list[torch.Tensor]:
     return [torch.from_numpy(x).to(dtype) for x in arrays]
 
 
-def philox_uniform(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The uniform draws of the native reweighting's candidates."""
-    return torch.from_numpy(_core.philox_uniform(seed, 0, 0, math.prod(shape))).view(shape)
+def philox_candidates(
+    seed: int, shape: tuple[int, ...], *, stream: int = 0, offset: int = 0
+) -> torch.Tensor:
+    """The uniforms of the native reweighting's stratified candidates, ``(B, K, A)``."""
+    uniform, order = (
+        torch.from_numpy(_core.philox_uniform(seed, s, offset, math.prod(shape))).view(shape)
+        for s in (stream, stream + 2)
+    )
+    return stratify(uniform.double(), order).clamp(max=1 - EPS / 4)
 
 
 def assert_as_accurate(ours: Array, single: torch.Tensor, exact: torch.Tensor) -> None:

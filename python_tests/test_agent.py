@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_inputs import philox_uniform
+from kernel_inputs import philox_candidates
 
 from flame_ext import _core
 from flame_ext.agent import MAX_ALPHA, Agent
@@ -193,11 +193,13 @@ def test_diffusion_has_no_density() -> None:
         make_agent("diffusion", entropy_in_target=True).update(make_batch())
 
 
-def native_uniform(
-    reference: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator
+def native_candidates(
+    z: torch.Tensor, num_candidates: int, sampling: str, generator: torch.Generator
 ) -> torch.Tensor:
-    """What the native reweighting draws: the Philox stream of a seed from the generator."""
-    return philox_uniform(draw_seed(generator), shape)
+    """What the native reweighting draws: Philox streams of a seed from the generator."""
+    assert sampling == "stratified"
+    shape = (len(z), num_candidates, z.shape[1])
+    return philox_candidates(draw_seed(generator), shape).to(z.dtype)
 
 
 @pytest.mark.parametrize("proposal", ["reverse", "policy"])
@@ -206,7 +208,7 @@ def test_ten_updates_agree_between_torch_and_native(
     algorithm: str, proposal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss by loss, from the same weights and draws; then the parameters."""
-    monkeypatch.setattr(reweighting, "uniform_like", native_uniform)
+    monkeypatch.setattr(reweighting, "candidate_uniforms", native_candidates)
     options = {"hidden_sizes": (32, 24), "proposal": proposal}
     config = make_config(algorithm, overrides={**SMALL, **options})
     agents = [

@@ -110,12 +110,12 @@ def test_reweighted_velocity_is_the_cpus():
     t = torch.linspace(0.05, 1, 37).unsqueeze(1).cuda()
     args = (obs, z, 1 - t, t)
     ours = CudaEvaluator(critics).reweighted_velocity(
-        *args, 0.3, 33, torch.Generator().manual_seed(5)
+        *args, 0.3, 33, "stratified", torch.Generator().manual_seed(5)
     )
     from flame_ext.backends.native_evaluator import NativeEvaluator
 
     theirs = NativeEvaluator(copy.deepcopy(critics).cpu()).reweighted_velocity(
-        *(x.cpu() for x in args), 0.3, 33, torch.Generator().manual_seed(5)
+        *(x.cpu() for x in args), 0.3, 33, "stratified", torch.Generator().manual_seed(5)
     )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import Array, assert_as_accurate, draw, philox_uniform, to_tensors
+from kernel_inputs import Array, assert_as_accurate, draw, philox_candidates, to_tensors
 from torch import Tensor
 
 from flame_ext import _core
@@ -106,13 +106,14 @@ def equal_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     def times(reference: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.from_numpy(np.abs(np.tanh(draw(*shape, seed=5)))).to(reference.dtype)
 
-    def candidates(reference: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return philox_uniform(SEED, shape).to(reference.dtype)
+    def candidates(z: Tensor, count: int, sampling: str, generator: torch.Generator) -> Tensor:
+        assert sampling == "stratified"
+        return philox_candidates(SEED, (len(z), count, z.shape[1])).to(z.dtype)
 
     for module in (cpu, flow, gaussian):
         monkeypatch.setattr(module, "normal_like", normal)
     monkeypatch.setattr(flow, "uniform_like", times)
-    monkeypatch.setattr(reweighting, "uniform_like", candidates)
+    monkeypatch.setattr(reweighting, "candidate_uniforms", candidates)
     for module in (cpu, native_evaluator):
         monkeypatch.setattr(module, "draw_seed", lambda generator: SEED)
 
@@ -204,5 +205,13 @@ def test_refusals_say_what_to_do() -> None:
     draws = draw(4, ACT), np.zeros(4, np.float32), np.ones(4, np.float32)
     with pytest.raises(ValueError, match="this policy is a Gaussian; flow_matching takes a flow"):
         _core.flow_matching(
-            sampler, *arrays, draw(4, OBS), *draws, 0.1, weight=1.0, num_candidates=4, seed=0
+            sampler,
+            *arrays,
+            draw(4, OBS),
+            *draws,
+            0.1,
+            weight=1.0,
+            num_candidates=4,
+            sampling="random",
+            seed=0,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flame_ext import ops
 from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.sampling import CandidateSampling
 
 B, K, OBS, ACT = 21, 5, 7, 3
 
@@ -71,7 +72,7 @@ def test_reweighted_velocity_estimates_the_same_velocity() -> None:
     critics, obs, z = make_critics(), draw(B, OBS), 0.5 * draw(B, ACT)
     t = torch.linspace(0.1, 0.9, B).unsqueeze(1)
 
-    def run(backend: Any, seed: int) -> Any:
+    def run(backend: Any, seed: int, sampling: CandidateSampling = "random") -> Any:
         generator = torch.Generator().manual_seed(seed)
         return ops.reweighted_velocity(
             critics,
@@ -79,7 +80,8 @@ def test_reweighted_velocity_estimates_the_same_velocity() -> None:
             z,
             t,
             alpha=0.5,
-            num_candidates=20_000,
+            num_candidates=20_000 if sampling == "random" else 2_000,
+            sampling=sampling,
             generator=generator,
             backend=backend,
         )
@@ -88,6 +90,9 @@ def test_reweighted_velocity_estimates_the_same_velocity() -> None:
     # The standard error of a mean of 2e4 actions is below 0.006; velocities are 1 / t as large.
     assert ((ours.velocity - theirs.velocity) * t).abs().max() < 0.04
     torch.testing.assert_close(ours.ess, theirs.ess, rtol=0.05, atol=0)
+    for backend in ("cpu", "torch"):
+        stratified = run(backend, 3, "stratified")
+        assert ((ours.velocity - stratified.velocity) * t).abs().max() < 0.04
     assert torch.equal(run("cpu", 0).velocity, ours.velocity)
     assert not torch.equal(run("cpu", 2).velocity, ours.velocity)
 

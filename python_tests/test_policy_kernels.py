@@ -6,6 +6,7 @@ The CPU's for every instruction set of this machine and CUDA's, executed on the 
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from kernel_inputs import (
     draw,
     make_critics,
     make_policy,
+    philox_candidates,
     to_tensors,
 )
 
@@ -180,11 +182,18 @@ def test_reweighted_velocity_draws_from_the_philox_stream():
     critics = make_critics(3, 6, (16,))
     inputs = reverse_inputs(11, 3, 6)
     args = mlp_spec(critics), array(critics.flat), *inputs, 0.5
-    uniform = _core.philox_uniform(7, 3, 100, 11 * 9 * 6).reshape(11, 9, 6)
-    drawn = _core.reweighted_velocity(*args, num_candidates=9, seed=7, stream=3, offset=100)
-    given = _core.reweighted_velocity(*args, uniform=uniform)
-    for a, b in zip(drawn[:2], given[:2], strict=True):
-        assert np.array_equal(a, b)
+    shape, draws = (11, 9, 6), {"seed": 7, "stream": 3, "offset": 100}
+    uniform = {
+        "random": _core.philox_uniform(*draws.values(), math.prod(shape)).reshape(shape),
+        "stratified": array(philox_candidates(7, shape, stream=3, offset=100).float()),
+    }
+    for sampling, expected in uniform.items():
+        drawn = _core.reweighted_velocity(*args, num_candidates=9, sampling=sampling, **draws)
+        given = _core.reweighted_velocity(*args, uniform=expected)
+        # Strata are placed in double, the draws that are handed over are rounded to float.
+        error = 0.0 if sampling == "random" else 1e-4
+        for a, b in zip(drawn[:2], given[:2], strict=True):
+            np.testing.assert_allclose(a, b, rtol=error, atol=error)
 
 
 @each_target
@@ -206,18 +215,18 @@ def test_resampled_candidates_follow_the_weights():
     assert distance < 1.95 / np.sqrt(n) + 0.01  # Kolmogorov-Smirnov at 0.1 %, and SIR's own bias
 
 
-def test_lattice_candidates_estimate_the_same_velocity_no_worse():
+def test_stratified_candidates_need_a_quarter_of_the_random_ones():
     critics = make_critics(3, 6, (32, 32))
     args = mlp_spec(critics), array(critics.flat), *reverse_inputs(64, 3, 6), 1.0
-    truth = _core.reweighted_velocity(*args, num_candidates=20_000, seed=99)[0]
+    truth = _core.reweighted_velocity(*args, num_candidates=20_000, seed=99, sampling="random")[0]
     errors = {}
-    for sampling in ("random", "lattice"):
+    for sampling, count in (("random", 64), ("stratified", 16)):
         runs = [
-            _core.reweighted_velocity(*args, num_candidates=64, seed=s, sampling=sampling)[0]
+            _core.reweighted_velocity(*args, num_candidates=count, seed=s, sampling=sampling)[0]
             for s in range(8)
         ]
         errors[sampling] = float(np.mean([np.square(run - truth).mean() for run in runs]))
-    assert errors["lattice"] < errors["random"]
+    assert errors["stratified"] < errors["random"]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

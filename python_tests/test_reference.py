@@ -18,6 +18,7 @@ from flame_ext.reference import (
     reverse_candidates,
     reweighted_velocity,
     sample_flow,
+    stratify,
     truncated_normal,
 )
 
@@ -83,6 +84,19 @@ def test_reverse_candidates_follow_the_posterior() -> None:
     assert action.mean().item() == pytest.approx(
         truncnorm.mean(low, high, loc=centre, scale=width), abs=1e-5
     )
+
+
+def test_stratified_draws_are_a_latin_hypercube() -> None:
+    generator = torch.Generator().manual_seed(0)
+    uniform, order = torch.rand(2, 500, 8, 3, generator=generator, dtype=torch.float64)
+    draws = stratify(uniform, order)
+    strata = (draws * 8).long()
+    assert torch.equal(strata.sort(1).values, torch.arange(8).view(1, 8, 1).expand(500, 8, 3))
+    # Every candidate is equally often in every stratum, whatever the other coordinates do.
+    counts = torch.stack([(strata == i).double().mean(0) for i in range(8)])
+    assert (counts - 1 / 8).abs().max() < 0.05
+    together = (strata[..., 0] == strata[..., 1]).double().mean()
+    assert abs(together - 1 / 8) < 0.02
 
 
 def test_reweighted_velocity_extremes() -> None:

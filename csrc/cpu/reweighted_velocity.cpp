@@ -39,6 +39,7 @@ struct Scratch {
     IntervalArrays intervals;  // (group states, padded A)
     int interval_ld;
     double* uniform;    // (padded A)
+    float* order;       // (A, K) draws whose ranks are one state's strata
     float* action;      // (tile rows, A)
     float* noise;       // (tile rows, A)
     SoftmaxSums* sums;  // (group states)
@@ -59,6 +60,9 @@ Scratch make_scratch(const ReweightedArgs& a, int group_states, int rows, int wi
     s.intervals = {doubles(padded), doubles(padded), doubles(padded),
                    doubles(padded), doubles(padded), doubles(padded)};
     s.uniform = doubles(s.interval_ld);
+    if (a.source == Candidates::kStratified) {
+        s.order = workspace.floats(static_cast<size_t>(a.candidates) * a.action_dim);
+    }
     s.action = workspace.floats(static_cast<size_t>(rows) * a.action_dim);
     s.noise = workspace.floats(static_cast<size_t>(rows) * a.action_dim);
     s.sums = static_cast<SoftmaxSums*>(workspace.bytes(group_states * sizeof(SoftmaxSums)));
@@ -93,27 +97,42 @@ void set_intervals(const ReweightedArgs& a, const Group& group, const Scratch& s
     }
 }
 
-// Words first .. first + n - 1 of the stream as uniforms.
-void philox_uniforms(const ReweightedArgs& a, uint64_t first, int n, double* out) {
+// Hands draws first .. first + n - 1 of a stream to write(i, draw).
+template <typename Write>
+void philox_uniforms(const ReweightedArgs& a, uint64_t stream, int64_t first, int64_t n,
+                     Write&& write) {
     PhiloxBlock block{};
-    for (int i = 0; i < n; ++i) {
-        const uint64_t index = first + static_cast<uint64_t>(i);
-        if (i == 0 || index % 4 == 0) block = philox_block(a.seed, a.stream, a.offset + index / 4);
-        out[i] = static_cast<double>(uniform_from_bits(block.v[index % 4]));
+    for (int64_t i = 0; i < n; ++i) {
+        const auto index = static_cast<uint64_t>(first + i);
+        if (i == 0 || index % 4 == 0) block = philox_block(a.seed, stream, a.offset + index / 4);
+        write(i, uniform_from_bits(block.v[index % 4]));
     }
 }
 
-void candidate_uniforms(const ReweightedArgs& a, const double* steps, int64_t state, int k,
-                        double* out) {
+// The draws that order one state's candidates in every coordinate.
+void set_order(const ReweightedArgs& a, int64_t state, float* order) {
+    const int n = a.action_dim;
+    const int64_t count = static_cast<int64_t>(a.candidates) * n;
+    philox_uniforms(a, a.stream + 2, state * count, count,
+                    [&](int64_t i, float u) { order[i % n * a.candidates + i / n] = u; });
+}
+
+void candidate_uniforms(const ReweightedArgs& a, const Scratch& s, int64_t state, int k) {
     const int n = a.action_dim;
     const int64_t at = (state * a.candidates + k) * n;
+    double* out = s.uniform;
     if (a.source == Candidates::kGiven) {
         for (int j = 0; j < n; ++j) out[j] = static_cast<double>(a.uniform[at + j]);
-    } else if (a.source == Candidates::kRandom) {
-        philox_uniforms(a, static_cast<uint64_t>(at), n, out);
     } else {
-        philox_uniforms(a, static_cast<uint64_t>(state * n), n, out);
-        for (int j = 0; j < n; ++j) out[j] = lattice_point(out[j], k, steps[j]);
+        philox_uniforms(a, a.stream, at, n,
+                        [&](int64_t j, float u) { out[j] = static_cast<double>(u); });
+    }
+    if (a.source == Candidates::kStratified) {
+        if (k == 0) set_order(a, state, s.order);
+        for (int j = 0; j < n; ++j) {
+            const float* order = s.order + static_cast<int64_t>(j) * a.candidates;
+            out[j] = in_stratum(rank_of(order, a.candidates, k), a.candidates, out[j]);
+        }
     }
     for (int j = 0; j < n; ++j) out[j] = inside_unit(out[j]);
 }
@@ -197,11 +216,11 @@ void write_results(const ReweightedArgs& a, const Group& group, const Scratch& s
 // Rows [first, first + rows) of the group's flat (state, k) range.
 template <typename Act>
 void reweight_tile(const ReweightedArgs& a, const CandidateCritics& critics, const Group& group,
-                   const Scratch& s, const double* steps, int64_t first, int rows) {
+                   const Scratch& s, int64_t first, int rows) {
     for (int i = 0; i < rows; ++i) {
         const int64_t index = first + i;
         const int64_t state = index / a.candidates;
-        candidate_uniforms(a, steps, state, static_cast<int>(index % a.candidates), s.uniform);
+        candidate_uniforms(a, s, state, static_cast<int>(index % a.candidates));
         make_candidate(a, s, state, static_cast<int>(state - group.first),
                        s.action + i * a.action_dim, s.noise + i * a.action_dim);
     }
@@ -230,8 +249,6 @@ void reweighted_velocity(const ReweightedArgs& a) {
     pack_mlp(a.spec, a.parameters, {false, 0}, workspace, packed);
     const CandidateCritics critics =
         prepare_critics(a.spec, packed, a.action_dim, a.states, a.obs, a.obs_ld, workspace);
-    double steps[kMaxActionColumns];
-    lattice_steps(a.action_dim, steps);
     const int group_states = states_per_group(a.states, a.candidates);
     const int limit = tile_rows(critics.width);
     parallel_for((a.states + group_states - 1) / group_states, 1, [&](int64_t begin, int64_t end) {
@@ -248,7 +265,7 @@ void reweighted_velocity(const ReweightedArgs& a) {
             for (int64_t i = 0; i < total; i += chunk) {
                 const int rows = row_count(i, total, chunk);
                 with_activation(a.spec.activation, [&](auto act) {
-                    reweight_tile<decltype(act)>(a, critics, group, s, steps, start + i, rows);
+                    reweight_tile<decltype(act)>(a, critics, group, s, start + i, rows);
                 });
             }
             write_results(a, group, s);

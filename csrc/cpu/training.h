@@ -165,12 +165,12 @@ struct FlowTape {
 };
 
 // How the uniforms of a state's K candidates are drawn.
-enum class Candidates : int32_t { kGiven = 0, kRandom = 1, kLattice = 2 };
+enum class Candidates : int32_t { kGiven = 0, kRandom = 1, kStratified = 2 };
 
 // v_hat = sum_k w_k (eps_k - a_k), w = softmax(Qmin(s, a_k) / alpha), over reverse candidates of
 // z = signal a + scale eps (FLAME, Sec. 4.1). Candidate k's coordinate j of state b uses uniform
-// (b K + k) A + j of `uniform` or of the Philox stream; kLattice takes frac(shift_bj + k g_j) with
-// shift_bj uniform b A + j of the stream and the R_d sequence's g_j (Roberts 2018).
+// (b K + k) A + j of `uniform` or of the Philox stream; kStratified makes a Latin hypercube of it,
+// the stratum being the rank of the same draw of stream + 2 among those of the K candidates.
 struct ReweightedArgs {
     MlpSpec spec;
     const float* parameters;

@@ -4,7 +4,7 @@
 //
 // obs (states, O); z, velocity and resampled (states, A) dense; signal, scale, ess (states);
 // uniform (states, K, A) for kGiven: device memory of the caller. Workspace: candidates (states, K,
-// A), Qmin (states, K) and twin Q's.
+// A), for kStratified as many draws that order them, Qmin (states, K) and twin Q's.
 //
 // Beside twin Q (twin_q.h: 0.20 ms at B 256, K 100) the two other launches move 1.4 MB, 0.4 us at
 // 3.35 TB/s and mostly in L2, and do about 150 double operations per coordinate: 23 MFLOP, 0.7 us
@@ -25,14 +25,14 @@ struct DrawOffset {
     }
 };
 
-// actions (states, K, A). One block per state: its intervals first, then a Philox block of four
-// draws per thread.
+// actions (states, K, A), order (states, A, K) for kStratified. One block per state: its intervals
+// and the draws of its order first, then a Philox block of four draws per thread.
 struct CandidatesKernel {
     static constexpr const char* kName = "reverse_candidates";
     ReweightedArgs a;
     DrawOffset draws;
     float* actions;
-    double steps[kMaxActionColumns];
+    float* order;
 
     FLAME_BODY void operator()(const Block& block) const {
         const int64_t state = block.index;
@@ -48,25 +48,44 @@ struct CandidatesKernel {
         });
         const uint64_t count = static_cast<uint64_t>(a.candidates) * a.action_dim;
         const uint64_t first = static_cast<uint64_t>(state) * count;
-        block.each_thread([&](int t) {
-            for (uint64_t q = first / 4 + t; q <= (first + count - 1) / 4; q += kThreads) {
-                four_draws(q, first, first + count, state, intervals);
-            }
-        });
+        const auto each_philox_block = [&](auto&& body) {
+            block.each_thread([&](int t) {
+                for (uint64_t q = first / 4 + t; q <= (first + count - 1) / 4; q += kThreads) {
+                    body(q);
+                }
+            });
+        };
+        if (a.source == Candidates::kStratified) {
+            each_philox_block([&](uint64_t q) { four_orders(q, first, first + count); });
+        }
+        each_philox_block(
+            [&](uint64_t q) { four_draws(q, first, first + count, state, intervals); });
+    }
+
+    // The order's draws with flat index 4 q .. 4 q + 3, as far as they are this state's.
+    FLAME_BODY void four_orders(uint64_t q, uint64_t first, uint64_t end) const {
+        const PhiloxBlock bits = philox_block(a.seed, a.stream + 2, draws(a.offset) + q);
+        for (int i = 0; i < 4; ++i) {
+            const uint64_t flat = 4 * q + i;
+            if (flat < first || flat >= end) continue;
+            const uint64_t k = (flat - first) / a.action_dim;
+            const uint64_t j = (flat - first) % a.action_dim;
+            order[first + j * a.candidates + k] = uniform_from_bits(bits.v[i]);
+        }
     }
 
     // The candidates' coordinates with flat index 4 q .. 4 q + 3, as far as they are this state's.
     FLAME_BODY void four_draws(uint64_t q, uint64_t first, uint64_t end, int64_t state,
                                const TruncatedInterval* intervals) const {
         PhiloxBlock bits{};
-        if (a.source == Candidates::kRandom) {
+        if (a.source != Candidates::kGiven) {
             bits = philox_block(a.seed, a.stream, draws(a.offset) + q);
         }
         for (int i = 0; i < 4; ++i) {
             const uint64_t flat = 4 * q + i;
             if (flat < first || flat >= end) continue;
             const int j = static_cast<int>((flat - first) % a.action_dim);
-            const double u = inside_unit(uniform(flat, first, state, j, bits.v[i]));
+            const double u = inside_unit(uniform(flat, first, j, bits.v[i]));
             const TruncatedInterval& t = intervals[j];
             const double x =
                 truncated_draw(t.log_upper, t.p_upper, t.ratio, t.lower, t.upper, t.sign, u);
@@ -75,14 +94,13 @@ struct CandidatesKernel {
         }
     }
 
-    FLAME_BODY double uniform(uint64_t flat, uint64_t first, int64_t state, int j,
-                              uint32_t bits) const {
+    FLAME_BODY double uniform(uint64_t flat, uint64_t first, int j, uint32_t bits) const {
         if (a.source == Candidates::kGiven) return static_cast<double>(a.uniform[flat]);
-        if (a.source == Candidates::kRandom) return static_cast<double>(uniform_from_bits(bits));
-        const uint64_t word = static_cast<uint64_t>(state) * a.action_dim + j;
-        const PhiloxBlock shift = philox_block(a.seed, a.stream, draws(a.offset) + word / 4);
-        return lattice_point(static_cast<double>(uniform_from_bits(shift.v[word % 4])),
-                             static_cast<int64_t>((flat - first) / a.action_dim), steps[j]);
+        const double u = static_cast<double>(uniform_from_bits(bits));
+        if (a.source == Candidates::kRandom) return u;
+        const int k = static_cast<int>((flat - first) / a.action_dim);
+        const float* of_coordinate = order + first + static_cast<uint64_t>(j) * a.candidates;
+        return in_stratum(rank_of(of_coordinate, a.candidates, k), a.candidates, u);
     }
 };
 
@@ -148,6 +166,7 @@ struct SoftmaxKernel {
 
 struct ReweightedMemory {
     float* actions;
+    float* order;
     float* q_min;
     TwinQArgs twin_q;
 };
@@ -156,6 +175,7 @@ static inline ReweightedMemory carve_reweighted(const ReweightedArgs& a, Carver&
     const size_t candidates = static_cast<size_t>(a.states) * a.candidates;
     ReweightedMemory m{};
     m.actions = memory.floats(candidates * a.action_dim);
+    m.order = memory.floats(a.source == Candidates::kStratified ? candidates * a.action_dim : 0);
     m.q_min = memory.floats(candidates);
     m.twin_q = {a.spec, a.parameters, a.states,  a.candidates, a.action_dim,
                 a.obs,  a.obs_ld,     m.actions, m.q_min,      nullptr};
@@ -170,9 +190,8 @@ static inline void reweighted_velocity(const Launcher& launch, const ReweightedA
                                        const uint64_t* draw_offset, Carver& memory) {
     if (a.states == 0) return;
     const ReweightedMemory m = carve_reweighted(a, memory);
-    CandidatesKernel candidates{a, {draw_offset}, m.actions, {}};
-    lattice_steps(a.action_dim, candidates.steps);
-    launch(candidates, a.states, a.action_dim * (sizeof(TruncatedInterval) / sizeof(float)));
+    launch(CandidatesKernel{a, {draw_offset}, m.actions, m.order}, a.states,
+           a.action_dim * (sizeof(TruncatedInterval) / sizeof(float)));
     twin_q(launch, m.twin_q, memory);
     launch(SoftmaxKernel{a, {draw_offset}, m.actions, m.q_min}, (a.states + kWarps - 1) / kWarps,
            0);

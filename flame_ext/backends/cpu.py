@@ -204,6 +204,7 @@ class CpuBackend(TorchBackend):
                 temperature,
                 weight=weight,
                 num_candidates=c.num_candidates,
+                sampling=c.candidate_sampling,
                 seed=draw_seed(generator),
             )
             loss += weight * flow_loss

@@ -17,7 +17,7 @@ from flame_ext.errors import BackendUnavailableError
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.reference import Estimator, monotonicity_gap, tanh_gaussian
-from flame_ext.sampling import Flow
+from flame_ext.sampling import CandidateSampling, Flow
 
 
 def require_cuda() -> None:
@@ -225,6 +225,7 @@ class CudaEvaluator(NativeEvaluator):
         scale: Tensor,
         alpha: float,
         num_candidates: int,
+        sampling: CandidateSampling,
         generator: torch.Generator | None,
         draw_offset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -250,6 +251,7 @@ class CudaEvaluator(NativeEvaluator):
             pointer(signal, (rows, 1), flat),
             pointer(scale, (rows, 1), flat),
             float(alpha),
+            sampling,
             draw_seed(generator),
             0,
             0 if draw_offset is None else draw_offset.data_ptr(),

@@ -19,7 +19,13 @@ from flame_ext.reference import (
     Trace,
     check_log_prob_options,
 )
-from flame_ext.sampling import LOG_STD_RANGE, Flow, flow_steps, time_feature_rows
+from flame_ext.sampling import (
+    LOG_STD_RANGE,
+    CandidateSampling,
+    Flow,
+    flow_steps,
+    time_feature_rows,
+)
 
 # What a kernel computes for `reference.log_prob`'s trace option.
 DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
@@ -158,6 +164,7 @@ class NativeEvaluator:
         scale: Tensor,
         alpha: float,
         num_candidates: int,
+        sampling: CandidateSampling,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         """Reverse candidates, their weights, velocity and ESS in one pass; no gradient.
@@ -174,6 +181,7 @@ class NativeEvaluator:
             array(scale.reshape(-1).contiguous()),
             alpha,
             num_candidates=num_candidates,
+            sampling=sampling,
             seed=seed,
         )
         return torch.from_numpy(velocity), torch.from_numpy(ess)

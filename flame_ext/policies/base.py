@@ -88,7 +88,9 @@ def normal_like(reference: Tensor, shape: tuple[int, ...], generator: torch.Gene
     return torch.randn(shape, generator=generator, dtype=reference.dtype, device=reference.device)
 
 
-def uniform_like(reference: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def uniform_like(
+    reference: Tensor, shape: tuple[int, ...], generator: torch.Generator | None
+) -> Tensor:
     """U(0, 1) draws with the dtype and device of `reference`, never exactly 0."""
     uniform = torch.rand(shape, generator=generator, dtype=reference.dtype, device=reference.device)
     return uniform.clamp_(min=torch.finfo(reference.dtype).eps)

@@ -73,7 +73,15 @@ class DiffusionActor(Actor):
             source = self.action(obs, normal_like(obs, shape, generator))
             z = signal * source + scale * normal_like(obs, shape, generator)
             reweighted = reverse_reweighted(
-                critics, obs, z, signal, scale, alpha, self.config.num_candidates, generator
+                critics,
+                obs,
+                z,
+                signal,
+                scale,
+                alpha,
+                self.config.num_candidates,
+                self.config.candidate_sampling,
+                generator,
             )
             # E[noise] from E[noise - action] and z = signal E[action] + scale E[noise].
             target = (z + signal * reweighted.velocity) / (signal + scale)

@@ -221,9 +221,8 @@ class FlowActor(Actor):
         generator: torch.Generator,
     ) -> tuple[Tensor, Reweighted]:
         z = self.draw_noised(obs, action, t, critics, alpha, generator)
-        reweighted = reverse_reweighted(
-            critics, obs, z, 1 - t, t, alpha, self.config.num_candidates, generator
-        )
+        k, sampling = self.config.num_candidates, self.config.candidate_sampling
+        reweighted = reverse_reweighted(critics, obs, z, 1 - t, t, alpha, k, sampling, generator)
         return z, reweighted
 
     @torch.no_grad()

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from flame_ext.networks import Critics
 from flame_ext.policies.base import uniform_like
-from flame_ext.reference import Reweighted, reverse_candidates, reweighted_velocity
+from flame_ext.reference import (
+    Reweighted,
+    reverse_candidates,
+    reweighted_velocity,
+    stratify,
+)
+from flame_ext.sampling import CandidateSampling
 
 
 @torch.no_grad()
@@ -19,6 +25,7 @@ def reverse_reweighted(
     scale: Tensor,
     alpha: Tensor,
     num_candidates: int,
+    sampling: CandidateSampling,
     generator: torch.Generator,
 ) -> Reweighted:
     """Reverse samples of z weighted by exp(Qmin / alpha) (FLAME, Sec. 4.1).
@@ -31,17 +38,32 @@ def reverse_reweighted(
         scale: ``(B, 1)``.
         alpha: Temperature, scalar.
         num_candidates: K.
+        sampling: `Config.candidate_sampling`.
         generator: Source of the uniform draws.
     """
     if critics.evaluator is not None:
         velocity, ess = critics.evaluator.reweighted_velocity(
-            obs, z, signal, scale, float(alpha), num_candidates, generator
+            obs, z, signal, scale, float(alpha), num_candidates, sampling, generator
         )
         return Reweighted(velocity, ess, None)
-    uniform = uniform_like(z, (len(z), num_candidates, z.shape[-1]), generator)
+    uniform = candidate_uniforms(z, num_candidates, sampling, generator)
     action, noise = reverse_candidates(z, signal, scale, uniform)
     logits = critics.candidate_q_min(obs, action) / alpha
     return reweighted_velocity(logits, action, noise)
+
+
+def candidate_uniforms(
+    z: Tensor,
+    num_candidates: int,
+    sampling: CandidateSampling,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """U(0, 1) draws of K candidates for each z: ``(B, A)`` -> ``(B, K, A)``."""
+    shape = (len(z), num_candidates, z.shape[-1])
+    uniform = uniform_like(z, shape, generator)
+    if sampling == "stratified":
+        uniform = stratify(uniform, uniform_like(z, shape, generator))
+    return uniform
 
 
 def resample(action: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
