@@ -190,6 +190,7 @@ PYBIND11_MODULE(_core, m) {
 
     bind_policy(m);
     bind_training(m);
+    bind_flow(m);
     bind_policy_loss(m);
     bind_critic_update(m);
     bind_cuda(m);

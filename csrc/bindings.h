@@ -3,19 +3,13 @@
 
 #include <pybind11/pybind11.h>
 
-#include <string>
-
-#include "cpu/training.h"
-
 namespace flame {
 
 void bind_policy(pybind11::module_& m);
 void bind_training(pybind11::module_& m);
+void bind_flow(pybind11::module_& m);
 void bind_policy_loss(pybind11::module_& m);
 void bind_critic_update(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);  // nothing in a build without CUDA
-
-// "none", "log_det", "trace" or "probe"; throws for others.
-Divergence parse_divergence(const std::string& name);
 
 }  // namespace flame

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "bindings.h"
+#include "bindings_networks.h"
 #include "check.h"
 #include "cuda/training.h"
 

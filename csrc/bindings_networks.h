@@ -1,4 +1,4 @@
-// What the bindings read from a network's shape, with the checks that belong to it.
+// What the bindings read from a network's shape and from names, with the checks that belong to it.
 #pragma once
 
 #include <cstdint>
@@ -53,6 +53,15 @@ inline Candidates parse_candidates(const std::string& sampling) {
     check(sampling == "stratified", "sampling is '", sampling,
           "'; choose one of: stratified, random");
     return Candidates::kStratified;
+}
+
+inline Divergence parse_divergence(const std::string& name) {
+    if (name == "none") return Divergence::kNone;
+    if (name == "log_det") return Divergence::kLogDet;
+    if (name == "trace") return Divergence::kTrace;
+    check(name == "probe", "divergence is '", name,
+          "'; choose one of: none, log_det, trace, probe");
+    return Divergence::kProbe;
 }
 
 }  // namespace flame
