@@ -165,6 +165,50 @@ void flow_density(const MlpSpec& spec, Pointer parameters, int64_t states, int s
     cuda_flow_density(args, at<void>(stream));
 }
 
+// One step of one sample per state, with its exact density.
+FlowDensityArgs recorded_step(const MlpSpec& spec, Pointer parameters, int64_t rows,
+                              int time_features, Pointer scale) {
+    FlowDensityArgs args{};
+    args.spec = spec;
+    args.parameters = at<float>(parameters);
+    args.states = rows;
+    args.samples = 1;
+    args.action_dim = spec.sizes[spec.num_layers];
+    args.steps = 1;
+    args.time_features = time_features;
+    args.scale = at<float>(scale);
+    args.divergence = Divergence::kLogDet;
+    return args;
+}
+
+size_t flow_record(const MlpSpec& spec, Pointer parameters, int64_t rows, int time_features,
+                   Pointer scale, Pointer time, Pointer obs, Pointer noise, Pointer action,
+                   Pointer log_prob, Pointer folded, Pointer transport, Pointer record,
+                   Pointer stream) {
+    FlowDensityArgs args = recorded_step(spec, parameters, rows, time_features, scale);
+    args.time = at<float>(time);
+    args.obs = at<float>(obs);
+    args.obs_ld = spec.sizes[0] - args.action_dim - time_features;
+    args.noise = at<float>(noise);
+    args.action = at<float>(action);
+    args.log_prob = at<float>(log_prob);
+    args.folded = at<bool>(folded);
+    args.transport = at<float>(transport);
+    return with_workspace(args, record,
+                          [&](void* memory) { cuda_flow_record(args, memory, at<void>(stream)); });
+}
+
+size_t flow_backward(const MlpSpec& spec, Pointer parameters, int64_t rows, int time_features,
+                     Pointer scale, Pointer record, Pointer gradients, Pointer d_action,
+                     Pointer d_log_prob, Pointer d_transport, Pointer workspace, Pointer stream) {
+    const FlowGradientArgs args{recorded_step(spec, parameters, rows, time_features, scale),
+                                at<void>(record),
+                                {nullptr, at<float>(gradients), at<float>(d_action),
+                                 at<float>(d_log_prob), at<float>(d_transport)}};
+    return with_workspace(
+        args, workspace, [&](void* memory) { cuda_flow_backward(args, memory, at<void>(stream)); });
+}
+
 void adam(int64_t count, Pointer parameters, Pointer gradients, Pointer first_moment,
           Pointer second_moment, double beta1, double beta2, double epsilon, Pointer schedule,
           Pointer stream) {
@@ -197,6 +241,8 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_meanflow_step", &meanflow_step);
     m.def("cuda_reweighted_velocity", &reweighted_velocity);
     m.def("cuda_flow_density", &flow_density);
+    m.def("cuda_flow_record", &flow_record);
+    m.def("cuda_flow_backward", &flow_backward);
     m.def("cuda_adam", &adam);
     m.def("cuda_soft_update", &soft_update);
 }

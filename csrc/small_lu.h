@@ -45,23 +45,29 @@ FLAME_INLINE LogDet lu_factor(double* m, int n, int* pivot) {
     return result;
 }
 
+// x (n) = a column of the inverse, from lu_factor's result.
+FLAME_INLINE void lu_inverse_column(const double* lu, const int* pivot, int n, int column,
+                                    double* x) {
+    for (int i = 0; i < n; ++i) x[i] = i == column ? 1.0 : 0.0;
+    for (int k = 0; k < n; ++k) {
+        const double t = x[k];
+        x[k] = x[pivot[k]];
+        x[pivot[k]] = t;
+    }
+    for (int i = 0; i < n; ++i) {
+        for (int j = 0; j < i; ++j) x[i] -= lu[i * n + j] * x[j];
+    }
+    for (int i = n - 1; i >= 0; --i) {
+        for (int j = i + 1; j < n; ++j) x[i] -= lu[i * n + j] * x[j];
+        x[i] /= lu[i * n + i];
+    }
+}
+
 // inverse (n x n, row-major) from lu_factor's result.
 FLAME_INLINE void lu_inverse(const double* lu, const int* pivot, int n, double* inverse) {
     double x[kMaxActions];
     for (int column = 0; column < n; ++column) {
-        for (int i = 0; i < n; ++i) x[i] = i == column ? 1.0 : 0.0;
-        for (int k = 0; k < n; ++k) {
-            const double t = x[k];
-            x[k] = x[pivot[k]];
-            x[pivot[k]] = t;
-        }
-        for (int i = 0; i < n; ++i) {
-            for (int j = 0; j < i; ++j) x[i] -= lu[i * n + j] * x[j];
-        }
-        for (int i = n - 1; i >= 0; --i) {
-            for (int j = i + 1; j < n; ++j) x[i] -= lu[i * n + j] * x[j];
-            x[i] /= lu[i * n + i];
-        }
+        lu_inverse_column(lu, pivot, n, column, x);
         for (int i = 0; i < n; ++i) inverse[i * n + column] = x[i];
     }
 }

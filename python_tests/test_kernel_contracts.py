@@ -23,11 +23,8 @@ def _threads() -> Iterator[None]:
     _core.set_num_threads(before)
 
 
-def run_everything(threads: int, recorded: bool = True) -> list[Array]:
-    """All kernels on one input, with the given number of threads.
-
-    CUDA has no kernel that records the density for a gradient.
-    """
+def run_everything(threads: int) -> list[Array]:
+    """All kernels on one input, with the given number of threads."""
     _core.set_num_threads(threads)
     critics = make_critics(17, 6, (72, 64), layer_norm=True)
     spec, flat = mlp_spec(critics), array(critics.flat)
@@ -40,12 +37,9 @@ def run_everything(threads: int, recorded: bool = True) -> list[Array]:
     t = 0.01 + 0.99 * np.abs(np.tanh(draw(301, seed=7)))
     flow_args = obs, action, 0.5 * t, t, draw(301, 6, seed=8)
     flow_loss = _core.meanflow_step(policy, weights, flow_gradients, *flow_args)
-    reverse_kl: list[Array] = []
-    if recorded:
-        density_args = policy, weights, obs, draw(301, 6, seed=9), *flow_table(1, "mean")
-        density = _core.RecordedDensity(*density_args)
-        density.backward(kl_gradients, draw(301, 6), draw(301))
-        reverse_kl = [density.log_prob, kl_gradients]
+    density_args = policy, weights, obs, draw(301, 6, seed=9), *flow_table(1, "mean")
+    density = _core.RecordedDensity(*density_args)
+    density.backward(kl_gradients, draw(301, 6), draw(301), draw(301, 6, 6))
     parameters, first, second = flat.copy(), np.zeros_like(flat), np.zeros_like(flat)
     _core.adam(parameters, gradients, first, second, 1, 1e-3, 0.9, 0.999, 1e-8)
     _core.soft_update(first, parameters, 0.3)
@@ -59,7 +53,9 @@ def run_everything(threads: int, recorded: bool = True) -> list[Array]:
         first,
         flow_gradients,
         np.asarray(flow_loss),
-        *reverse_kl,
+        density.log_prob,
+        density.transport,
+        kl_gradients,
         *_core.q_gradient(spec, flat, obs, action),
         *_core.reweighted_velocity(
             spec, flat, obs, action, 1 - t, t, 0.2, num_candidates=7, seed=3, resample=True
@@ -108,7 +104,7 @@ def test_cuda_kernels_do_not_depend_on_the_order_of_threads():
     results = []
     for order in ("rising", "falling"):
         _core.run_cuda_on_host(order)
-        results.append(run_everything(1, recorded=False))
+        results.append(run_everything(1))
     _core.set_isa(before)
     for rising, falling in zip(*results, strict=True):
         assert np.array_equal(rising, falling)

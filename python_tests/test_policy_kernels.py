@@ -323,10 +323,13 @@ def test_density_estimators_with_several_samples_per_state(options, divergence):
 
 
 def density_gradient(net: MeanVelocityNet, dtype: torch.dtype, arrays: list[Array]) -> torch.Tensor:
+    """Of obs, noise, d_action, d_log_prob and, where it is given, d_transport."""
     copied = copy.deepcopy(net).to(dtype)
-    obs, noise, d_action, d_log_prob = to_tensors(dtype, *arrays)
+    obs, noise, *weights = to_tensors(dtype, *arrays)
     result = reference.log_prob(copied, obs, noise)
-    ((result.action * d_action).sum() + (result.log_prob * d_log_prob).sum()).backward()
+    outputs = (result.action, result.log_prob, result.transport)
+    pairs = zip(outputs, weights, strict=False)
+    sum((x * weight).sum() for x, weight in pairs if x is not None).backward()
     assert copied.flat.grad is not None
     return copied.flat.grad
 
@@ -334,28 +337,30 @@ def density_gradient(net: MeanVelocityNet, dtype: torch.dtype, arrays: list[Arra
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), POLICIES)
-@each_isa
+@each_target
 def test_density_gradient(activation, layer_norm, rows, obs_dim, action_dim, hidden):
     net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)
     arrays = [draw(rows, obs_dim), draw(rows, action_dim)]
     arrays += [draw(rows, action_dim, seed=3), draw(rows, seed=4)]
+    d_transport = draw(rows, action_dim, action_dim, seed=5)
     args = mlp_spec(net), array(net.flat), *arrays[:2], *flow_table(1, "mean")
     recorded = _core.RecordedDensity(*args)
     action, log_prob, folded = _core.flow_density(*args, "log_det")
     assert np.allclose(recorded.action, action, rtol=1e-5, atol=1e-5)
     assert np.allclose(recorded.log_prob, log_prob, rtol=1e-4, atol=1e-4)
     assert np.array_equal(recorded.folded, folded)
-    gradients = np.zeros_like(array(net.flat))
-    recorded.backward(gradients, *arrays[2:])
-    single = density_gradient(net, torch.float32, arrays)
-    exact = density_gradient(net, torch.float64, arrays)
-    assert_as_accurate(gradients, single, exact)
+    for given in (arrays, [*arrays, d_transport]):
+        gradients = np.zeros_like(array(net.flat))
+        recorded.backward(gradients, *given[2:])
+        single = density_gradient(net, torch.float32, given)
+        exact = density_gradient(net, torch.float64, given)
+        assert_as_accurate(gradients, single, exact)
     again = np.zeros_like(gradients)
-    recorded.backward(again, *arrays[2:])
+    recorded.backward(again, *given[2:])
     assert np.array_equal(again, gradients)
 
 
-@each_isa
+@each_target
 def test_sample_without_density_has_the_action_gradient_alone():
     net = make_policy(3, 2, (32, 32), layer_norm=True)
     obs, noise, d_action = draw(9, 3), draw(9, 2), draw(9, 2, seed=3)

@@ -36,10 +36,8 @@ struct FlowDensityKernel {
         });
         for (int step = 0; step < a.steps; ++step) {
             tile = make_tile<kRowsPerWarp>(block, lds);
-            load_rows(block, tile, count * group, net.layers[0].in, [&](int r, int c) {
-                const int64_t b = first + r / group;
-                return r % group == 0 ? input(b, step, c) : input_tangent(b, r % group - 1, c);
-            });
+            load_rows(block, tile, count * group, net.layers[0].in,
+                      [&](int r, int c) { return row_input(first, r, step, c); });
             forward_tile(block, tile, net, 0, count, tangents, NoTape{});
             block.each_thread([&](int t) {
                 if (t < count) advance(tile, step, t, first + t);
@@ -57,6 +55,13 @@ struct FlowDensityKernel {
         }
         a.log_prob[b] = static_cast<float>(-0.5 * squares - a.action_dim * kHalfLog2Pi);
         a.folded[b] = false;
+    }
+
+    // Column c of a tile's row r, whose first sample is `first`.
+    FLAME_BODY float row_input(int64_t first, int r, int step, int c) const {
+        const int group = 1 + tangents;
+        const int64_t b = first + r / group;
+        return r % group == 0 ? input(b, step, c) : input_tangent(b, r % group - 1, c);
     }
 
     FLAME_BODY float input(int64_t b, int step, int c) const {
@@ -83,10 +88,7 @@ struct FlowDensityKernel {
         if (a.divergence == Divergence::kLogDet) {
             double* m = reinterpret_cast<double*>(tile.y) + static_cast<int64_t>(i) * n * n;
             for (int j = 0; j < n; ++j) {
-                for (int k = 0; k < n; ++k) {
-                    m[k * n + j] =
-                        (k == j ? 1.0 : 0.0) + q * static_cast<double>(u[(1 + j) * tile.ld + k]);
-                }
+                for (int k = 0; k < n; ++k) m[k * n + j] = transport(u, tile.ld, q, k, j);
             }
             int pivot[kMaxActions];
             const LogDet det = lu_factor(m, n, pivot);
@@ -95,6 +97,11 @@ struct FlowDensityKernel {
         } else if (tangents > 0) {
             a.log_prob[b] -= static_cast<float>(q * divergence(u, tile.ld, b));
         }
+    }
+
+    // Element (k, j) of I + q J: output k of tangent j.
+    static FLAME_BODY double transport(const float* u, int u_ld, double q, int k, int j) {
+        return (k == j ? 1.0 : 0.0) + q * static_cast<double>(u[(1 + j) * u_ld + k]);
     }
 
     // tr J, or probe' J probe.
@@ -110,18 +117,29 @@ struct FlowDensityKernel {
     }
 };
 
+static inline int tangent_count(const FlowDensityArgs& a) {
+    if (a.divergence == Divergence::kNone) return 0;
+    return a.divergence == Divergence::kProbe ? 1 : a.action_dim;
+}
+
+// Wide enough for a sample's A x A matrix of doubles, with A pivots, in its rows of either buffer.
+static inline TilePlan plan_flow_density(const Launcher& launch, const FlowDensityArgs& a) {
+    return plan_tiles(launch, a.spec,
+                      {a.states * a.samples, 1 + tangent_count(a), 1, 0, 2 * a.action_dim});
+}
+
+template <int kRowsPerWarp>
+FlowDensityKernel<kRowsPerWarp> make_flow_density_kernel(const FlowDensityArgs& a,
+                                                         const TilePlan& plan) {
+    return {make_view(a.spec, a.parameters), a, tangent_count(a), plan.samples, plan.lds};
+}
+
 static inline void flow_density(const Launcher& launch, const FlowDensityArgs& a) {
-    const int64_t rows = a.states * a.samples;
-    if (rows == 0) return;
-    const int tangents = a.divergence == Divergence::kNone    ? 0
-                         : a.divergence == Divergence::kProbe ? 1
-                                                              : a.action_dim;
-    // Wide enough for a tile's A x A matrices of doubles in either of its buffers.
-    const TilePlan plan = plan_tiles(launch, a.spec, {rows, 1 + tangents, 1, 0, 2 * a.action_dim});
+    if (a.states * a.samples == 0) return;
+    const TilePlan plan = plan_flow_density(launch, a);
     with_rows(plan, [&](auto rows_per_warp) {
-        const FlowDensityKernel<decltype(rows_per_warp)::value> kernel{
-            make_view(a.spec, a.parameters), a, tangents, plan.samples, plan.lds};
-        launch(kernel, plan.tiles, plan.shared);
+        launch(make_flow_density_kernel<decltype(rows_per_warp)::value>(a, plan), plan.tiles,
+               plan.shared);
     });
 }
 

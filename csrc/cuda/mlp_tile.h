@@ -99,17 +99,25 @@ FLAME_INLINE void linear(const Block& block, Tile<kRowsPerWarp>& tile, const Lay
 
 // --- Hidden units
 
-// What the backward pass needs of one sample in one layer; rows in global memory.
+// What a backward pass will need: nothing of this pass, its values, or its tangents too.
+enum class Record { kNothing, kValues, kTangents };
+
+// That of one sample in one layer; rows in global memory, the tangents' (T) a distance ld apart.
 struct TapeRow {
     float* h;
     float* slope;
     float* normed;  // LayerNorm only, like inverse_std
     float* inverse_std;
+    float* curvature;  // of here on with tangents only
+    float* tangent;    // before the activation; LayerNorm: before its gain
+    float* along;      // (T) mean(xhat x'), LayerNorm only
+    int ld;
 };
 
-// x' <- s (x' - mean x' - xhat mean(xhat x')), the tangent of LayerNorm before its gain.
-FLAME_INLINE void normalise_tangent(const Warp& warp, float* dx, const float* x, int n, float mean,
-                                    float inverse_std) {
+// x' <- s (x' - mean x' - xhat mean(xhat x')), the tangent of LayerNorm before its gain; returns
+// mean(xhat x').
+FLAME_INLINE float normalise_tangent(const Warp& warp, float* dx, const float* x, int n, float mean,
+                                     float inverse_std) {
     const float scale = 1.0f / static_cast<float>(n);
     const float shift = scale * warp.sum(n, [&](int c) { return dx[c]; });
     const float along =
@@ -117,12 +125,27 @@ FLAME_INLINE void normalise_tangent(const Warp& warp, float* dx, const float* x,
     warp.each(n, [&](int c) {
         dx[c] = (dx[c] - shift - (x[c] - mean) * inverse_std * along) * inverse_std;
     });
+    return along;
+}
+
+// Column c of one sample's tangents, below its value at x, through the activation.
+template <Record kRecord>
+FLAME_INLINE void activate_tangents(float* x, int ld, int c, int tangents, float slope,
+                                    const TapeRow& tape) {
+    for (int t = 1; t <= tangents; ++t) {
+        float& dx = x[t * ld + c];
+        if (kRecord == Record::kTangents) tape.tangent[(t - 1) * tape.ld + c] = dx;
+        dx *= slope;
+        if (kRecord == Record::kTangents) tape.h[t * tape.ld + c] = dx;
+    }
 }
 
 // One sample's linear outputs x (and its tangents below it) through LayerNorm and activation.
-template <typename Act, bool kRecord>
+template <typename Act, Record kRecord>
 FLAME_INLINE void activate_sample(const Warp& warp, const LayerView& layer, float* x, int ld,
                                   int tangents, const TapeRow& tape) {
+    constexpr bool kValues = kRecord != Record::kNothing;
+    constexpr bool kTangents = kRecord == Record::kTangents;
     const int n = layer.out;
     float mean = 0.0f;
     float inverse_std = 1.0f;
@@ -132,9 +155,10 @@ FLAME_INLINE void activate_sample(const Warp& warp, const LayerView& layer, floa
         const float squares = warp.sum(n, [&](int c) { return (x[c] - mean) * (x[c] - mean); });
         inverse_std = 1.0f / sqrtf(squares / count + kLayerNormEps);
         for (int t = 1; t <= tangents; ++t) {
-            normalise_tangent(warp, x + t * ld, x, n, mean, inverse_std);
+            const float along = normalise_tangent(warp, x + t * ld, x, n, mean, inverse_std);
+            if (kTangents) warp.each(1, [&](int) { tape.along[t - 1] = along; });
         }
-        if (kRecord) warp.each(1, [&](int) { *tape.inverse_std = inverse_std; });
+        if (kValues) warp.each(1, [&](int) { *tape.inverse_std = inverse_std; });
     }
     warp.each(round_up(n), [&](int c) {
         if (c >= n) {
@@ -147,20 +171,22 @@ FLAME_INLINE void activate_sample(const Warp& warp, const LayerView& layer, floa
             const float normed = (value - mean) * inverse_std;
             gain = layer.gain[c];
             value = fmaf(normed, gain, layer.offset[c]);
-            if (kRecord) tape.normed[c] = normed;
+            if (kValues) tape.normed[c] = normed;
         }
         float slope;
-        x[c] = Act::first(value, slope);
-        if (kRecord) {
+        float curvature;
+        x[c] = kTangents ? Act::second(value, slope, curvature) : Act::first(value, slope);
+        if (kValues) {
             tape.h[c] = x[c];
             tape.slope[c] = slope;
         }
-        for (int t = 1; t <= tangents; ++t) x[t * ld + c] *= slope * gain;
+        if (kTangents && tangents > 0) tape.curvature[c] = curvature;
+        activate_tangents<kRecord>(x, ld, c, tangents, slope * gain, tape);
     });
 }
 
 struct NoTape {
-    static constexpr bool kRecord = false;
+    static constexpr Record kRecord = Record::kNothing;
     FLAME_BODY TapeRow row(int, int) const { return {}; }
 };
 

@@ -1,12 +1,16 @@
 #include "cuda/on_host.h"
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <utility>
 
+#include "cpu/workspace.h"
 #include "cuda/adam.h"
 #include "cuda/critic_step.h"
+#include "cuda/flow_backward.h"
 #include "cuda/flow_density.h"
+#include "cuda/flow_record.h"
 #include "cuda/meanflow_step.h"
 #include "cuda/mlp_forward.h"
 #include "cuda/q_gradient.h"
@@ -87,6 +91,45 @@ void host_reweighted_velocity(const ReweightedArgs& a) {
 
 void host_flow_density(const FlowDensityArgs& a) { flow_density(launcher(), a); }
 
+struct HostFlow {
+    FlowTape head;
+    FlowDensityArgs args;
+    void* record;
+};
+
+void host_flow_backward(const FlowBackwardArgs& deltas) {
+    const HostFlow& flow = *reinterpret_cast<const HostFlow*>(deltas.tape);
+    const FlowGradientArgs a{flow.args, flow.record, deltas};
+    with_memory([&](Carver& m) { carve_flow_backward(launcher(), a, m); },
+                [&](Carver& m) { flow_backward(launcher(), a, m); });
+}
+
+// Memory of a recorded pass, NaN as HostMemory.
+float* undefined_floats(size_t count, Workspace& memory) {
+    float* data = memory.floats(count);
+    std::fill_n(data, count, NAN);
+    return data;
+}
+
+const float* kept_floats(const float* data, size_t count, Workspace& memory) {
+    return std::copy_n(data, count, memory.floats(count)) - count;
+}
+
+FlowTape* host_flow_record(const FlowDensityArgs& a, Workspace& memory) {
+    auto* flow = static_cast<HostFlow*>(memory.bytes(sizeof(HostFlow)));
+    const size_t parameters = parameter_count(a.spec);
+    Carver counter(nullptr);
+    carve_flow_record(a, counter);
+    *flow = {{&host_flow_backward, a.states, a.action_dim, static_cast<int64_t>(parameters)},
+             a,
+             undefined_floats(counter.used() / sizeof(float), memory)};
+    flow->args.parameters = kept_floats(a.parameters, parameters, memory);
+    flow->args.scale = kept_floats(a.scale, 1, memory);
+    Carver carver(flow->record);
+    flow_record(launcher(), flow->args, carver);
+    return &flow->head;
+}
+
 void host_truncated_normals(const TruncatedNormalArgs& a) {
     for (int64_t i = 0; i < a.count; ++i) {
         const TruncatedInterval t = truncated_interval(a.low[i], a.high[i]);
@@ -114,7 +157,7 @@ const CpuKernels kTable = {
     host_q_gradient,
     host_meanflow_step,
     host_flow_density,
-    missing,
+    host_flow_record,
     host_reweighted_velocity,
     host_truncated_normals,
     host_adam,

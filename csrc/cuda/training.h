@@ -19,12 +19,23 @@ struct AdamSchedule {
     int64_t step;  // taken so far
 };
 
+// Gradients of a loss with respect to the results of a pass that cuda_flow_record was given as
+// `recorded` and left in `record`. deltas.tape is not read.
+struct FlowGradientArgs {
+    FlowDensityArgs recorded;
+    void* record;
+    FlowBackwardArgs deltas;
+};
+
 void cuda_mlp_forward(const MlpForwardArgs& args, void* stream);
 void cuda_twin_q(const TwinQArgs& args, void* workspace, void* stream);
 void cuda_critic_step(const CriticStepArgs& args, void* workspace, void* stream);
 void cuda_q_gradient(const QGradientArgs& args, void* workspace, void* stream);
 void cuda_meanflow_step(const MeanFlowStepArgs& args, void* workspace, void* stream);
 void cuda_flow_density(const FlowDensityArgs& args, void* stream);
+// record: a workspace to be kept until the last cuda_flow_backward, like the parameters.
+void cuda_flow_record(const FlowDensityArgs& args, void* record, void* stream);
+void cuda_flow_backward(const FlowGradientArgs& args, void* workspace, void* stream);
 // draw_offset: in device memory, Philox blocks added to args.offset; or null.
 void cuda_reweighted_velocity(const ReweightedArgs& args, const uint64_t* draw_offset,
                               void* workspace, void* stream);
@@ -36,6 +47,8 @@ size_t cuda_workspace_bytes(const TwinQArgs& args);
 size_t cuda_workspace_bytes(const CriticStepArgs& args);
 size_t cuda_workspace_bytes(const QGradientArgs& args);
 size_t cuda_workspace_bytes(const MeanFlowStepArgs& args);
+size_t cuda_workspace_bytes(const FlowDensityArgs& args);  // of cuda_flow_record
+size_t cuda_workspace_bytes(const FlowGradientArgs& args);
 size_t cuda_workspace_bytes(const ReweightedArgs& args);
 
 }  // namespace flame

@@ -1,5 +1,5 @@
 // Gradients of all parameters from a tape: per layer and member
-//     weight (out, in) += delta^T x,   bias (out) += column sums of delta,
+//     weight (out, in) += delta^T x,   bias (out) += column sums of the values' delta,
 //     gain, offset (out) += the tiles' partial sums.
 //
 // A block owns 64 x 64 of a weight (and, on the left edge, 64 of the vectors) and sums all rows in
@@ -49,6 +49,7 @@ struct GradientPart {
 struct WeightGradientsKernel {
     static constexpr const char* kName = "weight_gradients";
     int64_t rows;
+    int group;  // a value and its tangents, which have no part in the bias
     int64_t tiles;
     int num_layers;
     int blocks;  // per member
@@ -120,6 +121,16 @@ struct WeightGradientsKernel {
         }
     }
 
+    // Of a slab's column of deltas; the slab begins at `row`.
+    FLAME_BODY float value_sum(const float* delta, int64_t row) const {
+        float sum = 0.0f;
+        const int past = static_cast<int>(row % group);  // the last value, if none is here
+        for (int k = (group - past) % group; k < kGradientSlab; k += group) {
+            sum += delta[k * kGradientLd];
+        }
+        return sum;
+    }
+
     static FLAME_BODY void finish_pass(GradientSums& total, GradientSums& pass) {
         FLAME_UNROLL
         for (int e = 0; e < 16; ++e) {
@@ -147,10 +158,7 @@ struct WeightGradientsKernel {
                 const GradientPart part = fetch(g, row + kGradientSlab, o, i, thread);
                 add_slab(pass[thread], present, thread);
                 if (i == 0 && thread < kGradientTile) {
-                    float sum = 0.0f;
-                    for (int k = 0; k < kGradientSlab; ++k)
-                        sum += present[k * kGradientLd + thread];
-                    bias[thread] += sum;
+                    bias[thread] += value_sum(present + thread, row);
                 }
                 if ((row + kGradientSlab) % kGradientPass == 0) {
                     finish_pass(total[thread], pass[thread]);
@@ -206,7 +214,7 @@ static inline GradientLayer gradient_layer(const MlpSpec& spec, const Tape& tape
     g.ldd = last ? g.out : tape.hidden[l].ld;
     g.x = l == 0 ? tape.input : tape.hidden[l - 1].h;
     g.ldx = l == 0 ? tape.input_ld : tape.hidden[l - 1].ld;
-    g.x_member = l == 0 ? 0 : tape.rows * g.ldx;
+    g.x_member = l == 0 ? 0 : tape.samples * tape.group * g.ldx;
     g.partial = norm ? tape.hidden[l].partial : nullptr;
     g.weight = gradients + at.weight;
     g.bias = gradients + at.bias;
@@ -218,7 +226,8 @@ static inline GradientLayer gradient_layer(const MlpSpec& spec, const Tape& tape
 static inline void weight_gradients(const Launcher& launch, const MlpSpec& spec, const Tape& tape,
                                     float* gradients) {
     WeightGradientsKernel kernel{};
-    kernel.rows = tape.rows;
+    kernel.rows = tape.samples * tape.group;
+    kernel.group = tape.group;
     kernel.tiles = tape.tiles;
     kernel.num_layers = spec.num_layers;
     for (int l = 0; l < spec.num_layers; ++l) {

@@ -100,6 +100,20 @@ class NativeEvaluator:
         action, log_prob, folded = (torch.from_numpy(x) for x in outputs)
         return action, log_prob, folded
 
+    def record_density(
+        self, obs: Tensor, noise: Tensor, steps: int, flow: Flow
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Action, log-density, fold flag and transport of rows, and what their gradient needs."""
+        recorded = self.core.RecordedDensity(*self.density_arguments(obs, noise, steps, flow))
+        outputs = (recorded.action, recorded.log_prob, recorded.folded, recorded.transport)
+        return tuple(torch.from_numpy(x) for x in outputs), recorded
+
+    def density_gradient(self, recorded: Any, *d_outputs: Tensor) -> Tensor:
+        """The parameters' gradient from those of action, log-density and transport."""
+        gradient = torch.zeros_like(self.network.flat)
+        recorded.backward(array(gradient), *(array(x.contiguous()) for x in d_outputs))
+        return gradient
+
     def q_min(self, obs: Tensor, action: Tensor) -> Tensor:
         """As `Critics.q_min` for rows, differentiable with respect to the action alone."""
         q: Tensor = _QMin.apply(action, obs, self)  # type: ignore[no-untyped-call]
@@ -294,11 +308,9 @@ class _Density(torch.autograd.Function):
         steps: int,
         flow: Flow,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        arguments = evaluator.density_arguments(obs, noise, steps, flow)
-        recorded = evaluator.core.RecordedDensity(*arguments)
-        ctx.recorded, ctx.size = recorded, flat.numel()
-        outputs = (recorded.action, recorded.log_prob, recorded.folded, recorded.transport)
-        action, log_prob, folded, transport = (torch.from_numpy(x) for x in outputs)
+        outputs, ctx.recorded = evaluator.record_density(obs, noise, steps, flow)
+        ctx.evaluator = evaluator
+        action, log_prob, folded, transport = outputs
         ctx.mark_non_differentiable(folded)
         return action, log_prob, folded, transport
 
@@ -307,13 +319,7 @@ class _Density(torch.autograd.Function):
     def backward(
         ctx: Any, d_action: Tensor, d_log_prob: Tensor, _: Tensor, d_transport: Tensor
     ) -> tuple[Tensor | None, ...]:
-        gradient = torch.zeros(ctx.size)
-        ctx.recorded.backward(
-            gradient.numpy(),
-            array(d_action.contiguous()),
-            array(d_log_prob.contiguous()),
-            array(d_transport.contiguous()),
-        )
+        gradient = ctx.evaluator.density_gradient(ctx.recorded, d_action, d_log_prob, d_transport)
         return gradient, *[None] * 5
 
 
