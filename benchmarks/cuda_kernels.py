@@ -85,6 +85,14 @@ def cases() -> list[tuple[str, float, Run, Run]]:
         net.flat.grad = None
         reference.meanflow_loss(net, noise, t / 2, t, obs, noise).backward()
 
+    def density_gradient(evaluate: Run) -> Run:
+        def run() -> None:
+            net.flat.grad = None
+            sample = evaluate()
+            (sample.action.sum() + sample.log_prob.sum()).backward()
+
+        return run
+
     @torch.no_grad()
     def reweighted() -> Any:
         action, eps = reference.reverse_candidates(noise, 1 - t, t, uniform)
@@ -123,6 +131,12 @@ def cases() -> list[tuple[str, float, Run, Run]]:
             (1 + ACT) * mlp_flop(B, inputs, *width),
             no_grad(lambda: policy.log_prob(obs, noise)),
             no_grad(lambda: reference.log_prob(net, obs, noise)),
+        ),
+        (
+            "exact log pi and gradient",
+            3 * (1 + ACT) * mlp_flop(B, inputs, *width),
+            density_gradient(lambda: policy.log_prob(obs, noise)),
+            density_gradient(lambda: reference.log_prob(net, obs, noise)),
         ),
     ]
     for rows in (1, 16384):

@@ -7,6 +7,7 @@ every kernel (test_network_kernels.py, test_policy_kernels.py).
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -102,6 +103,31 @@ def test_policy(rows, obs_dim, action_dim, hidden):
         density = ops.log_prob(net, obs, noise, backend="cuda")
     for values in zip((loss, d_flat, density.action, density.log_prob), *results, strict=True):
         assert_as_accurate(*values)
+
+
+@pytest.mark.parametrize("with_transport", [False, True])
+@pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), SHAPES)
+def test_density_gradient(rows, obs_dim, action_dim, hidden, with_transport):
+    net = make_policy(obs_dim, action_dim, hidden)
+    obs, noise = draw(rows, obs_dim), draw(rows, action_dim)
+    weights = [draw(rows, action_dim, seed=3), draw(rows, seed=4)]
+    if with_transport:
+        weights.append(draw(rows, action_dim, action_dim, seed=5))
+
+    def evaluate(function: Any, net: FlatMLP, kind: torch.dtype) -> tuple[Tensor, ...]:
+        sample = function(net, obs.to(kind), noise.to(kind))
+        outputs = (sample.action, sample.log_prob, sample.transport)[: len(weights)]
+        total = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
+        (d_flat,) = torch.autograd.grad(total, net.flat)
+        return *(x.detach() for x in outputs), d_flat
+
+    ours = evaluate(functools.partial(ops.log_prob, backend="cuda"), net, torch.float32)
+    single = evaluate(reference.log_prob, copy.deepcopy(net), torch.float32)
+    wanted = evaluate(reference.log_prob, exact(net), torch.float64)
+    for values in zip(ours, single, wanted, strict=True):
+        assert_as_accurate(*values)
+    again = evaluate(functools.partial(ops.log_prob, backend="cuda"), net, torch.float32)
+    assert torch.equal(again[-1], ours[-1])
 
 
 def test_reweighted_velocity_is_the_cpus():

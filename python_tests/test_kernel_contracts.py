@@ -110,6 +110,21 @@ def test_cuda_kernels_do_not_depend_on_the_order_of_threads():
         assert np.array_equal(rising, falling)
 
 
+def test_cuda_density_gradient_does_not_depend_on_the_tile():
+    net = make_policy(5, 3, (64, 48))
+    args = mlp_spec(net), array(net.flat), draw(37, 5), draw(37, 3), *flow_table(1, "mean")
+    before = _core.isa_active()
+    results = []
+    for kilobytes in (40, 30, 26):  # tiles of 32, 24 and 16 rows
+        _core.run_cuda_on_host("rising", kilobytes * 1024)
+        density, gradients = _core.RecordedDensity(*args), np.zeros_like(array(net.flat))
+        density.backward(gradients, draw(37, 3), draw(37), draw(37, 3, 3))
+        results.append((density.log_prob, gradients))
+    _core.set_isa(before)
+    for tiles in zip(*results, strict=True):
+        assert all(np.array_equal(tiles[0], other) for other in tiles[1:])
+
+
 def test_cuda_kernels_refuse_what_does_not_fit_the_device():
     net = FlatMLP((8,), (1024,), 3)
     before = _core.isa_active()

@@ -334,9 +334,12 @@ def density_gradient(net: MeanVelocityNet, dtype: torch.dtype, arrays: list[Arra
     return copied.flat.grad
 
 
+# With samples that fill a tile of 64 rows, and a network without hidden layers.
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), POLICIES)
+@pytest.mark.parametrize(
+    ("rows", "obs_dim", "action_dim", "hidden"), [*POLICIES, (3, 4, 63, (40, 33)), (9, 4, 2, ())]
+)
 @each_target
 def test_density_gradient(activation, layer_norm, rows, obs_dim, action_dim, hidden):
     net = make_policy(obs_dim, action_dim, hidden, activation=activation, layer_norm=layer_norm)

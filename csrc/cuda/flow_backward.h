@@ -7,11 +7,11 @@
 //
 // Operations 4 rows (1 + A) (weights) less the deltas of the inputs: 256 rows, A 6, 55 -> 3 x 256
 // -> 6, 1.0 GFLOP, floor 15 us at 67 TFLOP/s; the record is read and 6 MB of deltas written and
-// read, 8 us at 3.35 TB/s if they left L2. Weight gradients are 40 blocks over 1792 rows: 30 us on
+// read, 7 us at 3.35 TB/s if they left L2. Weight gradients are 40 blocks over 1792 rows: 30 us on
 // as many multiprocessors of 132 at their peak.
 #pragma once
 
-#include "cuda/flow_record.h"
+#include "cuda/flow_step.h"
 #include "cuda/training.h"
 #include "cuda/weight_gradients.h"
 

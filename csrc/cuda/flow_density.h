@@ -10,21 +10,13 @@
 // floor 7.9 us at 67 TFLOP/s; inputs and outputs 0.1 MB.
 #pragma once
 
-#include "cpu/training.h"
-#include "cuda/mlp_tile.h"
-#include "cuda/tile_plan.h"
-#include "small_lu.h"
+#include "cuda/flow_step.h"
 
 namespace flame::FLAME_ISA {
 
 template <int kRowsPerWarp>
-struct FlowDensityKernel {
+struct FlowDensityKernel : FlowStep {
     static constexpr const char* kName = "flow_density";
-    MlpView net;
-    FlowDensityArgs a;
-    int tangents;
-    int samples;  // per tile
-    TileLds lds;
 
     FLAME_BODY void operator()(const Block& block) const {
         auto tile = make_tile<kRowsPerWarp>(block, lds);
@@ -43,38 +35,6 @@ struct FlowDensityKernel {
                 if (t < count) advance(tile, step, t, first + t);
             });
         }
-    }
-
-    // The sample's action begins as its noise.
-    FLAME_BODY void start(int64_t b) const {
-        constexpr double kHalfLog2Pi = 0.91893853320467274178;
-        double squares = 0.0;
-        for (int64_t i = b * a.action_dim; i < (b + 1) * a.action_dim; ++i) {
-            a.action[i] = a.noise[i];
-            squares += static_cast<double>(a.noise[i]) * static_cast<double>(a.noise[i]);
-        }
-        a.log_prob[b] = static_cast<float>(-0.5 * squares - a.action_dim * kHalfLog2Pi);
-        a.folded[b] = false;
-    }
-
-    // Column c of a tile's row r, whose first sample is `first`.
-    FLAME_BODY float row_input(int64_t first, int r, int step, int c) const {
-        const int group = 1 + tangents;
-        const int64_t b = first + r / group;
-        return r % group == 0 ? input(b, step, c) : input_tangent(b, r % group - 1, c);
-    }
-
-    FLAME_BODY float input(int64_t b, int step, int c) const {
-        const int obs_end = net.layers[0].in - a.time_features;
-        if (c < a.action_dim) return a.action[b * a.action_dim + c];
-        if (c < obs_end) return a.obs[b / a.samples * a.obs_ld + c - a.action_dim];
-        return a.time[static_cast<int64_t>(step) * a.time_features + c - obs_end];
-    }
-
-    FLAME_BODY float input_tangent(int64_t b, int t, int c) const {
-        if (c >= a.action_dim) return 0.0f;
-        if (a.divergence == Divergence::kProbe) return a.probe[b * a.action_dim + c];
-        return c == t ? 1.0f : 0.0f;
     }
 
     // z <- z + q u and the step's share of the log-density, by one thread.
@@ -99,11 +59,6 @@ struct FlowDensityKernel {
         }
     }
 
-    // Element (k, j) of I + q J: output k of tangent j.
-    static FLAME_BODY double transport(const float* u, int u_ld, double q, int k, int j) {
-        return (k == j ? 1.0 : 0.0) + q * static_cast<double>(u[(1 + j) * u_ld + k]);
-    }
-
     // tr J, or probe' J probe.
     FLAME_BODY double divergence(const float* u, int u_ld, int64_t b) const {
         const bool probed = a.divergence == Divergence::kProbe;
@@ -117,29 +72,12 @@ struct FlowDensityKernel {
     }
 };
 
-static inline int tangent_count(const FlowDensityArgs& a) {
-    if (a.divergence == Divergence::kNone) return 0;
-    return a.divergence == Divergence::kProbe ? 1 : a.action_dim;
-}
-
-// Wide enough for a sample's A x A matrix of doubles, with A pivots, in its rows of either buffer.
-static inline TilePlan plan_flow_density(const Launcher& launch, const FlowDensityArgs& a) {
-    return plan_tiles(launch, a.spec,
-                      {a.states * a.samples, 1 + tangent_count(a), 1, 0, 2 * a.action_dim});
-}
-
-template <int kRowsPerWarp>
-FlowDensityKernel<kRowsPerWarp> make_flow_density_kernel(const FlowDensityArgs& a,
-                                                         const TilePlan& plan) {
-    return {make_view(a.spec, a.parameters), a, tangent_count(a), plan.samples, plan.lds};
-}
-
 static inline void flow_density(const Launcher& launch, const FlowDensityArgs& a) {
     if (a.states * a.samples == 0) return;
-    const TilePlan plan = plan_flow_density(launch, a);
+    const TilePlan plan = plan_flow_step(launch, a);
     with_rows(plan, [&](auto rows_per_warp) {
-        launch(make_flow_density_kernel<decltype(rows_per_warp)::value>(a, plan), plan.tiles,
-               plan.shared);
+        const FlowDensityKernel<decltype(rows_per_warp)::value> kernel{make_flow_step(a, plan)};
+        launch(kernel, plan.tiles, plan.shared);
     });
 }
 

@@ -4,45 +4,38 @@
 // obs (rows, O) with row distance obs_ld; noise and action (rows, A) dense; time (1,
 // time_features), scale (1); log_prob, folded (rows), transport (rows, A, A) or null: device memory
 // of the caller. One sample per state; divergence kLogDet, or kNone for the action alone. The
-// record, workspace of the caller's until the backward pass: per row about 4 (2 (1 + A) + 2) bytes
-// per hidden unit. It does not hold the parameters: they must still be the same then.
+// record is workspace that the caller keeps until the backward pass, per row about 4 (2 A + 3)
+// bytes per hidden unit. The parameters are not in it: they must still be the same then.
 //
 // Operations 2 rows (1 + A) (weights), as forward only: 256 rows, A 6, 55 -> 3 x 256 -> 6, 0.53
-// GFLOP, floor 7.9 us at 67 TFLOP/s; the record is 13 MB, 4 us at 3.35 TB/s if it left L2. LU and
+// GFLOP, floor 7.9 us at 67 TFLOP/s; the record is 12 MB, 3.7 us at 3.35 TB/s if it left L2. LU and
 // inverse take about 3 A^3 double operations per sample, a warp each: the LU in one lane, the
 // inverse's columns in as many as there are.
 #pragma once
 
-#include "cuda/flow_density.h"
-#include "cuda/tangent_tape.h"
+#include "cuda/flow_step.h"
 
 namespace flame::FLAME_ISA {
 
-struct FlowRecord {
-    Tape tape;
-    float* jacobian_gradient;  // (rows, A, A): d log pi / dJ[a][j] at [j][a]; null for kNone
-};
-
 template <int kRowsPerWarp>
-struct FlowRecordKernel {
+struct FlowRecordKernel : FlowStep {
     static constexpr const char* kName = "flow_record";
-    FlowDensityKernel<kRowsPerWarp> flow;
     FlowRecord record;
 
     FLAME_BODY void operator()(const Block& block) const {
-        auto tile = make_tile<kRowsPerWarp>(block, flow.lds);
+        auto tile = make_tile<kRowsPerWarp>(block, lds);
         const Tape& tape = record.tape;
-        const int64_t first = block.index * flow.samples;
-        const int count = row_count(first, flow.a.states, flow.samples);
+        const int64_t first = block.index * samples;
+        const int count = row_count(first, a.states, samples);
         block.each_thread([&](int t) {
-            if (t < count) flow.start(first + t);
+            if (t < count) start(first + t);
         });
-        load_rows(block, tile, count * tape.group, flow.net.layers[0].in, [&](int r, int c) {
-            const float x = flow.row_input(first, r, 0, c);
+        load_rows(block, tile, count * tape.group, net.layers[0].in, [&](int r, int c) {
+            const float x = row_input(first, r, 0, c);
             tape.input[(first * tape.group + r) * tape.input_ld + c] = x;
             return x;
         });
-        forward_tile(block, tile, flow.net, 0, count, flow.tangents,
+        forward_tile(block, tile, net, 0, count, tangents,
                      TangentTileTape{{&tape, 0, first, block.index}});
         block.each_warp([&](const Warp& warp) {
             for (int i = warp.index; i < count; i += kWarps) {
@@ -57,15 +50,14 @@ struct FlowRecordKernel {
     // sample's rows of the tile's other buffer are.
     FLAME_BODY void finish_sample(const Warp& warp, float* u, int u_ld, float* scratch,
                                   int64_t b) const {
-        const FlowDensityArgs& a = flow.a;
         const int n = a.action_dim;
         const double q = static_cast<double>(a.scale[0]);
         warp.each(
             n, [&](int j) { a.action[b * n + j] = fmaf(a.scale[0], u[j], a.action[b * n + j]); });
-        if (flow.tangents == 0) return;
+        if (tangents == 0) return;
         double* m = reinterpret_cast<double*>(scratch);
         warp.each(n * n, [&](int e) {
-            m[e] = flow.transport(u, u_ld, q, e / n, e % n);
+            m[e] = transport(u, u_ld, q, e / n, e % n);
             if (a.transport != nullptr) a.transport[b * n * n + e] = static_cast<float>(m[e]);
         });
         int* pivot = reinterpret_cast<int*>(m + n * n);
@@ -83,26 +75,13 @@ struct FlowRecordKernel {
     }
 };
 
-static inline FlowRecord carve_flow_record(const FlowDensityArgs& a, Carver& memory) {
-    FlowRecord record{};
-    const int tangents = tangent_count(a);
-    record.tape = carve_values(a.spec, a.states, 1 + tangents, memory);
-    carve_input(a.spec, record.tape, memory);
-    if (tangents > 0) {
-        record.jacobian_gradient =
-            memory.floats(static_cast<size_t>(a.states) * a.action_dim * a.action_dim);
-    }
-    return record;
-}
-
 static inline void flow_record(const Launcher& launch, const FlowDensityArgs& a, Carver& memory) {
     if (a.states == 0) return;
     const FlowRecord record = carve_flow_record(a, memory);
-    const TilePlan plan = plan_flow_density(launch, a);
+    const TilePlan plan = plan_flow_step(launch, a);
     with_rows(plan, [&](auto rows_per_warp) {
-        constexpr int kRowsPerWarp = decltype(rows_per_warp)::value;
-        const FlowRecordKernel<kRowsPerWarp> kernel{make_flow_density_kernel<kRowsPerWarp>(a, plan),
-                                                    record};
+        const FlowRecordKernel<decltype(rows_per_warp)::value> kernel{make_flow_step(a, plan),
+                                                                      record};
         launch(kernel, plan.tiles, plan.shared);
     });
 }

@@ -6,6 +6,7 @@ caching allocator; none of them allocates or synchronises by itself.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
-from flame_ext.reference import Estimator, monotonicity_gap, tanh_gaussian
+from flame_ext.reference import monotonicity_gap, tanh_gaussian
 from flame_ext.sampling import CandidateSampling, Flow
 
 
@@ -39,10 +40,7 @@ def require_cuda() -> None:
 
 
 class CudaBackend(TorchBackend):
-    """Critic step, Adam, target update and every evaluation inside the losses by CUDA kernels.
-
-    The exact density's gradient is PyTorch's: its kernel is forward only.
-    """
+    """Critic step, Adam, target update and every evaluation inside the losses by CUDA kernels."""
 
     name = "cuda"
 
@@ -133,12 +131,6 @@ class CudaEvaluator(NativeEvaluator):
     def __init__(self, network: FlatMLP) -> None:
         super().__init__(network)
         self._tables: dict[tuple[int, Flow], tuple[Tensor, Tensor]] = {}
-
-    @staticmethod
-    def differentiates_log_prob(estimator: Estimator, obs: Tensor, noise: Tensor) -> bool:
-        """Never: the density kernel is forward only."""
-        del estimator, obs, noise
-        return False
 
     def forward_rows(self, rows: Tensor) -> Tensor:
         flat, rows = self.network.flat, rows.contiguous()
@@ -293,6 +285,48 @@ class CudaEvaluator(NativeEvaluator):
             )
         return action, log_prob, folded
 
+    def record_density(
+        self, obs: Tensor, noise: Tensor, steps: int, flow: Flow
+    ) -> tuple[tuple[Tensor, ...], RecordedStep]:
+        # The backward pass reads the parameters again, as they were here.
+        flat, obs, noise = self.network.flat.detach().clone(), obs.contiguous(), noise.contiguous()
+        rows, columns = noise.shape
+        time, scale = self._device_table(steps, flow)
+        step = (self.spec, pointer(flat), rows, time.shape[1], pointer(scale))
+        obs_dim = self.network.layer_sizes[0] - columns - time.shape[1]
+        action, log_prob = torch.empty_like(noise), noise.new_empty(rows)
+        folded = torch.empty_like(log_prob, dtype=torch.bool)
+        transport = noise.new_empty((rows, columns, columns))
+        record = run_with_workspace(
+            self.core.cuda_flow_record,
+            flat,
+            *step,
+            pointer(time, (1, time.shape[1]), flat),
+            pointer(obs, (rows, obs_dim), flat),
+            pointer(noise, noise.shape, flat),
+            pointer(action),
+            pointer(log_prob),
+            folded.data_ptr(),
+            pointer(transport),
+        )
+        return (action, log_prob, folded, transport), RecordedStep(step, record, (flat, scale))
+
+    def density_gradient(self, recorded: RecordedStep, *d_outputs: Tensor) -> Tensor:
+        gradient = torch.zeros_like(self.network.flat)
+        d_action, d_log_prob, d_transport = (x.contiguous() for x in d_outputs)
+        rows, columns = d_action.shape
+        run_with_workspace(
+            self.core.cuda_flow_backward,
+            gradient,
+            *recorded.step,
+            recorded.record.data_ptr(),
+            pointer(gradient),
+            pointer(d_action, (rows, columns), gradient),
+            pointer(d_log_prob, (rows,), gradient),
+            pointer(d_transport, (rows, columns, columns), gradient),
+        )
+        return gradient
+
     def _device_table(self, steps: int, flow: Flow) -> tuple[Tensor, Tensor]:
         """`flow_table`, copied to the device once."""
         if (steps, flow) not in self._tables:
@@ -302,17 +336,31 @@ class CudaEvaluator(NativeEvaluator):
         return self._tables[steps, flow]
 
 
+@dataclass
+class RecordedStep:
+    """What the gradient of a recorded step needs: its arguments, the record, their memory."""
+
+    step: tuple[Any, ...]
+    record: Tensor
+    memory: tuple[Tensor, ...]
+
+
 def stream(tensor: Tensor) -> int:
     """The stream that PyTorch currently uses on the tensor's device."""
     return int(torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
-def run_with_workspace(function: Any, like: Tensor, *args: Any) -> None:
-    """Calls a kernel function on `like`'s device and current stream with the memory it asks for."""
+def run_with_workspace(function: Any, like: Tensor, *args: Any) -> Tensor:
+    """Calls a kernel function on `like`'s device and current stream with the memory it asks for.
+
+    Returns:
+        That memory.
+    """
     with torch.cuda.device(like.device):
         size = function(*args, 0, 0)
         workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=like.device)
         function(*args, workspace.data_ptr(), stream(like))
+    return workspace
 
 
 def pointer(tensor: Tensor | None, shape: Any = None, like: Tensor | None = None) -> int:

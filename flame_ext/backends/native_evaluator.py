@@ -301,7 +301,7 @@ class _Density(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        flat: Tensor,
+        _: Tensor,
         obs: Tensor,
         noise: Tensor,
         evaluator: NativeEvaluator,
