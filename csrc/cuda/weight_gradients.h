@@ -121,14 +121,17 @@ struct WeightGradientsKernel {
         }
     }
 
-    // Of a slab's column of deltas; the slab begins at `row`.
-    FLAME_BODY float value_sum(const float* delta, int64_t row) const {
+    // Of a slab's column of deltas; `first` is its first value's row.
+    FLAME_BODY float value_sum(const float* delta, int first) const {
         float sum = 0.0f;
-        const int past = static_cast<int>(row % group);  // the last value, if none is here
-        for (int k = (group - past) % group; k < kGradientSlab; k += group) {
-            sum += delta[k * kGradientLd];
-        }
+        for (int k = first; k < kGradientSlab; k += group) sum += delta[k * kGradientLd];
         return sum;
+    }
+
+    // That row of the next slab: modulo the group a slab's length less.
+    FLAME_BODY int next_value(int first) const {
+        const int next = first + group - kGradientSlab % group;
+        return next < group ? next : next - group;
     }
 
     static FLAME_BODY void finish_pass(GradientSums& total, GradientSums& pass) {
@@ -150,6 +153,7 @@ struct WeightGradientsKernel {
             bias[thread] = 0.0f;
             put(fetch(g, 0, o, i, thread), thread, slab);
         });
+        int value = 0;
         for (int64_t row = 0; row < rows; row += kGradientSlab) {
             const int parity = static_cast<int>(row / kGradientSlab % 2);
             const float* present = slab + parity * (2 * kGradientSlab * kGradientLd);
@@ -158,13 +162,14 @@ struct WeightGradientsKernel {
                 const GradientPart part = fetch(g, row + kGradientSlab, o, i, thread);
                 add_slab(pass[thread], present, thread);
                 if (i == 0 && thread < kGradientTile) {
-                    bias[thread] += value_sum(present + thread, row);
+                    bias[thread] += value_sum(present + thread, value);
                 }
                 if ((row + kGradientSlab) % kGradientPass == 0) {
                     finish_pass(total[thread], pass[thread]);
                 }
                 put(part, thread, next);
             });
+            value = next_value(value);
         }
         block.each_thread([&](int thread) {
             finish_pass(total[thread], pass[thread]);
