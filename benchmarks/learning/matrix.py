@@ -1,10 +1,11 @@
 """Trains a matrix of (tasks x algorithms x seeds) and reports it.
 
 Every run is one `flame-ext train` process on one thread; as many run side by side as `--jobs`.
-Finished runs are kept and interrupted ones resume, so the command can be repeated until the matrix
-is complete. Every run's curve and settings, the provenance of each (commit, versions, machine,
-command, as of its start), the learning-curve figures and the tables go to `--results`. The
-algorithm `sb3-sac` is Stable-Baselines3's SAC (`sb3_sac.py`); it starts again when interrupted.
+When a run ends, its curve, its settings and its provenance (commit, versions, machine, command, as
+of its start) go to `--results`, where figures and tables are drawn anew from the finished runs.
+Runs that are finished there or in `--runs` are kept and interrupted ones resume, so the command can
+be repeated, on another machine too, until the matrix is complete. The algorithm `sb3-sac` is
+Stable-Baselines3's SAC (`sb3_sac.py`); it starts again when interrupted.
 
 Run: python benchmarks/learning/matrix.py --tasks HalfCheetah-v5 --algorithms flame sac \
          --seeds 3 --steps 100000 --jobs 2 --results benchmarks/results/halfcheetah-100k
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,9 @@ from flame_ext.plots import plot_learning_curves
 
 # The installed command: `python -m` in a checkout would import its sources, which have no kernels.
 FLAME_EXT = str(Path(sysconfig.get_path("scripts")) / "flame-ext")
+
+# Files of a run's directory that are kept, and the endings of their copies.
+RESULT_FILES = {"evaluations.csv": ".csv", "config.json": ".json"}
 
 Evaluations = dict[str, list[Any]]  # columns of one run's evaluations.csv
 Curves = dict[tuple[str, str], list[Evaluations]]  # by task and algorithm, one per seed
@@ -52,25 +57,90 @@ class Run:
         return f"{self.task.replace('/', '_')}-{self.algorithm}-s{self.seed}"
 
 
-def train(run: Run, arguments: argparse.Namespace) -> Path:
-    """Trains, resumes or skips one run; returns its directory."""
-    directory = Path(arguments.runs) / run.name
-    if _last_step(directory) >= arguments.steps:
-        return directory
+class Matrix:
+    """The runs of one command and the results of those that are finished."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.results = Path(arguments.results)
+        self.results.mkdir(parents=True, exist_ok=True)
+        Path(arguments.runs).mkdir(parents=True, exist_ok=True)
+        self.runs = [
+            Run(task, algorithm, seed)
+            for seed in range(arguments.seeds)
+            for task in arguments.tasks
+            for algorithm in arguments.algorithms
+        ]
+        self._reporting = threading.Lock()
+
+    def directory(self, run: Run) -> Path:
+        """Where the run lives."""
+        return Path(self.arguments.runs) / run.name
+
+    def finished(self) -> list[Run]:
+        """The runs that are complete."""
+        return [run for run in self.runs if self._is_finished(run)]
+
+    def _is_finished(self, run: Run) -> bool:
+        try:
+            steps = read_evaluations(self.directory(run))["step"]
+        except FileNotFoundError:
+            return False
+        return bool(steps) and steps[-1] >= self.arguments.steps
+
+    def complete(self, run: Run) -> None:
+        """Trains or resumes a run that is not finished, keeps its results and reports."""
+        trains = not self._is_finished(run)
+        if trains:
+            train(run, self.directory(run), self.arguments)
+        with self._reporting:
+            self.keep(run)
+            if trains:
+                report(self)
+
+    def keep(self, run: Run) -> None:
+        """Copies a run's curve, settings and provenance to the results."""
+        directory = self.directory(run)
+        for name, ending in RESULT_FILES.items():
+            shutil.copy(directory / name, self.results / (run.name + ending))
+        origins = {**self._origins(), run.name: json.loads(_provenance(directory).read_text())}
+        text = json.dumps(dict(sorted(origins.items())), indent=1)
+        self._origins_file.write_text(text + "\n")
+
+    def take_back(self) -> None:
+        """Makes run directories, without checkpoints, of results that were kept elsewhere."""
+        origins = self._origins()
+        for run in self.runs:
+            directory = self.directory(run)
+            if run.name in origins and not directory.exists():
+                directory.mkdir()
+                for name, ending in RESULT_FILES.items():
+                    shutil.copy(self.results / (run.name + ending), directory / name)
+                _provenance(directory).write_text(json.dumps(origins[run.name], indent=1) + "\n")
+
+    @property
+    def _origins_file(self) -> Path:
+        return self.results / "provenance.json"
+
+    def _origins(self) -> dict[str, Any]:
+        file = self._origins_file
+        return json.loads(file.read_text()) if file.exists() else {}
+
+
+def train(run: Run, directory: Path, arguments: argparse.Namespace) -> None:
+    """Trains a run to the end, from its checkpoint where it has one."""
     if (directory / "checkpoint" / "manifest.json").exists():
         command = [FLAME_EXT, "train", "--resume", str(directory)]
     else:
         # Without a checkpoint nothing of it can be continued.
         shutil.rmtree(directory, ignore_errors=True)
-        Path(arguments.runs).mkdir(parents=True, exist_ok=True)
-        _provenance_file(directory).write_text(json.dumps(provenance(), indent=1) + "\n")
+        _provenance(directory).write_text(json.dumps(provenance(), indent=1) + "\n")
         command = _start(run, arguments, directory)
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with directory.with_suffix(".log").open("a") as log:
         environment = {**os.environ, **threads}
         command += ["--steps", str(arguments.steps)]
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
-    return directory
 
 
 def _start(run: Run, arguments: argparse.Namespace, directory: Path) -> list[str]:
@@ -82,61 +152,65 @@ def _start(run: Run, arguments: argparse.Namespace, directory: Path) -> list[str
     return [FLAME_EXT, "train", *common, *what]
 
 
-def _provenance_file(directory: Path) -> Path:
+def _provenance(directory: Path) -> Path:
     return directory.with_suffix(".provenance.json")
 
 
-def _last_step(directory: Path) -> float:
-    try:
-        steps: list[float] = read_evaluations(directory)["step"]
-    except FileNotFoundError:
-        return 0
-    return steps[-1] if steps else 0
-
-
-def report(directories: dict[Run, Path], arguments: argparse.Namespace) -> None:
-    """Copies the curves and their provenance, draws the figures, writes and prints the tables."""
-    results = Path(arguments.results)
-    results.mkdir(parents=True, exist_ok=True)
-    origins = {}
-    for run, directory in directories.items():
-        shutil.copy(directory / "evaluations.csv", results / f"{run.name}.csv")
-        shutil.copy(directory / "config.json", results / f"{run.name}.json")
-        origins[run.name] = json.loads(_provenance_file(directory).read_text())
-    (results / "provenance.json").write_text(json.dumps(origins, indent=1) + "\n")
-    for task in arguments.tasks:
-        runs = [d for run, d in directories.items() if run.task == task]
-        plot_learning_curves(runs, results / f"{task.replace('/', '_')}.png")
+def report(matrix: Matrix) -> None:
+    """Draws the figures, writes and prints the tables of the finished runs."""
+    finished = matrix.finished()
+    check_settings({run: matrix.directory(run) for run in finished})
+    for task in matrix.arguments.tasks:
+        runs = [matrix.directory(run) for run in finished if run.task == task]
+        if runs:
+            plot_learning_curves(runs, matrix.results / f"{task.replace('/', '_')}.png")
+    curves: Curves = {}
+    for run in finished:
+        evaluations = read_evaluations(matrix.directory(run))
+        curves.setdefault((run.task, run.algorithm), []).append(evaluations)
     lines = ["| task | algorithm | seeds | last | per seed | mean of last 10 % | best | minutes |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    curves = {
-        (task, algorithm): [
-            read_evaluations(directories[Run(task, algorithm, seed)])
-            for seed in range(arguments.seeds)
-        ]
-        for task in arguments.tasks
-        for algorithm in arguments.algorithms
-    }
-    lines += [_table_row(*cell, runs, arguments.steps) for cell, runs in curves.items()]
-    lines += ["", *_comparison(curves, arguments)]
-    (results / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    lines += [_table_row(*cell, runs, matrix.arguments.steps) for cell, runs in curves.items()]
+    lines += ["", *_comparison(curves, matrix.arguments)]
+    (matrix.results / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
+
+
+def check_settings(directories: dict[Run, Path]) -> None:
+    """Runs of one algorithm must have the same settings, or a row would mix two."""
+    settings: dict[str, tuple[Run, dict[str, Any]]] = {}
+    for run, directory in directories.items():
+        own = json.loads((directory / "config.json").read_text())
+        first, others = settings.setdefault(run.algorithm, (run, own))
+        different = sorted(key for key in own | others if own.get(key) != others.get(key))
+        if different:
+            raise SystemExit(
+                f"{run.name} and {first.name} differ in {', '.join(different)}: "
+                "give other --results and --runs"
+            )
 
 
 def _comparison(curves: Curves, arguments: argparse.Namespace) -> list[str]:
-    """Every algorithm against the baseline, pooled over tasks."""
+    """Every algorithm against the baseline, pooled over tasks; the seeds that all of them have."""
+    cells = [(task, a) for task in arguments.tasks for a in arguments.algorithms]
+    seeds = min(len(curves.get(cell, [])) for cell in cells)
+    if seeds == 0 or arguments.baseline not in arguments.algorithms:
+        return []
     last = {
         algorithm: np.array(
-            [[c["mean_return"][-1] for c in curves[task, algorithm]] for task in arguments.tasks]
+            [
+                [c["mean_return"][-1] for c in curves[task, algorithm][:seeds]]
+                for task in arguments.tasks
+            ]
         )
         for algorithm in arguments.algorithms
     }
-    base = last.get(arguments.baseline)
-    if base is None or base.mean(1).min() <= 0:
+    base = last[arguments.baseline]
+    if base.mean(1).min() <= 0:
         return []  # a ratio to a negative return says nothing
     lines = [
-        f"Last return divided by {arguments.baseline}'s mean on the task; 95 % stratified "
-        "bootstrap intervals.",
+        f"Last return divided by {arguments.baseline}'s mean on the task, {seeds} seeds; 95 % "
+        "stratified bootstrap intervals.",
         "",
         "| algorithm | IQM | probability of improvement |",
         "| --- | --- | --- |",
@@ -188,15 +262,11 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/matrix", help="where the runs live")
     parser.add_argument("--results", required=True, help="where the report goes")
     arguments = parser.parse_args()
-    matrix = [
-        Run(task, algorithm, seed)
-        for seed in range(arguments.seeds)
-        for task in arguments.tasks
-        for algorithm in arguments.algorithms
-    ]
+    matrix = Matrix(arguments)
+    matrix.take_back()
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        finished = list(pool.map(lambda run: train(run, arguments), matrix))
-    report(dict(zip(matrix, finished, strict=True)), arguments)
+        list(pool.map(matrix.complete, matrix.runs))
+    report(matrix)
 
 
 if __name__ == "__main__":
