@@ -3,7 +3,8 @@
 One environment, one update per step, batch 256, two hidden layers of 256, a policy step in every
 update, no evaluation. Every measurement is a process of its own on all cores; the programs take
 turns, and a ratio is taken within each round. The peers are measured where they are installed
-(`pip install stable-baselines3 rltools`; RLtools also compiles, so it needs a C++ compiler).
+(`pip install stable-baselines3 rltools mkl mkl-include`; RLtools compiles itself, so it needs a C++
+compiler, and without MKL it multiplies in plain loops).
 
 Run: python benchmarks/whole_loop.py --rounds 3
 """
