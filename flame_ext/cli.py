@@ -170,6 +170,12 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto draws the multi-goal picture if all runs are of that task",
     )
+    add(
+        "--axis",
+        choices=("step", "wall_time"),
+        default="step",
+        help="what curves are drawn against: environment steps or the time that training took",
+    )
     add("--episodes", type=_count, default=100, metavar="N", help="episodes per multi-goal run")
 
 
@@ -413,7 +419,7 @@ def _plot(options: argparse.Namespace) -> None:
     if kind == "multigoal":
         plot_multigoal(options.run_dirs, output, options.episodes)
     else:
-        plot_learning_curves(options.run_dirs, output)
+        plot_learning_curves(options.run_dirs, output, options.axis)
     print(output)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,6 +20,9 @@ from flame_ext.multigoal import ENV_ID, MAX_EPISODE_STEPS, MultiGoalEnv
 from flame_ext.policy import Policy, load
 
 Array = NDArray[np.float64]
+
+# What a learning curve is drawn against: a column of evaluations.csv.
+CurveAxis = Literal["step", "wall_time"]
 
 # Okabe-Ito colours: told apart with every common form of colour blindness.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -40,14 +43,14 @@ class Curve:
 
     Attributes:
         algorithm: Its name.
-        steps: Environment steps (T,).
+        x: Environment steps, or the mean over runs of the seconds that they took (T,).
         mean: Mean over runs of the mean return (T,).
         spread: Standard deviation (T,): over runs, or over episodes if there is one run only.
         runs: Number of runs.
     """
 
     algorithm: str
-    steps: Array
+    x: Array
     mean: Array
     spread: Array
     runs: int
@@ -103,7 +106,7 @@ def run_facts(run_dir: str | Path) -> tuple[str, str | None]:
         return algorithm, None
 
 
-def aggregate_curves(run_dirs: Sequence[str | Path]) -> list[Curve]:
+def aggregate_curves(run_dirs: Sequence[str | Path], axis: CurveAxis = "step") -> list[Curve]:
     """Average the evaluations of all runs of each algorithm, in the order of their appearance.
 
     Runs are compared where all of the same algorithm have been evaluated; between their own
@@ -119,10 +122,10 @@ def aggregate_curves(run_dirs: Sequence[str | Path]) -> list[Curve]:
     groups: dict[str, list[dict[str, list[Any]]]] = {}
     for run_dir in run_dirs:
         groups.setdefault(run_facts(run_dir)[0], []).append(read_evaluations(run_dir))
-    return [_average(algorithm, tables) for algorithm, tables in groups.items()]
+    return [_average(algorithm, tables, axis) for algorithm, tables in groups.items()]
 
 
-def _average(algorithm: str, tables: list[dict[str, list[Any]]]) -> Curve:
+def _average(algorithm: str, tables: list[dict[str, list[Any]]], axis: CurveAxis) -> Curve:
     first = max(table["step"][0] for table in tables)
     last = min(table["step"][-1] for table in tables)
     steps = np.unique([step for table in tables for step in table["step"]])
@@ -131,19 +134,26 @@ def _average(algorithm: str, tables: list[dict[str, list[Any]]]) -> Curve:
         raise ValueError(
             f"the runs of {algorithm} have no evaluated steps in common; plot them one by one."
         )
-    rows = np.stack([np.interp(steps, t["step"], t["mean_return"]) for t in tables])
-    spread = rows.std(axis=0) if len(tables) > 1 else np.array(tables[0]["std_return"])
-    return Curve(algorithm, steps, rows.mean(axis=0), spread, len(tables))
+
+    def at_steps(column: str) -> Array:
+        return np.stack([np.interp(steps, t["step"], t[column]) for t in tables])
+
+    returns = at_steps("mean_return")
+    spread = returns.std(axis=0) if len(tables) > 1 else np.array(tables[0]["std_return"])
+    return Curve(algorithm, at_steps(axis).mean(axis=0), returns.mean(axis=0), spread, len(tables))
 
 
-def plot_learning_curves(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
-    """Draw evaluation return against environment steps, one curve per algorithm.
+def plot_learning_curves(
+    run_dirs: Sequence[str | Path], output: str | Path, axis: CurveAxis = "step"
+) -> Path:
+    """Draw evaluation returns, one curve per algorithm.
 
     The band is one standard deviation: over runs, or over the episodes of a single run.
 
     Args:
         run_dirs: Run directories; those of the same algorithm are averaged.
         output: The picture; its ending decides the format (png, pdf, svg).
+        axis: Against environment steps or against the time that training took.
 
     Returns:
         The path of the picture.
@@ -153,19 +163,21 @@ def plot_learning_curves(run_dirs: Sequence[str | Path], output: str | Path) -> 
         FileNotFoundError: If a run has no evaluations.
         RunDirectoryError: If a directory is not a run's.
     """
-    curves = aggregate_curves(run_dirs)
+    curves = aggregate_curves(run_dirs, axis)
     tasks = {task for task in (run_facts(run_dir)[1] for run_dir in run_dirs) if task}
+    scale, label = (1.0, "environment steps") if axis == "step" else (1 / 60, "minutes of training")
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for index, curve in enumerate(curves):
         colour = _ALGORITHM_COLOURS.get(curve.algorithm, _COLOURS[index % len(_COLOURS)])
         name = _ALGORITHM_NAMES.get(curve.algorithm, curve.algorithm)
-        label = f"{name}, {curve.runs} seeds" if curve.runs > 1 else f"{name}, 1 seed"
-        marker = "o" if len(curve.steps) < 30 else None
-        axes.plot(curve.steps, curve.mean, color=colour, lw=2, marker=marker, ms=4, label=label)
+        runs = f"{name}, {curve.runs} seeds" if curve.runs > 1 else f"{name}, 1 seed"
+        marker = "o" if len(curve.x) < 30 else None
+        x = scale * curve.x
+        axes.plot(x, curve.mean, color=colour, lw=2, marker=marker, ms=4, label=runs)
         low, high = curve.mean - curve.spread, curve.mean + curve.spread
-        axes.fill_between(curve.steps, low, high, color=colour, alpha=0.2, lw=0)
-    axes.set_xlabel("environment steps")
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+    axes.set_xlabel(label)
     axes.set_ylabel("evaluation return")
     axes.set_title(", ".join(sorted(tasks)) or "learning curve")
     axes.xaxis.set_major_formatter(_short_number)

@@ -24,13 +24,13 @@ from flame_ext.policy import POLICY_FILE, PolicySpec, save_policy
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
 
-def write_run(run_dir, algorithm, rows):
+def write_run(run_dir, algorithm, rows, seconds_per_step=1.0):
     """A run directory with evaluations: rows of (step, returns of the episodes)."""
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text(json.dumps({"algorithm": algorithm}))
     log = EvaluationLog(run_dir)
     for step, returns in rows:
-        log.write(Evaluation(step, 1.0, tuple(returns), (1,) * len(returns)))
+        log.write(Evaluation(step, seconds_per_step * step, tuple(returns), (1,) * len(returns)))
     return run_dir
 
 
@@ -65,7 +65,7 @@ def test_seeds_are_averaged_per_algorithm(tmp_path):
     ]
     flame, sac = aggregate_curves(runs)
     assert (flame.algorithm, flame.runs, sac.algorithm, sac.runs) == ("flame", 2, "sac", 1)
-    assert flame.steps.tolist() == [10, 20]
+    assert flame.x.tolist() == [10, 20]
     assert flame.mean.tolist() == [3.0, 15.0]
     assert flame.spread.tolist() == [1.0, 5.0]
     # One run alone: the spread is that of its episodes.
@@ -78,8 +78,17 @@ def test_runs_are_compared_where_all_have_been(tmp_path):
         write_run(tmp_path / "b", "flame", [(10, [0.0]), (30, [0.0])]),
     ]
     (curve,) = aggregate_curves(runs)
-    assert curve.steps.tolist() == [10, 20, 30]
+    assert curve.x.tolist() == [10, 20, 30]
     assert curve.mean.tolist() == [5.0, 10.0, 15.0]
+
+
+def test_time_is_an_axis_too(tmp_path):
+    slow = write_run(tmp_path / "a", "flame", [(10, [0.0]), (20, [10.0])], seconds_per_step=3.0)
+    fast = write_run(tmp_path / "b", "flame", [(10, [2.0]), (20, [20.0])], seconds_per_step=2.0)
+    (curve,) = aggregate_curves([slow, fast], "wall_time")
+    assert curve.x.tolist() == [25, 50]
+    assert curve.mean.tolist() == [1, 15]
+    assert has_content(plot_learning_curves([slow], tmp_path / "time.png", "wall_time"))
 
 
 def test_runs_without_common_steps_are_refused(tmp_path):

@@ -71,17 +71,14 @@ class Matrix:
             for task in arguments.tasks
             for algorithm in arguments.algorithms
         ]
+        self._finished: set[Run] = set()
         self._reporting = threading.Lock()
 
     def directory(self, run: Run) -> Path:
         """Where the run lives."""
         return Path(self.arguments.runs) / run.name
 
-    def finished(self) -> list[Run]:
-        """The runs that are complete."""
-        return [run for run in self.runs if self._is_finished(run)]
-
-    def _is_finished(self, run: Run) -> bool:
+    def _reached_the_end(self, run: Run) -> bool:
         try:
             steps = read_evaluations(self.directory(run))["step"]
         except FileNotFoundError:
@@ -90,13 +87,20 @@ class Matrix:
 
     def complete(self, run: Run) -> None:
         """Trains or resumes a run that is not finished, keeps its results and reports."""
-        trains = not self._is_finished(run)
+        trains = not self._reached_the_end(run)
         if trains:
             train(run, self.directory(run), self.arguments)
         with self._reporting:
             self.keep(run)
+            # Its last evaluation is written before its process ends, so the file does not tell.
+            self._finished.add(run)
             if trains:
                 report(self)
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that are complete, in order."""
+        return [run for run in self.runs if run in self._finished]
 
     def keep(self, run: Run) -> None:
         """Copies a run's curve, settings and provenance to the results."""
@@ -158,12 +162,14 @@ def _provenance(directory: Path) -> Path:
 
 def report(matrix: Matrix) -> None:
     """Draws the figures, writes and prints the tables of the finished runs."""
-    finished = matrix.finished()
+    finished = matrix.finished
     check_settings({run: matrix.directory(run) for run in finished})
     for task in matrix.arguments.tasks:
         runs = [matrix.directory(run) for run in finished if run.task == task]
         if runs:
-            plot_learning_curves(runs, matrix.results / f"{task.replace('/', '_')}.png")
+            stem = task.replace("/", "_")
+            plot_learning_curves(runs, matrix.results / f"{stem}.png")
+            plot_learning_curves(runs, matrix.results / f"{stem}-time.png", "wall_time")
     curves: Curves = {}
     for run in finished:
         evaluations = read_evaluations(matrix.directory(run))
