@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flame_ext import Trainer, ops
+from flame_ext.policies.flow import MIN_TIME
 from flame_ext.reference import Reweighted
 from flame_ext.sampling import CandidateSampling
 
@@ -34,7 +35,7 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         batch = trainer.replay.sample(states, generator)
         self.critics, self.obs = trainer.agent.critics, batch.obs
-        self.t = 0.01 + 0.99 * torch.rand(states, 1, generator=generator)
+        self.t = MIN_TIME + (1 - MIN_TIME) * torch.rand(states, 1, generator=generator)
         noise = torch.randn(batch.action.shape, generator=generator)
         self.z = (1 - self.t) * batch.action + self.t * noise
 

@@ -23,10 +23,13 @@ constexpr float kLayerNormEps = 1e-5f;
 constexpr int kPanelVecs = kPanel / kLanes;
 #if defined(FLAME_ISA_AVX512)
 constexpr int kTileRows = 8, kTilePanels = 2;  // 16 of 32 registers accumulate
+constexpr int kGemvPanels = 4;  // more streams of weights come slower from the second-level cache
 #elif defined(FLAME_ISA_AVX2)
 constexpr int kTileRows = 6, kTilePanels = 1;  // 12 of 16
+constexpr int kGemvPanels = 4;
 #else
 constexpr int kTileRows = 2, kTilePanels = 1;  // 8 of 16
+constexpr int kGemvPanels = 2;
 #endif
 
 FLAME_INLINE int round_up(int n) { return (n + kPanel - 1) / kPanel * kPanel; }
@@ -172,7 +175,7 @@ void layer_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx,
                 float* y, int64_t ldy, Finish finish) {
     const int panels = round_up(layer.outputs) / kPanel;
     if (rows == 1) {
-        gemv<8 / kPanelVecs, kHalf>(layer, 0, panels, x, init.row(0), y, finish);
+        gemv<kGemvPanels, kHalf>(layer, 0, panels, x, init.row(0), y, finish);
         return;
     }
     int p = 0;
