@@ -1,10 +1,15 @@
 #include "monotonicity.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "thread_pool.h"
+
 namespace flame {
 namespace {
+
+constexpr int64_t kGrain = 16;  // rows that are worth a thread: a few microseconds
 
 // Square matrices of one size, reused from row to row.
 struct Matrices {
@@ -95,25 +100,32 @@ int smallest_eigenvalue(Matrices& m) {
     return smallest;
 }
 
+// The gap of one matrix and its gradient.
+float matrix_gap(const float* transport, double margin, Matrices& m, float* gradient) {
+    const int n = m.n;
+    load_symmetric_part(transport, m);
+    std::fill_n(gradient, n * n, 0.0f);
+    if (all_above(margin, m)) return 0.0f;
+    const int column = smallest_eigenvalue(m);
+    for (int i = 0; i < n; ++i) {
+        for (int j = 0; j < n; ++j) {
+            const double product = m.vectors[i * n + column] * m.vectors[j * n + column];
+            gradient[i * n + j] = static_cast<float>(-product);
+        }
+    }
+    return static_cast<float>(margin - m.symmetric[column * (n + 1)]);
+}
+
 }  // namespace
 
 void monotonicity_gap(int64_t rows, int n, const float* transport, double margin, float* gap,
                       float* gradient) {
-    Matrices m(n);
-    for (int64_t b = 0; b < rows; ++b, transport += n * n, gradient += n * n) {
-        load_symmetric_part(transport, m);
-        gap[b] = 0.0f;
-        for (int i = 0; i < n * n; ++i) gradient[i] = 0.0f;
-        if (all_above(margin, m)) continue;
-        const int column = smallest_eigenvalue(m);
-        gap[b] = static_cast<float>(margin - m.symmetric[column * (n + 1)]);
-        for (int i = 0; i < n; ++i) {
-            for (int j = 0; j < n; ++j) {
-                const double product = m.vectors[i * n + column] * m.vectors[j * n + column];
-                gradient[i * n + j] = static_cast<float>(-product);
-            }
+    parallel_for(rows, kGrain, [&](int64_t begin, int64_t end) {
+        Matrices m(n);
+        for (int64_t b = begin; b < end; ++b) {
+            gap[b] = matrix_gap(transport + b * n * n, margin, m, gradient + b * n * n);
         }
-    }
+    });
 }
 
 }  // namespace flame
