@@ -35,11 +35,15 @@ struct TangentTape {
     float* output_delta;  // the same shape
 };
 
-// Samples per chunk: about kMaxTileRows rows.
+// Samples per chunk: at most about kMaxTileRows rows, in an even number of chunks, so that two
+// threads have the same to do. Sums over samples are cut here: not by the number of threads.
 FLAME_INLINE int tangent_chunk(int64_t samples, int tangents) {
     const int fit = kMaxTileRows / (1 + tangents);
     const int limit = fit < 1 ? 1 : fit;
-    return samples < limit ? static_cast<int>(samples) : limit;
+    if (samples <= limit) return static_cast<int>(samples);
+    const int64_t fewest = (samples + limit - 1) / limit;
+    const int64_t chunks = (fewest + 1) / 2 * 2;
+    return static_cast<int>((samples + chunks - 1) / chunks);
 }
 
 // With `record` the arrays hold all samples and what the backward pass needs; without, one chunk.

@@ -72,10 +72,13 @@ Scratch make_scratch(const ReweightedArgs& a, int group_states, int rows, int wi
     return s;
 }
 
-// States per task: as many as fit kGroupRows candidates, spread evenly.
+// States per task: as many as fit kGroupRows candidates, in as many tasks for every thread. A state
+// is never cut, so the bits do not depend on it.
 int states_per_group(int64_t states, int candidates) {
+    const int64_t threads = num_threads();
     const int64_t most = kGroupRows > candidates ? kGroupRows / candidates : 1;
-    const int64_t groups = (states + most - 1) / most;
+    const int64_t fewest = (states + most - 1) / most;
+    const int64_t groups = (fewest + threads - 1) / threads * threads;
     return groups > 0 ? static_cast<int>((states + groups - 1) / groups) : 1;
 }
 
