@@ -35,6 +35,8 @@ def test_matrix_goes_on_from_its_results_alone(tmp_path: Path) -> None:
     assert len(curves) == 2
 
     shutil.rmtree(tmp_path / "runs")
+    report = run(tmp_path, "learning/matrix.py", matrix + "2 --report-only")
+    assert report.stdout == first.stdout[-len(report.stdout) :], report.stderr[-2000:]
     second = run(tmp_path, "learning/matrix.py", matrix + "2")
     assert "| Pendulum-v1 | sac | 2 |" in second.stdout, second.stderr[-2000:]
     # Wall times are among the columns: a run made anew would differ.

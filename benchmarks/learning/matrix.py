@@ -88,6 +88,8 @@ class Matrix:
     def complete(self, run: Run) -> None:
         """Trains or resumes a run that is not finished, keeps its results and reports."""
         trains = not self._reached_the_end(run)
+        if trains and self.arguments.report_only:
+            return
         if trains:
             train(run, self.directory(run), self.arguments)
         with self._reporting:
@@ -265,6 +267,7 @@ def main() -> None:
     parser.add_argument("--preset", default="default")
     parser.add_argument("--set", nargs="*", default=[], help="options as KEY=VALUE for every run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--report-only", action="store_true", help="train nothing")
     parser.add_argument("--runs", default="runs/matrix", help="where the runs live")
     parser.add_argument("--results", required=True, help="where the report goes")
     arguments = parser.parse_args()
