@@ -78,42 +78,42 @@ class Matrix:
         """Where the run lives."""
         return Path(self.arguments.runs) / run.name
 
-    def _reached_the_end(self, run: Run) -> bool:
-        try:
-            steps = read_evaluations(self.directory(run))["step"]
-        except FileNotFoundError:
-            return False
-        return bool(steps) and steps[-1] >= self.arguments.steps
-
     def complete(self, run: Run) -> None:
-        """Trains or resumes a run that is not finished, keeps its results and reports."""
-        trains = not self._reached_the_end(run)
-        if trains and self.arguments.report_only:
-            return
-        if trains:
-            train(run, self.directory(run), self.arguments)
+        """Trains or resumes a run, keeps its results and reports."""
+        train(run, self.directory(run), self.arguments)
         with self._reporting:
             self.keep(run)
-            # Its last evaluation is written before its process ends, so the file does not tell.
-            self._finished.add(run)
-            if trains:
-                report(self)
+            report(self)
 
     @property
     def finished(self) -> list[Run]:
         """The runs that are complete, in order."""
         return [run for run in self.runs if run in self._finished]
 
+    @property
+    def unfinished(self) -> list[Run]:
+        """The others."""
+        return [run for run in self.runs if run not in self._finished]
+
+    def find_finished(self) -> None:
+        """Keeps the results of what is complete in `--runs` or, from elsewhere, in `--results`."""
+        self._take_back()
+        for run in self.runs:
+            if _last_step(self.directory(run)) >= self.arguments.steps:
+                self.keep(run)
+
     def keep(self, run: Run) -> None:
-        """Copies a run's curve, settings and provenance to the results."""
+        """Copies a finished run's curve, settings and provenance to the results."""
         directory = self.directory(run)
         for name, ending in RESULT_FILES.items():
             shutil.copy(directory / name, self.results / (run.name + ending))
         origins = {**self._origins(), run.name: json.loads(_provenance(directory).read_text())}
         text = json.dumps(dict(sorted(origins.items())), indent=1)
         self._origins_file.write_text(text + "\n")
+        # A run writes its last evaluation before its process ends, so its files alone do not tell.
+        self._finished.add(run)
 
-    def take_back(self) -> None:
+    def _take_back(self) -> None:
         """Makes run directories, without checkpoints, of results that were kept elsewhere."""
         origins = self._origins()
         for run in self.runs:
@@ -160,6 +160,14 @@ def _start(run: Run, arguments: argparse.Namespace, directory: Path) -> list[str
 
 def _provenance(directory: Path) -> Path:
     return directory.with_suffix(".provenance.json")
+
+
+def _last_step(directory: Path) -> float:
+    try:
+        steps: list[float] = read_evaluations(directory)["step"]
+    except FileNotFoundError:
+        return 0
+    return steps[-1] if steps else 0
 
 
 def report(matrix: Matrix) -> None:
@@ -272,10 +280,12 @@ def main() -> None:
     parser.add_argument("--results", required=True, help="where the report goes")
     arguments = parser.parse_args()
     matrix = Matrix(arguments)
-    matrix.take_back()
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(matrix.complete, matrix.runs))
-    report(matrix)
+    matrix.find_finished()
+    if matrix.finished:
+        report(matrix)
+    if not arguments.report_only:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(matrix.complete, matrix.unfinished))
 
 
 if __name__ == "__main__":
