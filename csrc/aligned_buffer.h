@@ -11,6 +11,8 @@
 #include <memory>
 #include <new>
 
+#include "partition.h"
+
 namespace flame {
 
 class AlignedBuffer {
@@ -21,8 +23,7 @@ class AlignedBuffer {
     void resize(int64_t floats) {
         constexpr size_t kLine = 64;
         constexpr size_t kHugePage = size_t{2} << 20;
-        const size_t bytes =
-            (static_cast<size_t>(floats) * sizeof(float) + kLine - 1) / kLine * kLine;
+        const size_t bytes = round_up(static_cast<size_t>(floats) * sizeof(float), kLine);
         const size_t alignment = bytes >= kHugePage / 8 ? kHugePage : kLine;
         void* p = nullptr;
         if (bytes != 0 && posix_memalign(&p, alignment, bytes) != 0) throw std::bad_alloc();

@@ -21,7 +21,11 @@ namespace py = pybind11;
 namespace flame {
 namespace {
 
-using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+constexpr int kAligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast | kAligned>;
+
+// numpy gives arrays over byte buffers that begin anywhere.
+bool is_aligned(const py::array& a) { return (a.flags() & kAligned) != 0; }
 
 Activation parse_activation(const std::string& name) {
     if (name == "relu") return Activation::kRelu;
@@ -93,13 +97,14 @@ std::unique_ptr<PackedPolicy> pack_policy(
     return std::make_unique<PackedPolicy>(d);
 }
 
-// A view of (O,) or (B, O) float32 or float64 of any strides; other dtypes are converted first.
+// A view of (O,) or (B, O) float32 or float64 of any strides; other dtypes and misaligned arrays
+// are converted first.
 MatrixView obs_view(py::array& obs, int64_t obs_dim) {
     const auto is = [&](char code) {
         return obs.dtype().char_() == code && obs.dtype().byteorder() == '=';
     };
     const bool single = is('f');
-    if (!single && !is('d')) {
+    if ((!single && !is('d')) || !is_aligned(obs)) {
         obs = Floats::ensure(obs);
         if (!obs) throw py::error_already_set();
         return obs_view(obs, obs_dim);
@@ -186,7 +191,10 @@ ActArguments read_arguments(PyObject* const* values, Py_ssize_t positional, PyOb
 
 template <typename Array>
 Array array_of(py::handle value) {
-    if (py::isinstance<Array>(value)) return py::reinterpret_borrow<Array>(value);
+    if (py::isinstance<Array>(value)) {
+        auto array = py::reinterpret_borrow<Array>(value);
+        if (is_aligned(array)) return array;
+    }
     Array array = Array::ensure(value);
     if (!array) throw py::error_already_set();
     return array;

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "api.h"
+#include "partition.h"
 
 namespace flame {
 
@@ -39,9 +40,7 @@ inline bool has_norm(const MlpSpec& spec, int layer) {
     return spec.layer_norm && layer + 1 < spec.num_layers;
 }
 
-inline size_t aligned_size(size_t floats) {
-    return (floats + kParameterAlignment - 1) / kParameterAlignment * kParameterAlignment;
-}
+inline size_t aligned_size(size_t floats) { return round_up(floats, kParameterAlignment); }
 
 static inline LayerOffsets layer_offsets(const MlpSpec& spec, int layer) {
     LayerOffsets o{};

@@ -395,7 +395,6 @@ def test_layouts_and_dtypes_of_observations():
     expected = packed.act(obs, noise[:, 0])
     wide = np.zeros((9, 40), np.float32)
     wide[:, 3:37:2] = obs
-    shifted = np.frombuffer(b"\0" + obs.tobytes(), np.float32, obs.size, 1)  # misaligned
     for view in (
         np.asfortranarray(obs),
         wide[:, 3:37:2],
@@ -403,12 +402,20 @@ def test_layouts_and_dtypes_of_observations():
         np.asfortranarray(obs.astype(np.float64)),
         obs[::-1][::-1],
         obs.astype(">f4"),
-        shifted.reshape(obs.shape),
+        misaligned(obs),
+        misaligned(obs.astype(np.float64)),
     ):
         np.testing.assert_array_equal(packed.act(view, noise[:, 0]), expected)
     np.testing.assert_array_equal(packed.act(np.repeat(obs, 2, 0)[::2], noise[:, 0]), expected)
     strided_noise = np.repeat(noise[:, 0], 2, axis=1)[:, ::2]
     np.testing.assert_array_equal(packed.act(obs, strided_noise), expected)
+    np.testing.assert_array_equal(packed.act(obs, misaligned(noise[:, 0])), expected)
+
+
+def misaligned(array):
+    """A copy that begins at an odd address."""
+    buffer = b"\0" + array.tobytes()
+    return np.frombuffer(buffer, array.dtype, array.size, 1).reshape(array.shape)
 
 
 def test_one_observation_gives_one_action():

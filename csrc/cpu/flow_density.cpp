@@ -7,6 +7,7 @@
 #include "cpu/mlp_input.h"
 #include "cpu/mlp_tangent.h"
 #include "cpu/training_kernels.h"
+#include "partition.h"
 #include "small_lu.h"
 
 namespace flame::FLAME_ISA {
@@ -102,7 +103,7 @@ const float* state_parts(const FlowDensityArgs& a, const PackedLayer& layer, int
     gemm_packed(1, layer.out, layer.in - a.time_features, a.time_features, layer.in,
                 a.time + static_cast<ptrdiff_t>(step) * a.time_features, a.time_features,
                 layer.forward, init, bias, ld);
-    const int64_t chunks = (a.states + kMaxTileRows - 1) / kMaxTileRows;
+    const int64_t chunks = divide_up(a.states, kMaxTileRows);
     parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
         const float* rows_init[kMaxTileRows];
         for (int64_t c = begin; c < end; ++c) {
@@ -185,7 +186,7 @@ void flow_density(const FlowDensityArgs& a) {
     for (int s = 0; s < a.steps; ++s) {
         const Step step{s, state_parts(a, layers[0], s, part, ld, workspace), ld, columns};
         const int chunk = tangent_chunk(rows, tangents);
-        parallel_for((rows + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
+        parallel_for(divide_up(rows, chunk), 1, [&](int64_t begin, int64_t end) {
             Workspace scratch;
             const TangentTape tape = make_tangent_tape(a.spec, rows, tangents, false, scratch);
             for (int64_t c = begin; c < end; ++c) {

@@ -12,6 +12,7 @@
 #include <cstddef>
 
 #include "cpu/simd.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -26,7 +27,7 @@ constexpr int kGemmRows = 6;
 // 2^n floats from competing for the same L1 sets.
 static inline int padded_columns(int n) { return (n + 31) / 32 * 32 + 16; }
 
-static inline int panel_count(int n) { return (n + kGemmCols - 1) / kGemmCols; }
+static inline int panel_count(int n) { return divide_up(n, kGemmCols); }
 
 static inline size_t packed_size(int n, int k) {
     return static_cast<size_t>(panel_count(n)) * kGemmCols * k;

@@ -2,6 +2,7 @@
 #include "cpu/training_kernels.h"
 
 #include "cpu/mlp_tile.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 namespace {
@@ -87,7 +88,7 @@ void mlp_forward(const MlpForwardArgs& a) {
     pack_mlp(a.spec, a.parameters, {false, 0}, workspace, packed);
     const int width = widest_row(a.spec);
     const int chunk = balanced_chunk(a.rows, tile_rows(width));
-    const int64_t chunks = (a.rows + chunk - 1) / chunk;
+    const int64_t chunks = divide_up(a.rows, chunk);
     parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
         Workspace scratch;
         const TileBuffers tile = make_tile_buffers(chunk, width, scratch);

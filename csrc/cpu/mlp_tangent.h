@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/mlp_tape.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -41,9 +42,9 @@ FLAME_INLINE int tangent_chunk(int64_t samples, int tangents) {
     const int fit = kMaxTileRows / (1 + tangents);
     const int limit = fit < 1 ? 1 : fit;
     if (samples <= limit) return static_cast<int>(samples);
-    const int64_t fewest = (samples + limit - 1) / limit;
-    const int64_t chunks = (fewest + 1) / 2 * 2;
-    return static_cast<int>((samples + chunks - 1) / chunks);
+    const int64_t fewest = divide_up(samples, limit);
+    const int64_t chunks = round_up(fewest, 2);
+    return static_cast<int>(divide_up(samples, chunks));
 }
 
 // With `record` the arrays hold all samples and what the backward pass needs; without, one chunk.
@@ -53,7 +54,7 @@ static inline TangentTape make_tangent_tape(const MlpSpec& spec, int64_t samples
     tape.samples = samples;
     tape.tangents = tangents;
     tape.chunk = tangent_chunk(samples, tangents);
-    tape.chunks = samples > 0 ? (samples + tape.chunk - 1) / tape.chunk : 0;
+    tape.chunks = samples > 0 ? divide_up(samples, tape.chunk) : 0;
     tape.num_layers = spec.num_layers;
     const int64_t kept = record ? samples : tape.chunk;
     const size_t rows = static_cast<size_t>(kept) * (1 + tangents);
@@ -107,7 +108,7 @@ static inline void activate_sample(const PackedLayer& weights, const TangentLaye
 
 // Normalises one row of tangents: s (x' - mean x' - xhat along), along = mean(xhat x').
 static inline float normalise_tangent(float* x, const float* normed, int n, float inverse_std) {
-    for (int c = n; c < (n + kLanes - 1) / kLanes * kLanes; ++c) x[c] = 0.0f;
+    for (int c = n; c < round_up(n, kLanes); ++c) x[c] = 0.0f;
     vf total = zero();
     vf product = zero();
     for (int c = 0; c < n; c += kLanes) {
@@ -133,7 +134,7 @@ static inline void activate_normed_sample(const PackedLayer& weights, const Tang
     float* kept = kRecord ? layer.tangent + i * (1 + tangents) * ld : nullptr;
     float* normed = kRecord ? kept : scratch;
     const RowMoments m = row_moments(h, n);
-    for (int c = n; c < (n + kLanes - 1) / kLanes * kLanes; ++c) h[c] = m.mean;
+    for (int c = n; c < round_up(n, kLanes); ++c) h[c] = m.mean;
     for (int c = 0; c < n; c += kLanes) {
         store(normed + c, (load(h + c) - splat(m.mean)) * splat(m.inverse_std));
     }
@@ -220,7 +221,7 @@ static inline void activation_backward(const TangentLayer& layer, const PackedLa
 static inline float norm_tangent_backward(float* delta, const float* normed, const float* tangent,
                                           const float* gain, float* gain_sum, float* value, int n,
                                           float inverse_std, float along) {
-    for (int c = n; c < (n + kLanes - 1) / kLanes * kLanes; ++c) delta[c] = 0.0f;
+    for (int c = n; c < round_up(n, kLanes); ++c) delta[c] = 0.0f;
     vf mean = zero();
     vf product = zero();
     vf second = zero();
@@ -257,7 +258,7 @@ static inline void norm_sample_backward(const TangentLayer& layer, const PackedL
     const float* normed = layer.tangent + i * (1 + tangents) * ld;
     float* gain_sum = partial;
     float* offset_sum = partial + ld;
-    for (int c = n; c < (n + kLanes - 1) / kLanes * kLanes; ++c) delta[c] = 0.0f;
+    for (int c = n; c < round_up(n, kLanes); ++c) delta[c] = 0.0f;
     for (int c = 0; c < n; c += kLanes) {
         const vf d = load(delta + c);
         store(gain_sum + c, fma(d, load(normed + c), load(gain_sum + c)));
@@ -272,7 +273,7 @@ static inline void norm_sample_backward(const TangentLayer& layer, const PackedL
     }
     vf mean = zero();
     vf product = zero();
-    for (int c = n; c < (n + kLanes - 1) / kLanes * kLanes; ++c) value[c] = 0.0f;
+    for (int c = n; c < round_up(n, kLanes); ++c) value[c] = 0.0f;
     for (int c = 0; c < n; c += kLanes) {
         mean = mean + load(value + c);
         product = fma(load(value + c), load(normed + c), product);

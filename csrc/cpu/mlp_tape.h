@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/mlp_tile.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -50,7 +51,7 @@ static inline Tape make_tape(const MlpSpec& spec, int64_t rows, Workspace& works
     Tape tape{};
     tape.rows = rows;
     tape.chunk = even_chunk(rows, kTapeRows);
-    tape.chunks = (rows + tape.chunk - 1) / tape.chunk;
+    tape.chunks = divide_up(rows, tape.chunk);
     tape.num_layers = spec.num_layers;
     for (int l = 0; l + 1 < spec.num_layers; ++l) {
         TapeLayer& layer = tape.hidden[l];
@@ -153,7 +154,7 @@ static inline void norm_backward(const PackedLayer& weights, const TapeLayer& la
         float* delta = layer.delta + i * layer.ld;
         const float* normed = layer.normed + i * layer.ld;
         // Columns from n to the padded end must not enter the sums.
-        for (int c = n; c < (n + kLanes - 1) / kLanes * kLanes; ++c) delta[c] = 0.0f;
+        for (int c = n; c < round_up(n, kLanes); ++c) delta[c] = 0.0f;
         vf mean = zero();
         vf along = zero();
         for (int c = 0; c < n; c += kLanes) {
@@ -308,7 +309,7 @@ static inline void basis_gradient_block(const LayerGradient& g, int first, int c
     }
 }
 
-FLAME_INLINE int gradient_blocks(int out) { return (out + kGradientRows - 1) / kGradientRows; }
+FLAME_INLINE int gradient_blocks(int out) { return divide_up(out, kGradientRows); }
 
 static inline void layer_gradient_block(const LayerGradient& g, int block, float* scratch) {
     const int first = block * kGradientRows;

@@ -4,7 +4,7 @@
 
 #include "cpu/mlp_pack.h"
 #include "mlp_activation.h"
-#include "row_count.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -30,9 +30,9 @@ static inline int tile_rows(int row_floats) {
 // rows are no chunks.
 static inline int even_chunk(int64_t rows, int limit) {
     if (rows <= limit) return rows > 0 ? static_cast<int>(rows) : 1;
-    const int64_t chunks = (rows + limit - 1) / limit;
-    const int64_t even = (rows + chunks - 1) / chunks;
-    const int64_t rounded = (even + kGemmRows - 1) / kGemmRows * kGemmRows;
+    const int64_t chunks = divide_up(rows, limit);
+    const int64_t even = divide_up(rows, chunks);
+    const int64_t rounded = round_up(even, kGemmRows);
     return rounded > limit ? limit : static_cast<int>(rounded);
 }
 
@@ -44,12 +44,12 @@ constexpr int kMinChunkRows = 16;
 static inline int balanced_chunk(int64_t rows, int limit) {
     const int64_t threads = num_threads();
     if (rows < 2 * kMinChunkRows) return even_chunk(rows, limit);
-    const int64_t fewest = (rows + limit - 1) / limit;
-    const int64_t balanced = (fewest + threads - 1) / threads * threads;
+    const int64_t fewest = divide_up(rows, limit);
+    const int64_t balanced = round_up(fewest, threads);
     const int64_t most = rows / kMinChunkRows;
     const int64_t wanted = balanced < most ? balanced : most;
     const int64_t chunks = wanted > fewest ? wanted : fewest;
-    return static_cast<int>((rows + chunks - 1) / chunks);
+    return static_cast<int>(divide_up(rows, chunks));
 }
 
 static inline void fill_rows(const float** init, int rows, const float* first, ptrdiff_t stride) {

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "partition.h"
 
 namespace flame {
 namespace {
@@ -11,7 +12,7 @@ namespace {
 constexpr int64_t kAlignment = 16;  // floats between the starts of tensors in the flat buffer
 constexpr float kHalfMax = 65504.0f;
 
-int64_t round_up(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+int64_t whole_panels(int64_t n) { return round_up(n, kPanel); }
 
 int inputs_of(const PackShape& s) { return s.action_dim + s.obs_dim + s.num_features; }
 
@@ -47,7 +48,7 @@ class FlatReader {
   private:
     const float* take(int64_t floats) {
         const float* p = net_.flat + position_ + member_ * floats;
-        position_ += (net_.members * floats + kAlignment - 1) / kAlignment * kAlignment;
+        position_ += round_up(net_.members * floats, kAlignment);
         return p;
     }
 
@@ -64,7 +65,7 @@ class Writer {
 
     float* take(int64_t floats) {
         float* p = storage_ == nullptr ? nullptr : storage_ + used_;
-        used_ += round_up(floats);
+        used_ += whole_panels(floats);
         return p;
     }
     // Room for weights of either width.
@@ -90,7 +91,7 @@ void put(void* to, int64_t index, float value, bool half, int layer) {
 
 // Input columns [first, first + count) of a layer, as panels.
 PackedLayer pack_panels(const FlatLayer& from, int first, int count, bool half, Writer& writer) {
-    const int64_t panels = round_up(from.outputs) / kPanel;
+    const int64_t panels = whole_panels(from.outputs) / kPanel;
     void* weight = writer.take_weights(panels * kPanel * count, half);
     PackedLayer layer = {count, from.outputs, weight, nullptr, nullptr, nullptr};
     if (weight == nullptr) return layer;
@@ -117,7 +118,7 @@ void pack_norm(const FlatLayer& from, PackedLayer& layer, Writer& writer) {
 }
 
 PackedLayer pack_output(const FlatLayer& from, bool half, Writer& writer) {
-    const int64_t inputs = round_up(from.inputs);
+    const int64_t inputs = whole_panels(from.inputs);
     void* weight = writer.take_weights(inputs * from.outputs, half);
     if (weight != nullptr) {
         for (int o = 0; o < from.outputs; ++o) {
@@ -134,7 +135,7 @@ PackedLayer pack_output(const FlatLayer& from, bool half, Writer& writer) {
 // The first bias of each step: the constant time columns are folded in, summed in double.
 const float* pack_first_bias(const FlatLayer& from, const PackShape& shape, const float* features,
                              int64_t steps, Writer& writer) {
-    const int64_t width = round_up(from.outputs);
+    const int64_t width = whole_panels(from.outputs);
     float* to = writer.take(steps * width);
     if (to == nullptr) return to;
     for (int64_t s = 0; s < steps; ++s) {

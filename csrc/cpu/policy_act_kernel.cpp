@@ -14,6 +14,7 @@
 
 #include "cpu/simd.h"
 #include "mlp_activation.h"
+#include "partition.h"
 #include "philox.h"
 
 namespace flame::FLAME_ISA {
@@ -32,7 +33,7 @@ constexpr int kTileRows = 2, kTilePanels = 1;  // 8 of 16
 constexpr int kGemvPanels = 2;
 #endif
 
-FLAME_INLINE int round_up(int n) { return (n + kPanel - 1) / kPanel * kPanel; }
+FLAME_INLINE int whole_panels(int n) { return round_up(n, kPanel); }
 
 template <bool kHalf>
 FLAME_INLINE vf load_weight(const void* weight, int64_t index) {
@@ -161,7 +162,7 @@ FLAME_INLINE void dispatch_tile(int rows, const PackedLayer& layer, int panel, c
 template <int kPanels, bool kHalf>
 FLAME_INLINE void panel_rows(const PackedLayer& layer, int panel, int rows, const float* x,
                              int64_t ldx, const Rows& init, float* y, int64_t ldy, Finish finish) {
-    const int tiles = (rows + kTileRows - 1) / kTileRows;
+    const int tiles = divide_up(rows, kTileRows);
     for (int t = 0; t < tiles; ++t) {
         const int begin = rows * t / tiles;
         const int end = rows * (t + 1) / tiles;
@@ -173,7 +174,7 @@ FLAME_INLINE void panel_rows(const PackedLayer& layer, int panel, int rows, cons
 template <bool kHalf>
 void layer_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, const Rows& init,
                 float* y, int64_t ldy, Finish finish) {
-    const int panels = round_up(layer.outputs) / kPanel;
+    const int panels = whole_panels(layer.outputs) / kPanel;
     if (rows == 1) {
         gemv<kGemvPanels, kHalf>(layer, 0, panels, x, init.row(0), y, finish);
         return;
@@ -205,7 +206,7 @@ void normalise_rows(const PackedLayer& layer, int rows, float* y, int64_t ldy, F
         for (int j = vec_end; j < width; ++j) variance += (row[j] - mean) * (row[j] - mean);
         variance /= static_cast<float>(width);
         const float scale = 1.0f / __builtin_sqrtf(variance + kLayerNormEps);
-        for (int j = 0; j < round_up(width); j += kLanes) {
+        for (int j = 0; j < whole_panels(width); j += kLanes) {
             const vf normed = (load(row + j) - mean) * scale;
             const vf z = fma(normed, load(layer.gain + j), load(layer.offset + j));
             store(row + j, apply(finish, z));
@@ -215,12 +216,12 @@ void normalise_rows(const PackedLayer& layer, int rows, float* y, int64_t ldy, F
 
 // --- Output layer
 
-// y = x W^T + bias, row by row, four outputs at a time; x is zero up to round_up(inputs).
+// y = x W^T + bias, row by row, four outputs at a time; x is zero up to whole_panels(inputs).
 template <bool kHalf>
 void output_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, float* y,
                  int64_t ldy) {
     constexpr int kGroup = 4;
-    const int inputs = round_up(layer.inputs);
+    const int inputs = whole_panels(layer.inputs);
     for (int r = 0; r < rows; ++r) {
         const float* row = x + r * ldx;
         for (int o = 0; o < layer.outputs; o += kGroup) {
@@ -295,7 +296,7 @@ FLAME_INLINE Rows state_rows(const ActTask& task, const Range& range, const Work
 }
 
 FLAME_INLINE void add_bias(const PackedNet& net, int step, int states, const Workspace& w) {
-    const int width = round_up(net.obs.outputs);
+    const int width = whole_panels(net.obs.outputs);
     const float* bias = net.first_bias + static_cast<int64_t>(step) * width;
     for (int s = 0; s < states; ++s) {
         for (int j = 0; j < width; j += kLanes) {

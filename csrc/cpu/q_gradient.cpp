@@ -5,6 +5,7 @@
 #include "cpu/mlp_input.h"
 #include "cpu/mlp_tape.h"
 #include "cpu/training_kernels.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 namespace {
@@ -90,7 +91,7 @@ void q_gradient(const QGradientArgs& a) {
     const float* input = concatenate(a.rows, blocks, 2, in, workspace);
     const ptrdiff_t ldx = padded_columns(in);
     const int chunk = balanced_chunk(a.rows, kTapeRows);
-    parallel_for((a.rows + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(divide_up(a.rows, chunk), 1, [&](int64_t begin, int64_t end) {
         Workspace scratch;
         MemberTapes tapes;
         for (int m = 0; m < a.spec.members; ++m) tapes.tape[m] = make_tape(a.spec, chunk, scratch);

@@ -10,6 +10,7 @@
 #include "cpu/training_kernels.h"
 #include "cpu/truncated_intervals.h"
 #include "cpu/twin_q_tile.h"
+#include "partition.h"
 #include "philox.h"
 #include "reverse_candidates.h"
 
@@ -52,7 +53,7 @@ Scratch make_scratch(const ReweightedArgs& a, int group_states, int rows, int wi
                      Workspace& workspace) {
     Scratch s{};
     s.tile = make_tile_buffers(rows, width, workspace);
-    s.interval_ld = (a.action_dim + kDoubles - 1) / kDoubles * kDoubles;
+    s.interval_ld = round_up(a.action_dim, kDoubles);
     const auto doubles = [&](size_t n) {
         return static_cast<double*>(workspace.bytes(n * sizeof(double)));
     };
@@ -77,9 +78,9 @@ Scratch make_scratch(const ReweightedArgs& a, int group_states, int rows, int wi
 int states_per_group(int64_t states, int candidates) {
     const int64_t threads = num_threads();
     const int64_t most = kGroupRows > candidates ? kGroupRows / candidates : 1;
-    const int64_t fewest = (states + most - 1) / most;
-    const int64_t groups = (fewest + threads - 1) / threads * threads;
-    return groups > 0 ? static_cast<int>((states + groups - 1) / groups) : 1;
+    const int64_t fewest = divide_up(states, most);
+    const int64_t groups = round_up(fewest, threads);
+    return groups > 0 ? static_cast<int>(divide_up(states, groups)) : 1;
 }
 
 // --- Candidates
@@ -254,7 +255,7 @@ void reweighted_velocity(const ReweightedArgs& a) {
         prepare_critics(a.spec, packed, a.action_dim, a.states, a.obs, a.obs_ld, workspace);
     const int group_states = states_per_group(a.states, a.candidates);
     const int limit = tile_rows(critics.width);
-    parallel_for((a.states + group_states - 1) / group_states, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(divide_up(a.states, group_states), 1, [&](int64_t begin, int64_t end) {
         Workspace memory;
         const Scratch s = make_scratch(a, group_states, limit, critics.width, memory);
         for (int64_t g = begin; g < end; ++g) {

@@ -5,6 +5,7 @@
 #include "cpu/training_kernels.h"
 
 #include "cpu/twin_q_tile.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 namespace {
@@ -32,7 +33,7 @@ void twin_q(const TwinQArgs& a) {
         prepare_critics(a.spec, packed, a.action_dim, a.states, a.obs, a.obs_ld, workspace);
     const int64_t total = a.states * a.candidates;
     const int chunk = balanced_chunk(total, tile_rows(critics.width));
-    parallel_for((total + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(divide_up(total, chunk), 1, [&](int64_t begin, int64_t end) {
         Workspace scratch;
         const TileBuffers tile = make_tile_buffers(chunk, critics.width, scratch);
         for (int64_t c = begin; c < end; ++c) {

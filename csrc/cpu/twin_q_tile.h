@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/mlp_tile.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -22,7 +23,7 @@ static inline CandidateCritics prepare_critics(const MlpSpec& spec, const Packed
     const int width = widest_row(spec);
     float* part = workspace.floats(static_cast<size_t>(spec.members) * states * width);
     const int chunk = even_chunk(states, kMaxTileRows);
-    const int64_t chunks = (states + chunk - 1) / chunk;
+    const int64_t chunks = divide_up(states, chunk);
     parallel_for(chunks * spec.members, 1, [&](int64_t begin, int64_t end) {
         const float* init[kMaxTileRows];
         for (int64_t c = begin; c < end; ++c) {

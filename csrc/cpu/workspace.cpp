@@ -6,6 +6,8 @@
 #include <new>
 #include <vector>
 
+#include "partition.h"
+
 namespace flame {
 namespace {
 
@@ -30,7 +32,7 @@ struct Arena {
     size_t used = 0;     // bytes taken of it
 
     void* take(size_t size) {
-        size = (size + kAlignment - 1) / kAlignment * kAlignment;
+        size = round_up(size, kAlignment);
         while (current < blocks.size() && used + size > blocks[current].size) {
             ++current;
             used = 0;

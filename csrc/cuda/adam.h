@@ -13,6 +13,7 @@
 #include "cpu/training.h"
 #include "cuda/launch.h"
 #include "cuda/training.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -73,9 +74,7 @@ struct SoftUpdateKernel {
     }
 };
 
-static inline int64_t update_blocks(int64_t count) {
-    return (count + kUpdatesPerBlock - 1) / kUpdatesPerBlock;
-}
+static inline int64_t update_blocks(int64_t count) { return divide_up(count, kUpdatesPerBlock); }
 
 // `a.step` and `a.learning_rate` are not read: the schedule has them.
 static inline void adam(const Launcher& launch, const AdamArgs& a, AdamSchedule* schedule) {

@@ -13,6 +13,7 @@
 
 #include "cpu/training.h"
 #include "cuda/weight_gradients.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 

@@ -14,6 +14,7 @@
 #include "cuda/flow_step.h"
 #include "cuda/training.h"
 #include "cuda/weight_gradients.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 

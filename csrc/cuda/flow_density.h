@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/flow_step.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "cuda/block.h"
+#include "partition.h"
 #if defined(__CUDACC__)
 #include "cuda/cuda_check.h"
 #else
@@ -27,7 +28,7 @@ class Carver {
     T* array(size_t count) {
         constexpr size_t kAlignment = 256;
         T* at = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-        used_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+        used_ += round_up(count * sizeof(T), kAlignment);
         return at;
     }
     float* floats(size_t count) { return array<float>(count); }

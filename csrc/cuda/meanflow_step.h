@@ -12,6 +12,7 @@
 
 #include "cpu/training.h"
 #include "cuda/weight_gradients.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -74,7 +75,7 @@ struct MeanFlowStepKernel {
             return e * e;
         });
         warp.each(1, [&](int) { errors[b] = total; });
-        warp.each(round_up(a.action_dim), [&](int j) {
+        warp.each(padded(a.action_dim), [&](int j) {
             delta[j] = j < a.action_dim ? 2.0f / static_cast<float>(a.rows) * error(j) : 0.0f;
             if (j < a.action_dim) kept[j] = delta[j];
         });

@@ -8,7 +8,7 @@
 #include "cuda/mlp_view.h"
 #include "cuda/product.h"
 #include "mlp_activation.h"
-#include "row_count.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -40,15 +40,13 @@ FLAME_INLINE Tile<kRowsPerWarp> make_tile(const Block& block, const TileLds& lds
     return {block.shared, y, slab, slab + 2 * kSlabFloats, lds.first, lds.second};
 }
 
-FLAME_INLINE int round_up(int n) { return (n + kPadding - 1) / kPadding * kPadding; }
-
 // x(row, column) = value(row, column), zero from `columns` to the padded end.
 template <int kRowsPerWarp, typename Value>
 FLAME_INLINE void load_rows(const Block& block, const Tile<kRowsPerWarp>& tile, int rows,
                             int columns, Value&& value) {
     block.each_warp([&](const Warp& warp) {
         for (int r = warp.index; r < rows; r += kWarps) {
-            warp.each(round_up(columns),
+            warp.each(padded(columns),
                       [&](int c) { tile.x[r * tile.ld + c] = c < columns ? value(r, c) : 0.0f; });
         }
     });
@@ -160,7 +158,7 @@ FLAME_INLINE void activate_sample(const Warp& warp, const LayerView& layer, floa
         }
         if (kValues) warp.each(1, [&](int) { *tape.inverse_std = inverse_std; });
     }
-    warp.each(round_up(n), [&](int c) {
+    warp.each(padded(n), [&](int c) {
         if (c >= n) {
             for (int t = 0; t <= tangents; ++t) x[t * ld + c] = 0.0f;
             return;

@@ -3,10 +3,13 @@
 
 #include "cuda/target.h"
 #include "mlp_spec.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
 constexpr int kPadding = 16;  // floats: rows of activations end at a multiple of it
+
+static inline FLAME_ANYWHERE int padded(int columns) { return round_up(columns, kPadding); }
 
 struct LayerView {
     const float* weight;  // (out, in)
@@ -37,8 +40,6 @@ FLAME_INLINE LayerView member_layer(const MlpView& net, int layer, int member) {
 }
 
 // --- Host side
-
-static inline int padded(int columns) { return (columns + kPadding - 1) / kPadding * kPadding; }
 
 static inline MlpView make_view(const MlpSpec& spec, const float* parameters) {
     MlpView net{};

@@ -16,6 +16,7 @@
 #include "cuda/q_gradient.h"
 #include "cuda/reweighted_velocity.h"
 #include "cuda/twin_q.h"
+#include "partition.h"
 
 namespace flame {
 namespace {
@@ -33,8 +34,7 @@ class HostMemory {
     explicit HostMemory(size_t bytes) : words_(bytes / sizeof(float) + kSlack, NAN) {}
     Carver carver() {
         const auto address = reinterpret_cast<uintptr_t>(words_.data());
-        return Carver(
-            reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment));
+        return Carver(reinterpret_cast<void*>(round_up(address, kAlignment)));
     }
 
   private:

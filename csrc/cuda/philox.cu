@@ -5,6 +5,7 @@
 // limit and no vector store is needed.
 #include "api.h"
 #include "cuda/cuda_check.h"
+#include "partition.h"
 #include "philox.h"
 
 namespace flame {
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
 template <Draw draw>
 void launch(const PhiloxKey& key, int64_t n, void* out, void* stream) {
     if (n == 0) return;
-    const int64_t blocks = ((n + 3) / 4 + kThreads - 1) / kThreads;
+    const int64_t blocks = divide_up(divide_up(n, 4), kThreads);
     philox_kernel<draw>
         <<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(key, n,
                                                                                             out);

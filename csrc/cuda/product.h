@@ -12,6 +12,7 @@
 
 #include "cuda/block.h"
 #include "cuda/scalar.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -110,7 +111,7 @@ FLAME_INLINE void add_slab(RowSums<kRowsPerWarp>& sums, const float* x, int ldx,
 template <int kRowsPerWarp, bool kByColumn, typename Emit>
 FLAME_INLINE void multiply(const Block& block, int rows, const float* x, int ldx,
                            const Operand<kByColumn>& b, float* slab, Emit&& emit) {
-    const int slabs = (b.depth + kSlabDepth - 1) / kSlabDepth;
+    const int slabs = divide_up(b.depth, kSlabDepth);
     for (int n0 = 0; n0 < b.columns; n0 += kSlabColumns) {
         PerThread<RowSums<kRowsPerWarp>> sums;
         block.each_thread([&](int thread) {

@@ -10,6 +10,7 @@
 
 #include "cpu/training.h"
 #include "cuda/tape.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 

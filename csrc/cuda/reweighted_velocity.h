@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cuda/twin_q.h"
+#include "partition.h"
 #include "reverse_candidates.h"
 #include "truncated_normal.h"
 
@@ -193,8 +194,7 @@ static inline void reweighted_velocity(const Launcher& launch, const ReweightedA
     launch(CandidatesKernel{a, {draw_offset}, m.actions, m.order}, a.states,
            a.action_dim * (sizeof(TruncatedInterval) / sizeof(float)));
     twin_q(launch, m.twin_q, memory);
-    launch(SoftmaxKernel{a, {draw_offset}, m.actions, m.q_min}, (a.states + kWarps - 1) / kWarps,
-           0);
+    launch(SoftmaxKernel{a, {draw_offset}, m.actions, m.q_min}, divide_up(a.states, kWarps), 0);
 }
 
 }  // namespace flame::FLAME_ISA

@@ -164,7 +164,7 @@ FLAME_INLINE void norm_backward(const Warp& warp, int n, const TapeRow& tape, fl
 
 // A finished row of deltas: zero to the padded end, and `kept` on the tape unless that is null.
 FLAME_INLINE void keep_delta(const Warp& warp, int n, float* delta, float* kept) {
-    warp.each(round_up(n), [&](int c) {
+    warp.each(padded(n), [&](int c) {
         if (c >= n) delta[c] = 0.0f;
         if (kept != nullptr && c < n) kept[c] = delta[c];
     });

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "cuda/launch.h"
 #include "cuda/mlp_tile.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -43,7 +44,7 @@ static inline TilePlan tile_plan(int rows_per_warp, const TileDemand& want, cons
     const int rows = kWarps * rows_per_warp;
     const int fit = rows / want.group;
     const size_t per_row = static_cast<size_t>(lds.first) + lds.second + want.extra_per_row;
-    return {rows_per_warp, fit, fit > 0 ? (want.samples + fit - 1) / fit : 0, lds,
+    return {rows_per_warp, fit, fit > 0 ? divide_up(want.samples, fit) : 0, lds,
             rows * per_row + 2 * kSlabFloats};
 }
 

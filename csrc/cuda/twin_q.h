@@ -13,6 +13,7 @@
 #include "cpu/training.h"
 #include "cuda/mlp_tile.h"
 #include "cuda/tile_plan.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 

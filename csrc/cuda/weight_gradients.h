@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/tape.h"
+#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -60,7 +61,7 @@ struct WeightGradientsKernel {
         int rest = static_cast<int>(block.index % blocks);
         int l = 0;
         while (rest >= layers[l].blocks) rest -= layers[l++].blocks;
-        const int across = (layers[l].in + kGradientTile - 1) / kGradientTile;
+        const int across = divide_up(layers[l].in, kGradientTile);
         run_tile(block, member_pointers(layers[l], member), rest / across * kGradientTile,
                  rest % across * kGradientTile);
     }
@@ -213,8 +214,7 @@ static inline GradientLayer gradient_layer(const MlpSpec& spec, const Tape& tape
     GradientLayer g{};
     g.in = spec.sizes[l];
     g.out = spec.sizes[l + 1];
-    g.blocks =
-        (g.in + kGradientTile - 1) / kGradientTile * ((g.out + kGradientTile - 1) / kGradientTile);
+    g.blocks = divide_up(g.in, kGradientTile) * divide_up(g.out, kGradientTile);
     g.delta = last ? tape.output_delta : tape.hidden[l].delta;
     g.ldd = last ? g.out : tape.hidden[l].ld;
     g.x = l == 0 ? tape.input : tape.hidden[l - 1].h;
