@@ -1,10 +1,11 @@
 """Environment steps per second of whole training loops: ours, Stable-Baselines3, RLtools.
 
 One environment, one update per step, batch 256, two hidden layers of 256, a policy step in every
-update, no evaluation. Every measurement is a process of its own on all cores; the programs take
-turns, and a ratio is taken within each round. The peers are measured where they are installed
-(`pip install stable-baselines3 rltools mkl mkl-include`; RLtools compiles itself, so it needs a C++
-compiler, and without MKL it multiplies in plain loops).
+update (`delay 2`: in every second one, as FLAME is published), no evaluation. Every measurement is
+a process of its own on all cores; the programs take turns, and a ratio is taken within each round.
+The peers are measured where they are installed (`pip install stable-baselines3 rltools mkl
+mkl-include`; RLtools compiles itself, so it needs a C++ compiler, and without MKL it multiplies in
+plain loops).
 
 Run: python benchmarks/whole_loop.py --rounds 3
 """
@@ -107,6 +108,7 @@ def rltools_sac() -> float:
 PROGRAMS = {
     "flame_ext sac": lambda: ours("sac"),
     "flame_ext flame, K 8": lambda: ours("flame"),
+    "flame_ext flame, K 8, delay 2": lambda: ours("flame", policy_delay=2),
     "flame_ext flame, K 32": lambda: ours("flame", num_candidates=32),
     "Stable-Baselines3 SAC": sb3_sac,
     "RLtools SAC": rltools_sac,
@@ -139,7 +141,7 @@ def main() -> None:
     reference = rates[:, [names.index(REFERENCE)]] if REFERENCE in names else None
     for i, name in enumerate(names):
         line = (
-            f"{name:<24}{np.median(rates[:, i]):8.1f} steps/s (each round {rates[:, i].round(1)})"
+            f"{name:<31}{np.median(rates[:, i]):8.1f} steps/s (each round {rates[:, i].round(1)})"
         )
         if reference is not None:
             line += f"  {np.median(rates[:, i] / reference[:, 0]):.2f}x {REFERENCE}"
