@@ -180,9 +180,9 @@ def test_exact_log_prob(benchmark: Any, samples: int) -> None:
     compare(benchmark, name, lambda: run("cpu"), lambda: run("torch"), flop)
 
 
-def update_as_trained(agent: Agent, batch: Batch) -> None:
+def update_as_trained(agent: Agent, batch: Batch, updates: int = 1) -> None:
     with agent.backend.training():
-        agent.update(batch)
+        agent.update(batch, updates)
 
 
 def make_batch(rows: int) -> Batch:
@@ -223,13 +223,14 @@ def test_whole_update(benchmark: Any, algorithm: str) -> None:
 def test_updates_of_one_environment_step(benchmark: Any, algorithm: str) -> None:
     """What the default preset computes per environment step."""
     native, plain = make_agents(algorithm)
-    config, batch = native.config, make_batch(native.config.batch_size)
-    count = round(config.updates_per_step)
-    assert count % config.policy_delay == 0
+    config = native.config
+    count, together = round(config.updates_per_step), config.policy_delay
+    assert count % together == 0
+    batch = make_batch(together * config.batch_size)
 
     def updates(agent: Agent) -> None:
-        for _ in range(count):
-            update_as_trained(agent, batch)
+        for _ in range(count // together):
+            update_as_trained(agent, batch, together)
 
     for agent in (native, plain):
         updates(agent)
@@ -249,7 +250,7 @@ def test_fused_critic_update(benchmark: Any, algorithm: str) -> None:
         optimizer = agent.optimizers["critics"]
         return method(agent.backend, *networks, optimizer, batch, agent.alpha, agent.generator)
 
-    fused = functools.partial(update, agents[0], type(agents[0].backend).critic_update)
-    single = functools.partial(update, agents[1], TorchBackend.critic_update)
+    fused = functools.partial(update, agents[0], type(agents[0].backend).critic_updates)
+    single = functools.partial(update, agents[1], TorchBackend.critic_updates)
     assert fused() == pytest.approx(single(), rel=1e-3)
     compare(benchmark, f"critic update, {algorithm}", fused, single, other="single kernels")

@@ -192,6 +192,6 @@ PYBIND11_MODULE(_core, m) {
     bind_training(m);
     bind_flow(m);
     bind_policy_loss(m);
-    bind_critic_update(m);
+    bind_critic_updates(m);
     bind_cuda(m);
 }

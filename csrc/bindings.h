@@ -9,7 +9,7 @@ void bind_policy(pybind11::module_& m);
 void bind_training(pybind11::module_& m);
 void bind_flow(pybind11::module_& m);
 void bind_policy_loss(pybind11::module_& m);
-void bind_critic_update(pybind11::module_& m);
+void bind_critic_updates(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);  // nothing in a build without CUDA
 
 }  // namespace flame

@@ -176,7 +176,7 @@ def flow_matching(
     sampling: CandidateSampling,
     seed: int,
 ) -> tuple[float, float]: ...
-def critic_update(
+def critic_updates(
     policy: PolicySampler,
     policy_parameters: _Array,
     critics: MlpSpec,
@@ -195,6 +195,7 @@ def critic_update(
     gamma: float,
     alpha: float,
     tau: float,
+    updates: int,
     step: int,
     learning_rate: float,
     beta1: float,

@@ -99,14 +99,31 @@ class Agent:
             action = (action + self.config.exploration_noise * noise).clamp(-1, 1)
         return action
 
-    def update(self, batch: Batch) -> dict[str, float]:
-        """One critic update, and the policy's and temperature's when they are due.
+    @property
+    def updates_to_policy_step(self) -> int:
+        """Critic updates until the policy's next one."""
+        return self.config.policy_delay - self.updates % self.config.policy_delay
+
+    def update(self, batch: Batch, updates: int = 1) -> dict[str, float]:
+        """Critic updates, then the policy's and temperature's if they are due.
+
+        Args:
+            batch: ``updates`` equal parts, one for each critic update in order; the policy's
+                states are of the last.
+            updates: At most `updates_to_policy_step`: the policy stays as it is between them.
 
         Returns:
             Scalars to log.
+
+        Raises:
+            ValueError: If a policy step would be passed, or the batch does not divide.
         """
         c = self.config
-        metrics = self.backend.critic_update(
+        if not 1 <= updates <= self.updates_to_policy_step:
+            raise ValueError(
+                f"updates={updates}; the policy's step is due after {self.updates_to_policy_step}"
+            )
+        metrics = self.backend.critic_updates(
             self.actor,
             self.critics,
             self.target_critics,
@@ -114,11 +131,13 @@ class Agent:
             batch,
             self.alpha,
             self.generator,
+            updates,
         )
-        self.updates += 1
+        self.updates += updates
         if self.updates % c.policy_delay == 0:
+            last = batch.split(updates)[-1]
             metrics |= self._policy_step(
-                batch.obs[: c.policy_batch_size], batch.action[: c.policy_batch_size]
+                last.obs[: c.policy_batch_size], last.action[: c.policy_batch_size]
             )
         return metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,20 @@ class Batch:
     reward: Tensor
     terminated: Tensor
     next_obs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.obs)
+
+    def split(self, parts: int) -> list[Batch]:
+        """Equal parts, in order.
+
+        Raises:
+            ValueError: If the batch does not divide.
+        """
+        if parts < 1 or len(self) % parts:
+            raise ValueError(f"a batch of {len(self)} transitions has no {parts} equal parts")
+        columns = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [Batch(*part) for part in zip(*(c.chunk(parts) for c in columns), strict=True)]
 
 
 class ReplayBuffer:

@@ -10,11 +10,18 @@ from flame_ext.policies.base import Actor, normal_like
 from flame_ext.replay import Batch
 
 
+def target_noise(actor: Actor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Base samples of the next actions, ``(B, target_particles, A)``."""
+    shape = (len(batch), actor.config.target_particles, actor.action_dim)
+    return normal_like(batch.next_obs, shape, generator)
+
+
 @torch.no_grad()
 def td_target(
     actor: Actor,
     target_critics: Critics,
     batch: Batch,
+    noise: Tensor,
     alpha: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
@@ -22,11 +29,17 @@ def td_target(
 
     A truncated episode bootstraps, a terminated one does not (Pardo et al. 2018). With several
     `target_particles` a' is the best of them by Qmin'.
+
+    Args:
+        actor: The policy that acts in s'.
+        target_critics: Q'.
+        batch: B transitions.
+        noise: Base samples of a' ``(B, target_particles, A)``, see `target_noise`.
+        alpha: Temperature, a scalar.
+        generator: Draws the probes of an entropy estimator that takes them.
     """
     c = actor.config
     obs = batch.next_obs
-    shape = (len(obs), c.target_particles, actor.action_dim)
-    noise = normal_like(obs, shape, generator)
     if c.entropy_in_target:
         # The density is the plain sample's: best-of-N has none in closed form.
         sample = actor.sample(obs, noise[:, 0], generator)

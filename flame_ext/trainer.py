@@ -296,9 +296,10 @@ class Trainer:
             return
         self._update_debt += new_steps * self.config.updates_per_step
         while self._update_debt >= 1:
-            self._update_debt -= 1
-            batch = self.replay.sample(self.config.batch_size, self.agent.generator)
-            self._tally.add(self.agent.update(self._normalize(batch)))
+            updates = min(int(self._update_debt), self.agent.updates_to_policy_step)
+            self._update_debt -= updates
+            batch = self.replay.sample(updates * self.config.batch_size, self.agent.generator)
+            self._tally.add(self.agent.update(self._normalize(batch), updates))
 
     def _normalize(self, batch: Batch) -> Batch:
         if self.normalizer is None:

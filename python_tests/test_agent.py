@@ -15,7 +15,7 @@ from flame_ext.errors import BackendUnavailableError
 from flame_ext.policies import reweighting
 from flame_ext.policies.reweighting import damped_logits, resample
 from flame_ext.replay import Batch
-from flame_ext.td_target import td_target
+from flame_ext.td_target import target_noise, td_target
 
 OBS, ACT = 5, 3
 SMALL = {
@@ -44,7 +44,8 @@ def make_batch(seed: int = 0, terminated: float = 0.0) -> Batch:
 
 
 def target_of(agent: Agent, batch: Batch) -> torch.Tensor:
-    return td_target(agent.actor, agent.target_critics, batch, agent.alpha, agent.generator)
+    noise = target_noise(agent.actor, batch, agent.generator)
+    return td_target(agent.actor, agent.target_critics, batch, noise, agent.alpha, agent.generator)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -63,6 +64,15 @@ def test_updates_move_every_network_and_are_reproducible(algorithm: str) -> None
 def test_a_policy_batch_above_the_batch_takes_all_of_it() -> None:
     whole, above = make_agent(policy_batch_size=32), make_agent(policy_batch_size=64)
     assert whole.update(make_batch()) == above.update(make_batch())
+
+
+def test_no_call_passes_the_policys_step() -> None:
+    agent = make_agent(policy_delay=3)
+    agent.update(make_batch())
+    assert agent.updates_to_policy_step == 2
+    with pytest.raises(ValueError, match="the policy's step is due after 2"):
+        agent.update(make_batch(), updates=4)
+    assert "policy_loss" in agent.update(make_batch(), updates=2)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -1,5 +1,6 @@
 """The fused critic update and policy losses against what PyTorch makes of the same draws."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from flame_ext.backends import cpu, make_backend, native_evaluator
 from flame_ext.backends.native_evaluator import array, mlp_spec
 from flame_ext.config import make_config
 from flame_ext.policies import flow, gaussian, reweighting
-from flame_ext.replay import ReplayBuffer
+from flame_ext.replay import Batch, ReplayBuffer
 from flame_ext.sampling import LOG_STD_RANGE
 
 OBS, ACT, ROWS = 5, 3, 33
@@ -38,9 +39,9 @@ def replay() -> ReplayBuffer:
     return buffer
 
 
-def critic_update(agent: Agent, seed: int) -> dict[str, float]:
-    batch = replay().sample(ROWS, torch.Generator().manual_seed(seed))
-    return agent.backend.critic_update(
+def critic_updates(agent: Agent, seed: int, updates: int = 1) -> dict[str, float]:
+    batch = replay().sample(updates * ROWS, torch.Generator().manual_seed(seed))
+    return agent.backend.critic_updates(
         agent.actor,
         agent.critics,
         agent.target_critics,
@@ -48,6 +49,7 @@ def critic_update(agent: Agent, seed: int) -> dict[str, float]:
         batch,
         agent.alpha,
         agent.generator,
+        updates,
     )
 
 
@@ -68,15 +70,40 @@ def test_fused_update_follows_the_sequence_of_steps(
     agents = [make_agent(name, algorithm, **options) for name in ("torch", "cpu")]
     # A call of one of the steps would mean that the fused path was not taken.
     monkeypatch.setattr(agents[1].backend, "critic_step", None)
-    for seed in range(3):
-        first, second = (critic_update(agent, seed) for agent in agents)
+    for updates in (1, 3):
+        first, second = (critic_updates(agent, updates, updates) for agent in agents)
         assert second == pytest.approx(first, rel=1e-4, abs=1e-5)
     for name in ("critics", "target_critics"):
         wanted, ours = (agent.networks()[name].flat for agent in agents)
         torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5)
     states = [agent.optimizers["critics"].state_dict()["state"][0] for agent in agents]
-    assert states[0]["step"] == states[1]["step"] == 3
+    assert states[0]["step"] == states[1]["step"] == 4
     assert torch.equal(*(agent.generator.get_state() for agent in agents))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_several_updates_in_a_call_are_the_same_as_one_by_one(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, single = (make_agent(backend, "sac") for _ in range(2))
+    batch = replay().sample(3 * ROWS, torch.Generator().manual_seed(0))
+    noise = torch.randn(3 * ROWS, 1, ACT, generator=torch.Generator().manual_seed(1))
+
+    def update(agent: Agent, part: Batch, draws: Tensor, updates: int) -> dict[str, float]:
+        module = importlib.import_module(f"flame_ext.backends.{backend}")
+        monkeypatch.setattr(module, "target_noise", lambda *_: draws)
+        networks = agent.actor, agent.critics, agent.target_critics
+        optimizer, alpha = agent.optimizers["critics"], agent.alpha
+        return agent.backend.critic_updates(
+            *networks, optimizer, part, alpha, agent.generator, updates
+        )
+
+    metrics = update(together, batch, noise, 3)
+    parts = [update(single, *each, 1) for each in zip(batch.split(3), noise.chunk(3), strict=True)]
+    for name, value in metrics.items():
+        assert value == pytest.approx(np.mean([part[name] for part in parts]), rel=1e-6)
+    for name, network in together.networks().items():
+        assert torch.equal(network.flat, single.networks()[name].flat), name
 
 
 @pytest.mark.parametrize(
@@ -89,7 +116,7 @@ def test_fused_update_follows_the_sequence_of_steps(
 )
 def test_other_targets_take_the_steps_one_by_one(algorithm: str, options: dict[str, Any]) -> None:
     agents = [make_agent(name, algorithm, **options) for name in ("torch", "cpu")]
-    first, second = (critic_update(agent, 0) for agent in agents)
+    first, second = (critic_updates(agent, 0) for agent in agents)
     assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
 
 
@@ -198,7 +225,7 @@ def test_refusals_say_what_to_do() -> None:
     wider = make_config("sac", overrides={"hidden_sizes": (32, 24), "target_particles": 1})
     agent.actor = Agent(wider, OBS + 1, ACT, agent.backend).actor
     with pytest.raises(ValueError, match="the policy takes 6 observations, the critics 5"):
-        critic_update(agent, 0)
+        critic_updates(agent, 0)
     net = agent.actor.network
     sampler = _core.PolicySampler.gaussian(mlp_spec(net), LOG_STD_RANGE)
     arrays = array(net.flat), np.zeros_like(array(net.flat)), critics, array(agent.critics.flat)

@@ -33,6 +33,19 @@ def test_rows_come_back_whole_and_the_oldest_are_overwritten() -> None:
     torch.testing.assert_close(batch.next_obs, -ids.unsqueeze(1).expand(-1, 2))
 
 
+def test_a_batch_splits_into_equal_parts_only() -> None:
+    buffer = ReplayBuffer(10, 2, 1)
+    fill(buffer, 0, 8)
+    batch = buffer.sample(6, torch.Generator().manual_seed(0))
+    parts = batch.split(3)
+    assert [len(part) for part in parts] == [2, 2, 2]
+    for name in ("obs", "action", "reward", "terminated", "next_obs"):
+        together = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(together, getattr(batch, name)), name
+    with pytest.raises(ValueError, match="no 4 equal parts"):
+        batch.split(4)
+
+
 def test_state_continues_exactly() -> None:
     first = ReplayBuffer(10, 2, 1)
     fill(first, 0, 9)

@@ -61,20 +61,27 @@ struct RowMoments {
     float inverse_std;
 };
 
-// Mean and 1 / sqrt(variance + eps) of n values, in two passes (the row is in L1).
+// Mean and 1 / sqrt(variance + eps) of n values, in two passes (the row is in L1). Two sums side by
+// side: one alone would wait for its own additions.
 static inline RowMoments row_moments(const float* x, int n) {
-    vf values = zero();
+    vf even = zero();
+    vf odd = zero();
     int c = 0;
-    for (; c + kLanes <= n; c += kLanes) values = values + load(x + c);
-    float total = sum(values);
+    for (; c + 2 * kLanes <= n; c += 2 * kLanes) {
+        even = even + load(x + c);
+        odd = odd + load(x + c + kLanes);
+    }
+    float total = sum(even + odd);
     for (; c < n; ++c) total += x[c];
     const float mean = total / static_cast<float>(n);
-    vf squares = zero();
-    for (c = 0; c + kLanes <= n; c += kLanes) {
-        const vf d = load(x + c) - splat(mean);
-        squares = fma(d, d, squares);
+    even = odd = zero();
+    for (c = 0; c + 2 * kLanes <= n; c += 2 * kLanes) {
+        const vf first = load(x + c) - splat(mean);
+        const vf second = load(x + c + kLanes) - splat(mean);
+        even = fma(first, first, even);
+        odd = fma(second, second, odd);
     }
-    float variance = sum(squares);
+    float variance = sum(even + odd);
     for (; c < n; ++c) variance += (x[c] - mean) * (x[c] - mean);
     variance /= static_cast<float>(n);
     return {mean, 1.0f / __builtin_sqrtf(variance + kLayerNormEps)};

@@ -83,14 +83,20 @@ FLAME_INLINE vf sqrt(vf a) {
 }
 
 // Sum of all lanes, in a fixed order (halves are added pairwise).
+#if defined(FLAME_ISA_AVX2) || defined(FLAME_ISA_AVX512)
 FLAME_INLINE float sum(vf a) {
-    float lanes[kLanes];
-    store(lanes, a);
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
+#if defined(FLAME_ISA_AVX512)
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+#else
+    const __m256 eight = a;
+#endif
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+#else
+FLAME_INLINE float sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+#endif
 
 FLAME_INLINE float max_lane(vf a) {
     float best = a[0];

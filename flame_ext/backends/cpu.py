@@ -26,10 +26,11 @@ from flame_ext.policies.base import Actor, PolicyStep, normal_like
 from flame_ext.policies.flow import WALL_SCALE, FlowActor
 from flame_ext.policies.gaussian import GaussianActor
 from flame_ext.replay import Batch
+from flame_ext.td_target import target_noise
 
 
 class CpuBackend(TorchBackend):
-    """Critic update, policy loss with gradient and Adam as one native call each.
+    """Critic updates, policy loss with gradient and Adam as one native call each.
 
     Options without a fused form (several particles in the TD target, ``proposal="policy"``, the
     diffusion policy) are built by autograd from native evaluations; PyTorch still differentiates a
@@ -59,7 +60,7 @@ class CpuBackend(TorchBackend):
     def accelerate(self, network: FlatMLP) -> None:
         network.evaluator = NativeEvaluator(network)
 
-    def critic_update(
+    def critic_updates(
         self,
         actor: Actor,
         critics: Critics,
@@ -68,19 +69,20 @@ class CpuBackend(TorchBackend):
         batch: Batch,
         alpha: Tensor,
         generator: torch.Generator,
+        updates: int = 1,
     ) -> dict[str, float]:
         c = actor.config
         sampler = self._sampler(actor)
         if sampler is None:
-            return super().critic_update(
-                actor, critics, target_critics, optimizer, batch, alpha, generator
+            return super().critic_updates(
+                actor, critics, target_critics, optimizer, batch, alpha, generator, updates
             )
         rows = (batch.obs, batch.action, batch.reward, batch.terminated, batch.next_obs)
-        noise = normal_like(batch.obs, (len(batch.obs), actor.action_dim), generator)
+        noise = target_noise(actor, batch, generator).squeeze(1)
         (group,) = optimizer.param_groups
         moments = adam_moments(optimizer)
-        moments["step"] += 1
-        loss, q_mean = self._core.critic_update(
+        first_step = int(moments["step"]) + 1
+        loss, q_mean = self._core.critic_updates(
             sampler,
             array(actor.network.flat),
             mlp_spec(critics),
@@ -94,8 +96,10 @@ class CpuBackend(TorchBackend):
             gamma=c.gamma,
             alpha=float(alpha) if c.entropy_in_target else 0.0,
             tau=c.tau,
-            **_adam_options(int(moments["step"]), group),
+            updates=updates,
+            **_adam_options(first_step, group),
         )
+        moments["step"] += updates
         return {"critic_loss": loss, "q_mean": q_mean}
 
     def _sampler(self, actor: Actor) -> Any | None:

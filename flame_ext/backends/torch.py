@@ -12,7 +12,7 @@ from torch import Tensor
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.policies.base import Actor, PolicyStep
 from flame_ext.replay import Batch
-from flame_ext.td_target import td_target
+from flame_ext.td_target import target_noise, td_target
 
 
 class TorchBackend:
@@ -28,7 +28,7 @@ class TorchBackend:
     def accelerate(self, network: FlatMLP) -> None:
         """Prepares a network of the agent; PyTorch needs nothing."""
 
-    def critic_update(
+    def critic_updates(
         self,
         actor: Actor,
         critics: Critics,
@@ -37,13 +37,32 @@ class TorchBackend:
         batch: Batch,
         alpha: Tensor,
         generator: torch.Generator,
+        updates: int = 1,
     ) -> dict[str, float]:
-        """One Adam step of the critics towards `td_target`, and the targets' average after it."""
-        target = td_target(actor, target_critics, batch, alpha, generator)
-        metrics = self.critic_step(critics, batch.obs, batch.action, target)
-        self.optimizer_step(optimizer)
-        self.soft_update(target_critics.flat, critics.flat, actor.config.tau)
-        return metrics
+        """Adam steps of the critics towards `td_target`, and the targets' average after each.
+
+        Args:
+            actor: The policy; it stays as it is.
+            critics: What is trained.
+            target_critics: Their averages.
+            optimizer: The critics' Adam.
+            batch: ``updates`` equal parts, one for each step in order.
+            alpha: Temperature, a scalar.
+            generator: Draws the next actions' noise of all steps at once.
+            updates: Number of steps.
+
+        Returns:
+            Scalars to log, means over the steps.
+        """
+        noise = target_noise(actor, batch, generator)
+        sums: dict[str, float] = {}
+        for part, draws in zip(batch.split(updates), noise.chunk(updates), strict=True):
+            target = td_target(actor, target_critics, part, draws, alpha, generator)
+            metrics = self.critic_step(critics, part.obs, part.action, target)
+            self.optimizer_step(optimizer)
+            self.soft_update(target_critics.flat, critics.flat, actor.config.tau)
+            sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
+        return {name: total / updates for name, total in sums.items()}
 
     def critic_step(
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor

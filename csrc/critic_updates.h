@@ -1,6 +1,6 @@
-// One whole update of soft critics by the CPU kernels: the policy's next actions, the TD target,
-// the critics' gradient and Adam step, and the targets' exponential average. At the small batches
-// that learn fastest the calls between these pieces would cost as much as the products inside.
+// Whole updates of soft critics by the CPU kernels: the policy's next actions, the TD target, the
+// critics' gradient and Adam step, and the targets' exponential average. At the small batches that
+// learn fastest the calls between these pieces would cost as much as the products inside.
 #pragma once
 
 #include <stdint.h>
@@ -9,7 +9,7 @@
 
 namespace flame {
 
-struct CriticUpdate {
+struct CriticUpdates {
     const PolicySampler* policy;
     const float* policy_parameters;
     MlpSpec critics;
@@ -18,7 +18,8 @@ struct CriticUpdate {
     float* first_moment;
     float* second_moment;
     float* target_parameters;
-    int64_t rows;
+    int updates;
+    int64_t rows;      // of all updates together, each of which takes its part in order
     const float* obs;  // (rows, O), rows `obs_ld` apart
     int64_t obs_ld;
     const float* action;  // (rows, A)
@@ -34,18 +35,19 @@ struct CriticUpdate {
     float gamma;
     float alpha;  // temperature of the target's entropy; 0 leaves the density out
     float tau;
-    int64_t step;  // of Adam, from 1
+    int64_t step;  // of Adam in the first update, from 1
     double learning_rate;
     double beta1;
     double beta2;
     double epsilon;
 };
 
-struct CriticUpdateResult {
+// Means over the updates.
+struct CriticUpdatesResult {
     double loss;    // mean squared error, summed over the members
     double q_mean;  // over members and rows
 };
 
-CriticUpdateResult critic_update(const CriticUpdate& update);
+CriticUpdatesResult critic_updates(const CriticUpdates& updates);
 
 }  // namespace flame
