@@ -16,6 +16,7 @@
 #include "cpu/kernels.h"
 #include "cpu/machine_probe.h"
 #include "cuda/on_host.h"
+#include "partition.h"
 #include "philox.h"
 #include "thread_pool.h"
 
@@ -32,26 +33,56 @@ std::vector<std::string> isas(bool (*accept)(Isa)) {
     return names;
 }
 
-// Best of a few bursts of multiply-adds on every thread of the pool, in GFLOP/s.
-double peak_gflops() {
-    constexpr int64_t kRounds = 1 << 20;
+// Seconds of the best of a few bursts of work(thread) on every thread of the pool.
+template <typename Work>
+double best_burst(Work&& work) {
     constexpr int kBursts = 10;
     const py::gil_scoped_release release;
     const int threads = num_threads();
-    const auto& k = kernels();
     std::vector<float> sinks(static_cast<size_t>(threads));
     double best = std::numeric_limits<double>::infinity();
     for (int i = 0; i < kBursts; ++i) {
         const auto start = std::chrono::steady_clock::now();
         parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t t = begin; t < end; ++t) sinks[t] = k.multiply_add(kRounds);
+            for (int64_t t = begin; t < end; ++t) sinks[t] = work(t);
         });
         const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
         best = std::min(best, elapsed.count());
     }
     volatile float sink = sinks[0];
     (void)sink;
-    return 2e-9 * static_cast<double>(kRounds) * kProbeChains * k.vector_floats * threads / best;
+    return best;
+}
+
+// Multiply-adds in registers on all threads, GFLOP/s.
+double peak_gflops() {
+    constexpr int64_t kRounds = 1 << 20;
+    const auto& k = kernels();
+    const double seconds = best_burst([&](int64_t) { return k.multiply_add(kRounds); });
+    return 2e-9 * static_cast<double>(kRounds) * kProbeChains * k.vector_floats * num_threads() /
+           seconds;
+}
+
+// Reading `bytes` again and again, each thread its share, GB/s: what the caches (or the memory)
+// that hold so much deliver.
+double read_gbps(int64_t bytes) {
+    constexpr int64_t kFloats = 128;  // read_stream takes multiples of it
+    check(bytes >= 1, "bytes is ", bytes, "; it must be at least 1");
+    const int64_t threads = num_threads();
+    const int64_t share =
+        round_up(divide_up(bytes, threads * static_cast<int64_t>(sizeof(float))), kFloats);
+    const int64_t share_bytes = share * static_cast<int64_t>(sizeof(float));
+    const int64_t repeats = divide_up(int64_t{1} << 24, share_bytes);
+    const std::vector<float> data(static_cast<size_t>(share * threads), 1.0f);
+    const auto& k = kernels();
+    const double seconds = best_burst([&](int64_t thread) {
+        float total = 0.0f;
+        for (int64_t r = 0; r < repeats; ++r) {
+            total += k.read_stream(data.data() + thread * share, share);
+        }
+        return total;
+    });
+    return 1e-9 * static_cast<double>(repeats * share_bytes * threads) / seconds;
 }
 
 py::dict build_info() {
@@ -168,6 +199,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("n"));
     m.def("peak_gflops", &peak_gflops);
+    m.def("read_gbps", &read_gbps, py::arg("bytes"));
     m.def("cuda_devices", &cuda_devices);
     m.def("run_cuda_on_host", &run_cuda_on_host, py::arg("order"),
           py::arg("shared_bytes") = 227 * 1024);

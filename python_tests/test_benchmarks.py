@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     ("script", "arguments"),
     [
         ("bandit.py", "--seeds 1 --updates 3 --samples 500"),
+        ("roofline.py", "--hidden 16 --batch 8 --candidates 4 --rounds 2 --output results"),
         ("multigoal.py", "--seeds 1 --steps 8200 --episodes 8 --runs runs --output results"),
     ],
 )
