@@ -41,6 +41,7 @@ def compile_file(source: Path, archs: tuple[str, ...]) -> str:
 def kernel_name(mangled: str) -> str:
     """`TwinQKernel<8>` of a mangled run_kernel instantiation, else the function's own name."""
     for pattern in (
+        r"\d+([A-Za-z]+Kernel)I(?:N?S\d*_)?\d+([A-Z][A-Za-z]+)E",
         r"\d+([A-Za-z]+Kernel)(?:ILi(\d+)E)?",
         r"\d+([a-z_]+_kernel)(?:IL\w+?E(\d+)E)?",
     ):

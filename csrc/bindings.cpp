@@ -63,14 +63,14 @@ double peak_gflops() {
            seconds;
 }
 
-// Reading `bytes` again and again, each thread its share, GB/s: what the caches (or the memory)
-// that hold so much deliver.
-double read_gbps(int64_t bytes) {
+// Reading a buffer of `size` bytes again and again, each thread its share, GB/s: what the caches
+// (or the memory) that hold so much deliver.
+double read_gbps(int64_t size) {
     constexpr int64_t kFloats = 128;  // read_stream takes multiples of it
-    check(bytes >= 1, "bytes is ", bytes, "; it must be at least 1");
+    check(size >= 1, "size is ", size, "; it must be at least 1");
     const int64_t threads = num_threads();
     const int64_t share =
-        round_up(divide_up(bytes, threads * static_cast<int64_t>(sizeof(float))), kFloats);
+        round_up(divide_up(size, threads * static_cast<int64_t>(sizeof(float))), kFloats);
     const int64_t share_bytes = share * static_cast<int64_t>(sizeof(float));
     const int64_t repeats = divide_up(int64_t{1} << 24, share_bytes);
     const std::vector<float> data(static_cast<size_t>(share * threads), 1.0f);
@@ -199,7 +199,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("n"));
     m.def("peak_gflops", &peak_gflops);
-    m.def("read_gbps", &read_gbps, py::arg("bytes"));
+    m.def("read_gbps", &read_gbps, py::arg("size"));
     m.def("cuda_devices", &cuda_devices);
     m.def("run_cuda_on_host", &run_cuda_on_host, py::arg("order"),
           py::arg("shared_bytes") = 227 * 1024);

@@ -231,6 +231,57 @@ void soft_update(int64_t count, Pointer target, Pointer online, float tau, Point
     cuda_soft_update({count, at<float>(target), at<float>(online), tau}, at<void>(stream));
 }
 
+// Rows `*_ld` floats apart, or entries of a column.
+size_t critic_updates(const PolicySampler& policy, Pointer policy_parameters,
+                      const MlpSpec& critics, Pointer parameters, Pointer first_moment,
+                      Pointer second_moment, Pointer target_parameters, int updates, int64_t rows,
+                      Pointer obs, int64_t obs_ld, Pointer action, int64_t action_ld,
+                      Pointer reward, int64_t reward_ld, Pointer terminated, int64_t terminated_ld,
+                      Pointer next_obs, int64_t next_obs_ld, Pointer noise, float reward_scale,
+                      float gamma, float alpha, float tau, double beta1, double beta2,
+                      double epsilon, Pointer time, Pointer scale, Pointer schedule, Pointer loss,
+                      Pointer q_mean, Pointer workspace, Pointer stream) {
+    check(policy.steps > 0, "the fused updates draw from flow policies only");
+    const CudaCriticUpdates args{{&policy,
+                                  at<float>(policy_parameters),
+                                  critics,
+                                  count_of(critics),
+                                  at<float>(parameters),
+                                  at<float>(first_moment),
+                                  at<float>(second_moment),
+                                  at<float>(target_parameters),
+                                  updates,
+                                  rows,
+                                  at<float>(obs),
+                                  obs_ld,
+                                  at<float>(action),
+                                  action_ld,
+                                  at<float>(reward),
+                                  reward_ld,
+                                  at<float>(terminated),
+                                  terminated_ld,
+                                  at<float>(next_obs),
+                                  next_obs_ld,
+                                  at<float>(noise),
+                                  reward_scale,
+                                  gamma,
+                                  alpha,
+                                  tau,
+                                  0,
+                                  0.0,
+                                  beta1,
+                                  beta2,
+                                  epsilon},
+                                 at<float>(time),
+                                 at<float>(scale),
+                                 at<AdamSchedule>(schedule),
+                                 at<double>(loss),
+                                 at<double>(q_mean)};
+    return with_workspace(args, workspace, [&](void* memory) {
+        cuda_critic_updates(args, memory, at<void>(stream));
+    });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -245,6 +296,7 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_flow_backward", &flow_backward);
     m.def("cuda_adam", &adam);
     m.def("cuda_soft_update", &soft_update);
+    m.def("cuda_critic_updates", &critic_updates);
 }
 
 #else

@@ -10,14 +10,19 @@ import copy
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from flame_ext import ops, reference
+from flame_ext.agent import Agent
 from flame_ext.backends import make_backend
 from flame_ext.backends.cuda import CudaBackend, CudaEvaluator
+from flame_ext.backends.torch import TorchBackend
+from flame_ext.config import make_config
 from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
+from flame_ext.replay import ReplayBuffer
 
 pytestmark = pytest.mark.gpu
 EPS = torch.finfo(torch.float32).eps
@@ -145,6 +150,39 @@ def test_reweighted_velocity_is_the_cpus():
     )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("entropy_in_target", [False, True])
+def test_critic_updates_in_one_call_follow_pytorchs_steps(entropy_in_target):
+    config = make_config("flame", overrides={"entropy_in_target": entropy_in_target})
+    agents = [
+        Agent(config, 17, 6, backend, seed=0, device="cuda")
+        for backend in (TorchBackend(), CudaBackend())
+    ]
+    buffer = ReplayBuffer(200, 17, 6, "cuda")
+    rows = [draw(200, *shape).cpu().numpy() for shape in ((17,), (6,), (), (17,))]
+    buffer.add(*rows[:3], np.arange(200) % 3 == 0, rows[3])
+    for updates in (1, 4):
+        batch = buffer.sample(updates * 64, torch.Generator("cuda").manual_seed(updates))
+        first, second = (
+            agent.backend.critic_updates(
+                agent.actor,
+                agent.critics,
+                agent.target_critics,
+                agent.optimizers["critics"],
+                batch,
+                agent.alpha,
+                agent.generator,
+                updates,
+            )
+            for agent in agents
+        )
+        assert second == pytest.approx(first, rel=1e-4)
+    for name in ("critics", "target_critics"):
+        wanted, ours = (agent.networks()[name].flat for agent in agents)
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5)
+    steps = [agent.optimizers["critics"].state_dict()["state"][0]["step"] for agent in agents]
+    assert steps[0] == steps[1] == 5
 
 
 def update(backend: CudaBackend, critics: Critics, target: Critics, batch: list[Tensor]) -> None:

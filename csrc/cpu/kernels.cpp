@@ -12,7 +12,7 @@ const CpuKernels kKernels = {
     kLanes,       policy_act,  read_stream,         multiply_add,      mlp_forward,
     mlp_record,   twin_q,      critic_step,         q_gradient,        meanflow_step,
     flow_density, flow_record, reweighted_velocity, truncated_normals, adam,
-    soft_update,
+    soft_update,  nullptr,
 };
 
 }  // namespace flame::FLAME_ISA

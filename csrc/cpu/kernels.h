@@ -16,6 +16,9 @@
 namespace flame {
 
 class Workspace;
+// critic_updates.h, which the sources of an instruction set cannot include: it has STL.
+struct CriticUpdates;
+struct CriticUpdatesResult;
 
 struct CpuKernels {
     int vector_floats;  // lanes of simd.h's vector, for reports
@@ -34,6 +37,8 @@ struct CpuKernels {
     void (*truncated_normals)(const TruncatedNormalArgs& args);
     void (*adam)(const AdamArgs& args);
     void (*soft_update)(const SoftUpdateArgs& args);
+    // The whole sequence, where it is not taken step by step (of a flow's critics alone); or null.
+    CriticUpdatesResult (*critic_updates)(const CriticUpdates& args);
 };
 
 // The table of isa_active(), or the one given to replace_kernels.

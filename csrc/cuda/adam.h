@@ -11,14 +11,10 @@
 
 #include "adam_formulas.h"
 #include "cpu/training.h"
-#include "cuda/launch.h"
+#include "cuda/elements.h"
 #include "cuda/training.h"
-#include "partition.h"
 
 namespace flame::FLAME_ISA {
-
-constexpr int kUpdatesPerThread = 4;
-constexpr int64_t kUpdatesPerBlock = kThreads * kUpdatesPerThread;
 
 struct AdvanceKernel {
     static constexpr const char* kName = "adam_advance";
@@ -43,14 +39,10 @@ struct AdamKernel {
             *k = adam_constants(schedule->step, schedule->learning_rate, a.beta1, a.beta2,
                                 a.epsilon);
         });
-        block.each_thread([&](int t) {
-            const int64_t first = block.index * kUpdatesPerBlock + t;
-            for (int u = 0; u < kUpdatesPerThread; ++u) update(first + u * kThreads, *k);
-        });
+        each_element(block, a.count, [&](int64_t i) { update(i, *k); });
     }
 
     FLAME_BODY void update(int64_t i, const AdamConstants& k) const {
-        if (i >= a.count) return;
         float m = a.first_moment[i];
         float v = a.second_moment[i];
         a.parameters[i] = adam_update(a.parameters[i], a.gradients[i], m, v, k);
@@ -59,31 +51,23 @@ struct AdamKernel {
     }
 };
 
-struct SoftUpdateKernel {
+struct SoftUpdate {
     static constexpr const char* kName = "soft_update";
     SoftUpdateArgs a;
 
-    FLAME_BODY void operator()(const Block& block) const {
-        block.each_thread([&](int t) {
-            const int64_t first = block.index * kUpdatesPerBlock + t;
-            for (int u = 0; u < kUpdatesPerThread; ++u) {
-                const int64_t i = first + u * kThreads;
-                if (i < a.count) a.target[i] = soft_updated(a.target[i], a.online[i], a.tau);
-            }
-        });
+    FLAME_BODY void operator()(int64_t i) const {
+        a.target[i] = soft_updated(a.target[i], a.online[i], a.tau);
     }
 };
-
-static inline int64_t update_blocks(int64_t count) { return divide_up(count, kUpdatesPerBlock); }
 
 // `a.step` and `a.learning_rate` are not read: the schedule has them.
 static inline void adam(const Launcher& launch, const AdamArgs& a, AdamSchedule* schedule) {
     launch(AdvanceKernel{schedule}, 1, 0);
-    launch(AdamKernel{a, schedule}, update_blocks(a.count), sizeof(AdamConstants) / sizeof(float));
+    launch(AdamKernel{a, schedule}, element_blocks(a.count), sizeof(AdamConstants) / sizeof(float));
 }
 
 static inline void soft_update(const Launcher& launch, const SoftUpdateArgs& a) {
-    launch(SoftUpdateKernel{a}, update_blocks(a.count), 0);
+    for_elements(launch, a.count, SoftUpdate{a});
 }
 
 }  // namespace flame::FLAME_ISA

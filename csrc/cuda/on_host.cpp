@@ -7,6 +7,7 @@
 
 #include "cpu/workspace.h"
 #include "cuda/adam.h"
+#include "cuda/critic_sequence.h"
 #include "cuda/critic_step.h"
 #include "cuda/flow_backward.h"
 #include "cuda/flow_density.h"
@@ -145,6 +146,51 @@ void host_adam(const AdamArgs& a) {
 
 void host_soft_update(const SoftUpdateArgs& a) { soft_update(launcher(), a); }
 
+struct HostOperations {
+    Launcher launch = launcher();
+
+    size_t bytes(const TwinQArgs& a) const {
+        Carver counter(nullptr);
+        carve_twin_q(a, counter);
+        return counter.used();
+    }
+    size_t bytes(const CriticStepArgs& a) const {
+        Carver counter(nullptr);
+        carve_critic_step(launch, a, counter);
+        return counter.used();
+    }
+    void run(const FlowDensityArgs& a) const { flow_density(launch, a); }
+    void run(const TwinQArgs& a, void* workspace) const {
+        Carver memory(workspace);
+        twin_q(launch, a, memory);
+    }
+    void run(const CriticStepArgs& a, void* workspace) const {
+        Carver memory(workspace);
+        critic_step(launch, a, memory);
+    }
+    void run(const AdamArgs& a, AdamSchedule* schedule) const { adam(launch, a, schedule); }
+    void run(const SoftUpdateArgs& a) const { soft_update(launch, a); }
+};
+
+CriticUpdatesResult host_critic_updates(const CriticUpdates& u) {
+    AdamSchedule schedule{u.learning_rate, u.step - 1};
+    const size_t outcomes = static_cast<size_t>(u.updates) * u.critics.members;
+    std::vector<double> loss(outcomes);
+    std::vector<double> q_mean(outcomes);
+    const CudaCriticUpdates args{u,         u.policy->time.data(), u.policy->scale.data(),
+                                 &schedule, loss.data(),           q_mean.data()};
+    const HostOperations operations;
+    const size_t bytes = critic_updates_bytes(operations, args);
+    with_memory([&](Carver& m) { m.array<char>(bytes); },
+                [&](Carver& m) { critic_updates(operations, args, m.array<char>(bytes)); });
+    CriticUpdatesResult result{0.0, 0.0};
+    for (size_t i = 0; i < outcomes; ++i) {
+        result.loss += loss[i] / u.updates;
+        result.q_mean += q_mean[i] / static_cast<double>(outcomes);
+    }
+    return result;
+}
+
 const CpuKernels kTable = {
     1,
     missing,
@@ -162,6 +208,7 @@ const CpuKernels kTable = {
     host_truncated_normals,
     host_adam,
     host_soft_update,
+    host_critic_updates,
 };
 
 }  // namespace

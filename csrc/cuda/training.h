@@ -10,6 +10,7 @@
 #include <stddef.h>
 
 #include "cpu/training.h"
+#include "critic_updates.h"
 
 namespace flame {
 
@@ -27,6 +28,17 @@ struct FlowGradientArgs {
     FlowBackwardArgs deltas;
 };
 
+// Updates whose pointers are device memory, with what takes the place of host memory in them: the
+// sampler's tables, Adam's rate and step.
+struct CudaCriticUpdates {
+    CriticUpdates updates;
+    const float* time;   // (steps, time_features)
+    const float* scale;  // (steps)
+    AdamSchedule* schedule;
+    double* loss;    // (updates, members)
+    double* q_mean;  // (updates, members)
+};
+
 void cuda_mlp_forward(const MlpForwardArgs& args, void* stream);
 void cuda_twin_q(const TwinQArgs& args, void* workspace, void* stream);
 void cuda_critic_step(const CriticStepArgs& args, void* workspace, void* stream);
@@ -42,6 +54,8 @@ void cuda_reweighted_velocity(const ReweightedArgs& args, const uint64_t* draw_o
 // args.step and args.learning_rate are not read: the schedule, in device memory, has them.
 void cuda_adam(const AdamArgs& args, AdamSchedule* schedule, void* stream);
 void cuda_soft_update(const SoftUpdateArgs& args, void* stream);
+// Of a flow's critics. args.updates.step and .learning_rate are not read.
+void cuda_critic_updates(const CudaCriticUpdates& args, void* workspace, void* stream);
 
 size_t cuda_workspace_bytes(const TwinQArgs& args);
 size_t cuda_workspace_bytes(const CriticStepArgs& args);
@@ -50,5 +64,6 @@ size_t cuda_workspace_bytes(const MeanFlowStepArgs& args);
 size_t cuda_workspace_bytes(const FlowDensityArgs& args);  // of cuda_flow_record
 size_t cuda_workspace_bytes(const FlowGradientArgs& args);
 size_t cuda_workspace_bytes(const ReweightedArgs& args);
+size_t cuda_workspace_bytes(const CudaCriticUpdates& args);
 
 }  // namespace flame

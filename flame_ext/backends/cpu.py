@@ -14,10 +14,9 @@ from flame_ext.backends.native_evaluator import (
     NativeEvaluator,
     array,
     draw_seed,
-    flow_sampler,
-    gaussian_sampler,
     mlp_spec,
 )
+from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.config import Config
 from flame_ext.native import load_core
@@ -72,8 +71,8 @@ class CpuBackend(TorchBackend):
         updates: int = 1,
     ) -> dict[str, float]:
         c = actor.config
-        sampler = self._sampler(actor)
-        if sampler is None:
+        steps = next_action_steps(actor)
+        if steps is None:
             return super().critic_updates(
                 actor, critics, target_critics, optimizer, batch, alpha, generator, updates
             )
@@ -83,7 +82,7 @@ class CpuBackend(TorchBackend):
         moments = adam_moments(optimizer)
         first_step = int(moments["step"]) + 1
         loss, q_mean = self._core.critic_updates(
-            sampler,
+            native_sampler(actor, steps),
             array(actor.network.flat),
             mlp_spec(critics),
             array(critics.flat),
@@ -101,16 +100,6 @@ class CpuBackend(TorchBackend):
         )
         moments["step"] += updates
         return {"critic_loss": loss, "q_mean": q_mean}
-
-    def _sampler(self, actor: Actor) -> Any | None:
-        """How the fused update draws next actions; None where it cannot."""
-        c = actor.config
-        if c.target_particles > 1 or not isinstance(actor, (GaussianActor, FlowActor)):
-            return None
-        if isinstance(actor, FlowActor) and not c.entropy_in_target:
-            return flow_sampler(mlp_spec(actor.network), c.sampling_steps, c.flow)
-        exact = isinstance(actor, GaussianActor) or c.entropy_estimator == "exact"
-        return _one_step_sampler(actor) if exact else None
 
     def critic_step(
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
@@ -221,20 +210,12 @@ def _is_fused(config: Config) -> bool:
     return exact and config.proposal == "reverse"
 
 
-def _one_step_sampler(actor: GaussianActor | FlowActor) -> Any:
-    """The policy as its loss samples it."""
-    spec = mlp_spec(actor.network)
-    if isinstance(actor, GaussianActor):
-        return gaussian_sampler(spec)
-    return flow_sampler(spec, 1, actor.config.flow)
-
-
 def _loss_arguments(
     actor: GaussianActor | FlowActor, critics: Critics, obs: Tensor
 ) -> tuple[Any, ...]:
     """What the native losses have in common, the policy's zeroed gradient among it."""
     return (
-        _one_step_sampler(actor),
+        native_sampler(actor, 1 if isinstance(actor, FlowActor) else 0),
         array(actor.network.flat),
         zeroed_gradient(actor.network).numpy(),
         mlp_spec(critics),

@@ -7,18 +7,22 @@ caching allocator; none of them allocates or synchronises by itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from flame_ext.backends.native_evaluator import NativeEvaluator, draw_seed, flow_table, mlp_spec
+from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
+from flame_ext.policies.base import Actor
 from flame_ext.reference import monotonicity_gap, tanh_gaussian
+from flame_ext.replay import Batch
 from flame_ext.sampling import CandidateSampling, Flow
+from flame_ext.td_target import target_noise
 
 
 def require_cuda() -> None:
@@ -40,7 +44,7 @@ def require_cuda() -> None:
 
 
 class CudaBackend(TorchBackend):
-    """Critic step, Adam, target update and every evaluation inside the losses by CUDA kernels."""
+    """Critic updates of a flow in one call, and every evaluation inside the losses, by kernels."""
 
     name = "cuda"
 
@@ -51,6 +55,65 @@ class CudaBackend(TorchBackend):
 
     def accelerate(self, network: FlatMLP) -> None:
         network.evaluator = CudaEvaluator(network)
+
+    def critic_updates(
+        self,
+        actor: Actor,
+        critics: Critics,
+        target_critics: Critics,
+        optimizer: torch.optim.Adam,
+        batch: Batch,
+        alpha: Tensor,
+        generator: torch.Generator,
+        updates: int = 1,
+    ) -> dict[str, float]:
+        c = actor.config
+        steps = next_action_steps(actor)
+        if not steps:  # the Gaussian's own formulas are PyTorch's here
+            return super().critic_updates(
+                actor, critics, target_critics, optimizer, batch, alpha, generator, updates
+            )
+        if len(batch) % updates:
+            raise ValueError(f"a batch of {len(batch)} transitions has no {updates} equal parts")
+        flat, rows, columns = critics.flat, len(batch), actor.action_dim
+        noise = target_noise(actor, batch, generator).squeeze(1)
+        (group,) = optimizer.param_groups
+        moments = adam_moments(optimizer)
+        schedule = self._advanced_schedule(flat, group["lr"], moments["step"], updates)
+        evaluator = cast("CudaEvaluator", actor.network.evaluator)
+        tables = evaluator.device_table(steps, c.flow)
+        sums = flat.new_empty((2, updates, critics.members), dtype=torch.float64)
+        run_with_workspace(
+            self._core.cuda_critic_updates,
+            flat,
+            native_sampler(actor, steps),
+            pointer(actor.network.flat, like=flat),
+            mlp_spec(critics),
+            pointer(flat),
+            pointer(moments["exp_avg"], flat.shape, flat),
+            pointer(moments["exp_avg_sq"], flat.shape, flat),
+            pointer(target_critics.flat, flat.shape, flat),
+            updates,
+            rows,
+            *rows_pointer(batch.obs, (rows, critics.obs_dim), flat),
+            *rows_pointer(batch.action, (rows, columns), flat),
+            *rows_pointer(batch.reward, (rows,), flat),
+            *rows_pointer(batch.terminated, (rows,), flat),
+            *rows_pointer(batch.next_obs, (rows, critics.obs_dim), flat),
+            pointer(noise, (rows, columns), flat),
+            c.reward_scale,
+            c.gamma,
+            float(alpha) if c.entropy_in_target else 0.0,
+            c.tau,
+            *group["betas"],
+            group["eps"],
+            *(pointer(table, table.shape, flat) for table in tables),
+            schedule.data_ptr(),
+            sums[0].data_ptr(),
+            sums[1].data_ptr(),
+        )
+        losses, means = sums.mean(1).tolist()
+        return {"critic_loss": sum(losses), "q_mean": sum(means) / critics.members}
 
     def critic_step(
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
@@ -79,9 +142,7 @@ class CudaBackend(TorchBackend):
         (group,) = optimizer.param_groups
         (parameter,) = group["params"]
         moments = adam_moments(optimizer)
-        schedule = self._schedule(parameter, group["lr"])
-        schedule.view(torch.int64)[1].copy_(moments["step"])
-        moments["step"] += 1
+        schedule = self._advanced_schedule(parameter, group["lr"], moments["step"], 1)
         with torch.cuda.device(parameter.device):
             self._core.cuda_adam(
                 parameter.numel(),
@@ -94,6 +155,15 @@ class CudaBackend(TorchBackend):
                 schedule.data_ptr(),
                 stream(parameter),
             )
+
+    def _advanced_schedule(
+        self, parameter: Tensor, rate: float, step: Tensor, updates: int
+    ) -> Tensor:
+        """The schedule before `updates` steps, which are added to PyTorch's count."""
+        schedule = self._schedule(parameter, rate)
+        schedule.view(torch.int64)[1].copy_(step)
+        step += updates
+        return schedule
 
     def _schedule(self, parameter: Tensor, rate: float) -> Tensor:
         """Learning rate (float64) and steps taken (int64) in device memory, as `AdamSchedule`."""
@@ -264,7 +334,7 @@ class CudaEvaluator(NativeEvaluator):
         flat, obs, noise = self.network.flat, obs.contiguous(), noise.contiguous()
         action, log_prob = torch.empty_like(noise), torch.empty_like(noise[..., 0])
         folded = torch.empty_like(log_prob, dtype=torch.bool)
-        time, scale = self._device_table(steps, flow)
+        time, scale = self.device_table(steps, flow)
         with torch.cuda.device(flat.device):
             self.core.cuda_flow_density(
                 self.spec,
@@ -291,7 +361,7 @@ class CudaEvaluator(NativeEvaluator):
         # The backward pass reads the parameters again, as they were here.
         flat, obs, noise = self.network.flat.detach().clone(), obs.contiguous(), noise.contiguous()
         rows, columns = noise.shape
-        time, scale = self._device_table(steps, flow)
+        time, scale = self.device_table(steps, flow)
         step = (self.spec, pointer(flat), rows, time.shape[1], pointer(scale))
         obs_dim = self.network.layer_sizes[0] - columns - time.shape[1]
         action, log_prob = torch.empty_like(noise), noise.new_empty(rows)
@@ -327,7 +397,7 @@ class CudaEvaluator(NativeEvaluator):
         )
         return gradient
 
-    def _device_table(self, steps: int, flow: Flow) -> tuple[Tensor, Tensor]:
+    def device_table(self, steps: int, flow: Flow) -> tuple[Tensor, Tensor]:
         """`flow_table`, copied to the device once."""
         if (steps, flow) not in self._tables:
             device = self.network.flat.device
@@ -343,6 +413,20 @@ class RecordedStep:
     step: tuple[Any, ...]
     record: Tensor
     memory: tuple[Tensor, ...]
+
+
+def rows_pointer(tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> tuple[int, int]:
+    """Address and row distance, in floats, of rows or of a column that may lie in wider rows.
+
+    Raises:
+        ValueError: If the tensor is not what the kernel assumes.
+    """
+    distance = tensor.stride(0)
+    if tensor.dim() == 2 and tensor.stride(1) != 1:
+        raise ValueError(f"rows of shape {tuple(tensor.shape)} are not contiguous")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"a tensor has shape {tuple(tensor.shape)}; expected {shape}")
+    return pointer(tensor[:1].reshape(-1), like=like), distance
 
 
 def stream(tensor: Tensor) -> int:

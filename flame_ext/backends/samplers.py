@@ -1,0 +1,30 @@
+"""How the fused native steps draw a policy's actions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flame_ext.backends.native_evaluator import flow_sampler, gaussian_sampler, mlp_spec
+from flame_ext.policies.base import Actor
+from flame_ext.policies.flow import FlowActor
+from flame_ext.policies.gaussian import GaussianActor
+
+
+def next_action_steps(actor: Actor) -> int | None:
+    """Steps in which fused critic updates draw next actions: 0 of a Gaussian, None: they cannot."""
+    c = actor.config
+    if c.target_particles > 1:
+        return None
+    if isinstance(actor, GaussianActor):
+        return 0
+    if not isinstance(actor, FlowActor):
+        return None
+    if not c.entropy_in_target:
+        return c.sampling_steps
+    return 1 if c.entropy_estimator == "exact" else None
+
+
+def native_sampler(actor: Actor, steps: int) -> Any:
+    """The policy as native code samples it."""
+    spec = mlp_spec(actor.network)
+    return flow_sampler(spec, steps, actor.config.flow) if steps > 0 else gaussian_sampler(spec)
