@@ -13,12 +13,12 @@
 // x (members, rows, padded(units)), what the present layer reads. A unit is one warp's dot product
 // for kRows rows at a time; its order of addition depends on neither rows nor blocks.
 //
-// 55 -> 3 x 256 -> 6, one row, 32 blocks: 0.58 MB of weights, 17 KB a block and 6 KB of outputs in
-// each: 0.3 us at about 80 GB/s for a multiprocessor, behind 1 us of latency; 0.3 MFLOP, nothing.
-// Three barriers of about 1 us with 0.4 us for taking and multiplying each, 2 us for launch and
-// latency: 7 us, of which a single multiprocessor would spend as many on the weights alone. The
-// time features are constant, but folding them into a bias is not worth a launch whenever weights
-// change: they are 6 % of the bytes. Best of 16 adds 1.1 MB of critics and three barriers.
+// Expected on an H100 for 55 -> 3 x 256 -> 6, one row, 32 blocks: 0.59 MB of weights, 18 KB a block
+// and 6 KB of output weights in each, 0.3 us at about 80 GB/s for a multiprocessor behind 1 us of
+// latency; 0.3 MFLOP, nothing. Three barriers of about 1 us, taking and multiplying 0.4 us each, 2
+// us for the launch: 7 to 8 us, against 7 us for the weights alone through one multiprocessor. The
+// time features are constant, but folding them into a bias takes a launch whenever weights change
+// and saves 6 % of the bytes. Best of 16 adds 1.1 MB of critics and three barriers.
 #pragma once
 
 #include "cuda/async_copy.h"
