@@ -1,5 +1,8 @@
 """CUDA kernels beside PyTorch eager and torch.compile with CUDA graphs, by device events.
 
+Rows "host to host" are acting as a robot sees it, by the host's clock: an observation in host
+memory to an action there.
+
 ``python benchmarks/cuda_kernels.py --json FILE`` on a machine with a GPU. The floor of each row is
 its operations at the rate that a large float32 matrix product (no TF32) reaches in this process;
 nothing is asserted. HalfCheetah sizes: 17 observations, 6 actions, 3 x 256 units, 256 states.
@@ -11,12 +14,14 @@ import argparse
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from flame_ext import reference
 from flame_ext.backends.cuda import CudaBackend, CudaEvaluator
@@ -24,6 +29,7 @@ from flame_ext.networks import Critics, MeanVelocityNet
 
 B, K, OBS, ACT, HIDDEN = 256, 100, 17, 6, (256, 256, 256)
 ROUNDS = 30
+BUSY_CYCLES = 2_000_000  # about a millisecond
 Run = Callable[[], Any]
 
 
@@ -38,17 +44,33 @@ class Row:
 
 
 def device_us(run: Run) -> float:
-    """Median time of one call on the device, between two events."""
+    """Median time of one call on the device, between two events.
+
+    The device is kept busy while the host launches, whose pace would otherwise be measured.
+    """
     for _ in range(5):
         run()
     times = []
     for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BUSY_CYCLES)
         start.record()
         run()
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def host_us(run: Run) -> float:
+    """Median time of a call that ends with its result in host memory."""
+    for _ in range(5):
+        run()
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        run()
+        times.append(1e6 * (time.perf_counter() - start))
     return statistics.median(times)
 
 
@@ -139,17 +161,38 @@ def cases() -> list[tuple[str, float, Run, Run]]:
             density_gradient(lambda: reference.log_prob(net, obs, noise)),
         ),
     ]
-    for rows in (1, 16384):
-        s, z = torch.randn(rows, OBS, device="cuda"), torch.randn(rows, ACT, device="cuda")
-        found.append(
-            (
-                f"one-step action, {rows} states",
-                mlp_flop(rows, inputs, *width),
-                no_grad(lambda s=s, z=z: policy.sample_flow(s, z, 1, "mean")),
-                no_grad(lambda s=s, z=z: reference.sample_flow(net, s, z)),
-            )
-        )
     return found
+
+
+def acting_cases(host: bool) -> list[tuple[str, float, Run, Run]]:
+    """As `cases`; with `host` from an observation in host memory to an action there."""
+    g = torch.Generator().manual_seed(0)
+    net = MeanVelocityNet(OBS, ACT, HIDDEN, generator=g).cuda()
+    critics = Critics(OBS, ACT, HIDDEN, generator=g).cuda()
+    native = CudaEvaluator(net)
+
+    def eager(obs: Tensor, noise: Tensor) -> Tensor:
+        actions = reference.one_step_action(net, obs.unsqueeze(1), noise)
+        return actions[:, 0] if noise.shape[1] == 1 else reference.best_of(critics, obs, actions)
+
+    def case(states: int, particles: int) -> tuple[str, float, Run, Run]:
+        rows, noise = states * particles, torch.randn(states, particles, ACT, device="cuda")
+        obs = torch.randn(states, OBS, device="cpu" if host else "cuda")
+        flop = mlp_flop(rows, OBS + ACT + 32, *HIDDEN, ACT)
+        if particles > 1:
+            flop += 2 * mlp_flop(rows, OBS + ACT, *HIDDEN, 1)
+
+        def run(act: Callable[[Tensor, Tensor], Tensor]) -> Run:
+            if host:
+                return torch.no_grad()(lambda: act(obs.cuda(), noise).cpu())
+            return torch.no_grad()(lambda: act(obs, noise))
+
+        name = f"act, {states} states" + (f", best of {particles}" if particles > 1 else "")
+        ours = run(lambda s, z: native.best_action(s, z, critics, 1, "mean"))
+        return name + (", host to host" if host else ""), flop, ours, run(eager)
+
+    sizes = [(1, 1), (1, 32)] if host else [(1, 1), (1, 16), (1, 32), (16384, 1), (1024, 32)]
+    return [case(*size) for size in sizes]
 
 
 def main() -> None:
@@ -159,13 +202,16 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     peak = peak_flop_per_us()
     print(f"{torch.cuda.get_device_name()}: float32 product {peak / 1e6:.1f} TFLOP/s")
-    print(f"{'microseconds':<28}{'floor':>9}{'native':>9}{'eager':>9}{'compiled':>9}")
+    print(f"{'microseconds':<36}{'floor':>9}{'native':>9}{'eager':>9}{'compiled':>9}")
     rows = []
-    for name, flop, native, eager in cases():
+    on_device = [*cases(), *acting_cases(host=False)]
+    timed = [(device_us, case) for case in on_device]
+    timed += [(host_us, case) for case in acting_cases(host=True)]
+    for clock, (name, flop, native, eager) in timed:
         compiled = torch.compile(eager, mode="reduce-overhead")
-        times = [device_us(run) for run in (native, eager, compiled)]
+        times = [clock(run) for run in (native, eager, compiled)]
         rows.append(Row(name, flop, flop / peak, *times))
-        print(f"{name:<28}{flop / peak:9.1f}" + "".join(f"{x:9.1f}" for x in times))
+        print(f"{name:<36}{flop / peak:9.1f}" + "".join(f"{x:9.1f}" for x in times))
     with open(options.json, "w") as file:
         device = torch.cuda.get_device_name()
         json.dump({"device": device, "rows": [asdict(r) for r in rows]}, file, indent=1)

@@ -209,6 +209,31 @@ size_t flow_backward(const MlpSpec& spec, Pointer parameters, int64_t rows, int 
         args, workspace, [&](void* memory) { cuda_flow_backward(args, memory, at<void>(stream)); });
 }
 
+// critics: null with one sample per state.
+size_t policy_act(const MlpSpec& policy, Pointer parameters, const MlpSpec* critics,
+                  Pointer critic_parameters, int64_t states, int samples, Pointer obs,
+                  Pointer noise, int steps, int time_features, Pointer time, Pointer scale,
+                  Pointer action, Pointer workspace, Pointer stream) {
+    const int action_dim = policy.sizes[policy.num_layers];
+    const PolicyActArgs args{policy,
+                             at<float>(parameters),
+                             critics != nullptr ? *critics : MlpSpec{},
+                             at<float>(critic_parameters),
+                             states,
+                             samples,
+                             action_dim,
+                             at<float>(obs),
+                             policy.sizes[0] - action_dim - time_features,
+                             at<float>(noise),
+                             steps,
+                             time_features,
+                             at<float>(time),
+                             at<float>(scale),
+                             at<float>(action)};
+    return with_workspace(args, workspace,
+                          [&](void* memory) { cuda_policy_act(args, memory, at<void>(stream)); });
+}
+
 void adam(int64_t count, Pointer parameters, Pointer gradients, Pointer first_moment,
           Pointer second_moment, double beta1, double beta2, double epsilon, Pointer schedule,
           Pointer stream) {
@@ -294,6 +319,7 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_flow_density", &flow_density);
     m.def("cuda_flow_record", &flow_record);
     m.def("cuda_flow_backward", &flow_backward);
+    m.def("cuda_policy_act", &policy_act);
     m.def("cuda_adam", &adam);
     m.def("cuda_soft_update", &soft_update);
     m.def("cuda_critic_updates", &critic_updates);

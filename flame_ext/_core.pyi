@@ -271,6 +271,22 @@ def flow_density(
     probe: _Array | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]: ...
 
+# For tests: the CUDA acting kernel, executed on the host.
+def cuda_policy_act_on_host(
+    policy: MlpSpec,
+    parameters: _Array,
+    critics: MlpSpec,
+    critic_parameters: _Array,
+    obs: _Array,
+    noise: _Array,
+    time: _Array,
+    scale: _Array,
+    *,
+    falling: bool,
+    shared_bytes: int,
+    multiprocessors: int,
+) -> NDArray[np.float32]: ...
+
 class RecordedDensity:
     def __init__(
         self,

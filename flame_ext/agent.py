@@ -13,7 +13,7 @@ from flame_ext.backends.torch import adam_moments
 from flame_ext.config import Config
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.policies import make_actor
-from flame_ext.policies.base import best_action, normal_like
+from flame_ext.policies.base import normal_like
 from flame_ext.replay import Batch
 
 # Outside these bounds a temperature is a failure to be seen in the log, not followed.
@@ -88,7 +88,7 @@ class Agent:
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Best of N by Qmin: obs ``(B, O)``, noise ``(B, N, A)`` -> ``(B, A)`` in [-1, 1]."""
-        return best_action(self.actor, self.critics, obs, noise)
+        return self.actor.best_action(self.critics, obs, noise)
 
     def explore(self, obs: Tensor) -> Tensor:
         """Actions for collecting data: ``(B, O)`` -> ``(B, A)``."""

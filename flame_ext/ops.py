@@ -62,14 +62,11 @@ def one_step_action(
     _check_columns(net, obs, noise)
     networks: list[FlatMLP] = [net] if critics is None else [net, critics]
     native = _native(backend, "one_step_action", networks, (obs, noise))
-    if critics is None:
-        if native is not None:
-            return native(net).sample_flow(obs, noise, 1, "mean").clamp_(-1, 1)
-        return reference.one_step_action(net, obs, noise)
     if native is not None:
-        particles = native(net).sample_flow(obs.unsqueeze(1), noise, 1, "mean").clamp_(-1, 1)
-        best = native(critics).candidates(obs, particles).argmax(dim=1)
-        return particles[torch.arange(len(particles), device=best.device), best]
+        particles = noise.unsqueeze(1) if critics is None else noise
+        return native(net).best_action(obs, particles, critics, 1, "mean")
+    if critics is None:
+        return reference.one_step_action(net, obs, noise)
     particles = reference.one_step_action(net, obs.unsqueeze(1), noise)
     return reference.best_of(critics, obs, particles)
 

@@ -64,8 +64,12 @@ def one_step_action(net: MeanVelocityNet, obs: Tensor, noise: Tensor) -> Tensor:
 
 def best_of(critics: Critics, obs: Tensor, actions: Tensor) -> Tensor:
     """The candidate with the highest Qmin: obs ``(B, O)``, actions ``(B, N, A)`` -> ``(B, A)``."""
-    best = critics.candidate_q_min(obs, actions).argmax(dim=1)
-    return actions[torch.arange(len(actions), device=actions.device), best]
+    return take_best(actions, critics.candidate_q_min(obs, actions))
+
+
+def take_best(actions: Tensor, values: Tensor) -> Tensor:
+    """The action of the highest value: actions ``(B, N, A)``, values ``(B, N)`` -> ``(B, A)``."""
+    return actions[torch.arange(len(actions), device=actions.device), values.argmax(dim=1)]
 
 
 def times_like(z: Tensor, step: SamplerStep) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,85 @@ def test_policy(rows, obs_dim, action_dim, hidden):
         assert_as_accurate(*values)
 
 
+@torch.no_grad()
+def particles_and_q(net: FlatMLP, critics: Critics, obs: Tensor, noise: Tensor) -> list[Tensor]:
+    """Clipped one-step actions ``(B, N, A)`` and their Qmin ``(B, N)``."""
+    actions = reference.one_step_action(net, obs.unsqueeze(1), noise)
+    return [actions, critics.candidate_q_min(obs, actions)]
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "particles", "obs_dim", "action_dim", "hidden"),
+    [
+        (1, 1, 17, 6, (256, 256, 256)),
+        (1, 1, 376, 17, (1024, 1024)),
+        (1, 32, 17, 6, (256, 256, 256)),
+        (2, 3, 376, 17, (48, 33)),
+        (31, 1, 1, 1, (8,)),
+        (33, 1, 17, 6, (64, 64)),
+        (257, 5, 17, 6, (64, 64, 64)),
+    ],
+)
+def test_policy_act(layer_norm, rows, particles, obs_dim, action_dim, hidden):
+    net = make_policy(obs_dim, action_dim, hidden)
+    critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
+    obs, noise = draw(rows, obs_dim), draw(rows, particles, action_dim)
+    ours = CudaEvaluator(net).best_action(obs, noise, critics, 1, "mean")
+    single, _ = particles_and_q(net, critics, obs, noise)
+    wanted, q = particles_and_q(exact(net), exact(critics), obs.double(), noise.double())
+    chosen = (ours.unsqueeze(1) - wanted).abs().amax(2).argmin(1)
+    states = torch.arange(rows, device=obs.device)
+    assert (q[states, chosen] >= q.amax(1) - 1e-5 * (1 + q.abs().max())).all()
+    assert_as_accurate(ours, single[states, chosen], wanted[states, chosen])
+    for _ in range(20):
+        again = CudaEvaluator(net).best_action(obs, noise, critics, 1, "mean")
+        assert torch.equal(again, ours)
+
+
+@pytest.mark.parametrize(("rows", "particles"), [(1, 1), (1, 32), (40, 3)])
+def test_acting_in_a_graph_and_on_another_stream(rows, particles):
+    """New observations and weights between replays; a slow producer before the first call."""
+    net, critics = make_policy(17, 6, (256, 256)), make_critics(17, 6, (256, 256))
+    native = CudaEvaluator(net)
+    inputs = [(draw(rows, 17, seed=i), draw(rows, particles, 6, seed=i)) for i in range(3)]
+    obs, noise = (torch.full_like(x, float("nan")) for x in inputs[0])
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        obs.copy_(inputs[0][0])
+        noise.copy_(inputs[0][1])
+        first = native.best_action(obs, noise, critics, 1, "mean")
+    side.synchronize()
+    assert torch.equal(first, native.best_action(*inputs[0], critics, 1, "mean"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action = native.best_action(obs, noise, critics, 1, "mean")
+    for i in range(100):
+        obs.copy_(inputs[i % 3][0])
+        noise.copy_(inputs[i % 3][1])
+        with torch.no_grad():
+            net.flat.mul_(1.001)
+        graph.replay()
+        assert torch.equal(action, native.best_action(obs, noise, critics, 1, "mean"))
+
+
+def test_acting_on_several_streams_at_once():
+    """Two grids that wait at barriers must not keep each other from starting."""
+    net, critics = make_policy(17, 6, (256, 256)), make_critics(17, 6, (256, 256))
+    native, obs, noise = CudaEvaluator(net), draw(1, 17), draw(1, 32, 6)
+    wanted = native.best_action(obs, noise, critics, 1, "mean")
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for i in range(200):
+        with torch.cuda.stream(streams[i % 4]):
+            results.append(native.best_action(obs, noise, critics, 1, "mean"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, wanted) for result in results)
+
+
 @pytest.mark.parametrize("with_transport", [False, True])
 @pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), SHAPES)
 def test_density_gradient(rows, obs_dim, action_dim, hidden, with_transport):

@@ -8,6 +8,10 @@
 // a matrix product in its registers, is a PerThread.
 //
 // Reductions add in a fixed order (butterfly over the lanes), the same on both targets.
+//
+// Blocks that cooperate run a body in stages, and a stage ends at a barrier of all blocks
+// (launch.h): on the host a loop over the blocks. Across it a block keeps its shared memory and
+// nothing else.
 #pragma once
 
 #include <stdint.h>
@@ -19,6 +23,19 @@ namespace flame::FLAME_ISA {
 constexpr int kThreads = 256;
 constexpr int kLanesPerWarp = 32;
 constexpr int kWarps = kThreads / kLanesPerWarp;
+
+// A few sums that are formed side by side.
+template <int kCount>
+struct Sums {
+    float v[kCount];
+
+    FLAME_BODY float at(int i) const {
+        float found = v[0];
+        FLAME_UNROLL
+        for (int j = 1; j < kCount; ++j) found = i == j ? v[j] : found;
+        return found;
+    }
+};
 
 #if defined(__CUDACC__)
 
@@ -45,6 +62,23 @@ struct Warp {
         for (int c = lane(); c < n; c += kLanesPerWarp) total += term(c);
         for (int mask = kLanesPerWarp / 2; mask > 0; mask /= 2) {
             total += __shfl_xor_sync(0xFFFFFFFFu, total, mask);
+        }
+        return total;
+    }
+
+    // sum() of term(c, i) for each i < kCount.
+    template <int kCount, typename Term>
+    FLAME_BODY Sums<kCount> sums(int n, Term&& term) const {
+        Sums<kCount> total{};
+        for (int c = lane(); c < n; c += kLanesPerWarp) {
+            FLAME_UNROLL
+            for (int i = 0; i < kCount; ++i) total.v[i] += term(c, i);
+        }
+        for (int mask = kLanesPerWarp / 2; mask > 0; mask /= 2) {
+            FLAME_UNROLL
+            for (int i = 0; i < kCount; ++i) {
+                total.v[i] += __shfl_xor_sync(0xFFFFFFFFu, total.v[i], mask);
+            }
         }
         return total;
     }
@@ -113,6 +147,15 @@ struct Warp {
         return lanes[0];
     }
 
+    template <int kCount, typename Term>
+    Sums<kCount> sums(int n, Term&& term) const {
+        Sums<kCount> total{};
+        for (int i = 0; i < kCount; ++i) {
+            total.v[i] = sum(n, [&](int c) { return term(c, i); });
+        }
+        return total;
+    }
+
     template <typename T, typename Term>
     T largest(int n, T low, Term&& term) const {
         for (int c = 0; c < n; ++c) {
@@ -140,5 +183,13 @@ struct Block {
 };
 
 #endif
+
+// The first index of the largest of n terms; NaN wins only where there is nothing else.
+template <typename T, typename Term>
+FLAME_INLINE int first_largest(const Warp& warp, int n, T low, Term&& term) {
+    const T best = warp.largest(n, low, term);
+    const int from_end = warp.largest(n, 0, [&](int k) { return term(k) == best ? n - k : 0; });
+    return from_end > 0 ? n - from_end : 0;
+}
 
 }  // namespace flame::FLAME_ISA

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "critic_updates.h"
+#include "cuda/best_action.h"
 #include "cuda/elements.h"
 #include "cuda/training.h"
 #include "policy_sampler.h"
@@ -23,11 +24,7 @@ struct IntoBox {
     static constexpr const char* kName = "into_box";
     float* action;
 
-    FLAME_BODY void operator()(int64_t i) const {
-        // In this order a NaN stays: it must show.
-        const float a = action[i];
-        action[i] = a < -1.0f ? -1.0f : (a > 1.0f ? 1.0f : a);
-    }
+    FLAME_BODY void operator()(int64_t i) const { action[i] = into_box(action[i]); }
 };
 
 struct SetZero {

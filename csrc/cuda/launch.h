@@ -3,6 +3,13 @@
 // A kernel is a plain struct of its arguments whose operator()(Block) is the body. Operations are
 // written once over Launcher; nothing here allocates, synchronises or draws, so that a sequence of
 // launches can be captured in a CUDA graph.
+//
+// Blocks may also cooperate: operator()(Block, stage) is called for one stage after the other, with
+// a barrier of all blocks between two stages. That is CUDA's cooperative launch and grid barrier,
+// because both hold on every architecture: the launch starts when all blocks fit at once, so that
+// two waiting grids cannot starve each other, and the barrier's counter belongs to the launch,
+// which leaves nothing to be reset between replays of a graph. (Clusters need sm_90 and end at 16
+// blocks.)
 #pragma once
 
 #include <stddef.h>
@@ -11,6 +18,8 @@
 #include "cuda/block.h"
 #include "partition.h"
 #if defined(__CUDACC__)
+#include <cooperative_groups.h>
+
 #include "cuda/cuda_check.h"
 #else
 #include <cmath>
@@ -47,33 +56,72 @@ __global__ void __launch_bounds__(kThreads, 1) run_kernel(const __grid_constant_
     kernel(Block{static_cast<int64_t>(blockIdx.x), reinterpret_cast<float*>(shared)});
 }
 
+template <typename Kernel>
+__global__ void __launch_bounds__(kThreads, 1)
+    run_kernel_in_stages(const __grid_constant__ Kernel kernel, int stages) {
+    extern __shared__ float4 shared[];
+    const Block block{static_cast<int64_t>(blockIdx.x), reinterpret_cast<float*>(shared)};
+    for (int stage = 0; stage < stages; ++stage) {
+        if (stage > 0) cooperative_groups::this_grid().sync();
+        kernel(block, stage);
+    }
+}
+
 class Launcher {
   public:
     explicit Launcher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {
-        int device = 0;
-        cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-        int bytes = 0;
-        cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                   "cudaDeviceGetAttribute");
-        shared_limit_ = static_cast<size_t>(bytes) / sizeof(float);
+        cuda_check(cudaGetDevice(&device_), "cudaGetDevice");
+        shared_limit_ =
+            static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) / sizeof(float);
     }
 
     size_t shared_limit() const { return shared_limit_; }  // floats per block
+    int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
 
     template <typename Kernel>
     void operator()(const Kernel& kernel, int64_t blocks, size_t shared_floats) const {
         if (blocks == 0) return;
-        const size_t bytes = shared_floats * sizeof(float);
-        cuda_check(
-            cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(bytes)),
-            "cudaFuncSetAttribute");
+        const size_t bytes = allow_shared(run_kernel<Kernel>, shared_floats);
         run_kernel<Kernel><<<static_cast<unsigned>(blocks), kThreads, bytes, stream_>>>(kernel);
         cuda_check(cudaGetLastError(), Kernel::kName);
     }
 
+    // Cooperating blocks, at most one for each multiprocessor.
+    template <typename Kernel>
+    void in_stages(const Kernel& kernel, int stages, int blocks, size_t shared_floats) const {
+        cudaLaunchAttribute cooperative{};
+        cooperative.id = cudaLaunchAttributeCooperative;
+        cooperative.val.cooperative = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(blocks));
+        config.blockDim = dim3(kThreads);
+        config.dynamicSmemBytes = allow_shared(run_kernel_in_stages<Kernel>, shared_floats);
+        config.stream = stream_;
+        config.attrs = &cooperative;
+        config.numAttrs = 1;
+        cuda_check(cudaLaunchKernelEx(&config, run_kernel_in_stages<Kernel>, kernel, stages),
+                   Kernel::kName);
+    }
+
   private:
+    int attribute(cudaDeviceAttr which) const {
+        int value = 0;
+        cuda_check(cudaDeviceGetAttribute(&value, which, device_), "cudaDeviceGetAttribute");
+        return value;
+    }
+
+    // Bytes of that many floats, which `function` may use from now on.
+    template <typename Function>
+    static size_t allow_shared(Function* function, size_t floats) {
+        const size_t bytes = floats * sizeof(float);
+        cuda_check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(bytes)),
+                   "cudaFuncSetAttribute");
+        return bytes;
+    }
+
     cudaStream_t stream_;
+    int device_ = 0;
     size_t shared_limit_;
 };
 
@@ -81,27 +129,46 @@ class Launcher {
 
 class Launcher {
   public:
-    Launcher(bool falling, size_t shared_limit) : falling_(falling), shared_limit_(shared_limit) {}
+    Launcher(bool falling, size_t shared_limit, int multiprocessors)
+        : falling_(falling), shared_limit_(shared_limit), multiprocessors_(multiprocessors) {}
 
     size_t shared_limit() const { return shared_limit_; }
+    int multiprocessors() const { return multiprocessors_; }
 
-    // Shared memory starts as NaN: a value that no thread wrote shows in the results.
     template <typename Kernel>
     void operator()(const Kernel& kernel, int64_t blocks, size_t shared_floats) const {
-        struct alignas(16) Vector {
-            float v[4];
-        };
-        std::vector<Vector> shared((shared_floats + 3) / 4);
         for (int64_t b = 0; b < blocks; ++b) {
-            for (Vector& x : shared) x = {{NAN, NAN, NAN, NAN}};
-            kernel(Block{falling_ ? blocks - 1 - b : b, reinterpret_cast<float*>(shared.data()),
-                         falling_});
+            SharedMemory memory = undefined(shared_floats);
+            kernel(Block{ordered(b, blocks), memory.data()->v, falling_});
+        }
+    }
+
+    template <typename Kernel>
+    void in_stages(const Kernel& kernel, int stages, int blocks, size_t shared_floats) const {
+        std::vector<SharedMemory> memories(blocks, undefined(shared_floats));
+        for (int stage = 0; stage < stages; ++stage) {
+            for (int64_t i = 0; i < blocks; ++i) {
+                const int64_t b = ordered(i, blocks);
+                kernel(Block{b, memories[b].data()->v, falling_}, stage);
+            }
         }
     }
 
   private:
+    struct alignas(16) Vector {
+        float v[4];
+    };
+    using SharedMemory = std::vector<Vector>;
+
+    // Starts as NaN: a value that no thread wrote shows in the results.
+    static SharedMemory undefined(size_t floats) {
+        return SharedMemory((floats + 3) / 4, Vector{{NAN, NAN, NAN, NAN}});
+    }
+    int64_t ordered(int64_t i, int64_t count) const { return falling_ ? count - 1 - i : i; }
+
     bool falling_;
     size_t shared_limit_;
+    int multiprocessors_;
 };
 
 #endif

@@ -14,6 +14,7 @@
 #include "cuda/flow_record.h"
 #include "cuda/meanflow_step.h"
 #include "cuda/mlp_forward.h"
+#include "cuda/policy_act.h"
 #include "cuda/q_gradient.h"
 #include "cuda/reweighted_velocity.h"
 #include "cuda/twin_q.h"
@@ -27,7 +28,8 @@ using namespace flame::FLAME_ISA;
 std::atomic<bool> falling_order{false};
 std::atomic<size_t> shared_floats{0};
 
-Launcher launcher() { return {falling_order.load(), shared_floats.load()}; }
+// No operation of the table has cooperating blocks.
+Launcher launcher() { return {falling_order.load(), shared_floats.load(), 1}; }
 
 // Workspace of one call; a value that no kernel wrote is NaN and shows in the results.
 class HostMemory {
@@ -217,6 +219,13 @@ const CpuKernels* cuda_on_host(bool falling, size_t shared_bytes) {
     falling_order = falling;
     shared_floats = shared_bytes / sizeof(float);
     return &kTable;
+}
+
+void policy_act_on_host(const PolicyActArgs& a, const HostDevice& device) {
+    const Launcher launch(device.falling, device.shared_bytes / sizeof(float),
+                          device.multiprocessors);
+    with_memory([&](Carver& m) { count_policy_act(launch, a, m); },
+                [&](Carver& m) { policy_act(launch, a, m); });
 }
 
 }  // namespace flame

@@ -4,6 +4,7 @@
 #include <stddef.h>
 
 #include "cpu/kernels.h"
+#include "cuda/training.h"
 
 namespace flame {
 
@@ -12,5 +13,13 @@ namespace flame {
 // device's shared memory per block, which decides the tiles. Operations without a CUDA kernel
 // throw.
 const CpuKernels* cuda_on_host(bool falling, size_t shared_bytes);
+
+// Acting on a device of so many multiprocessors, each with one of the blocks that cooperate.
+struct HostDevice {
+    bool falling;
+    size_t shared_bytes;
+    int multiprocessors;
+};
+void policy_act_on_host(const PolicyActArgs& args, const HostDevice& device);
 
 }  // namespace flame

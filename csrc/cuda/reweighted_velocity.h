@@ -156,9 +156,7 @@ struct SoftmaxKernel {
             const PhiloxBlock bits = philox_block(a.seed, a.stream + 1, draws(a.offset) + draw / 4);
             return gumbel_key(logit(k), bits.v[draw % 4]);
         };
-        const double best = warp.largest(n, -HUGE_VAL, key);
-        const int last = warp.largest(n, 0, [&](int k) { return key(k) == best ? n - k : 0; });
-        const int chosen = last > 0 ? n - last : 0;
+        const int chosen = first_largest(warp, n, -HUGE_VAL, key);
         warp.each(a.action_dim, [&](int j) {
             a.resampled[state * a.action_dim + j] = action[chosen * a.action_dim + j];
         });

@@ -1,4 +1,5 @@
-// The CUDA training operations: the argument structs of cpu/training.h with device pointers.
+// The CUDA operations: acting, and training with the argument structs of cpu/training.h. Pointers
+// are device pointers.
 //
 // Every function only launches kernels on `stream` (a cudaStream_t of the current device): no
 // allocation, no synchronisation, no random state on the host, so a CUDA graph can capture it.
@@ -39,6 +40,27 @@ struct CudaCriticUpdates {
     double* q_mean;  // (updates, members)
 };
 
+// action[s] = the best by Qmin of the `samples` actions that z <- z + scale_i u(z, time_i, s),
+// i < steps, makes of a state's noise, clipped to [-1, 1]. Of equals the first; an action whose Q
+// is NaN is taken only where all are.
+struct PolicyActArgs {
+    MlpSpec policy;
+    const float* parameters;
+    MlpSpec critics;  // not read with one sample, like their parameters
+    const float* critic_parameters;
+    int64_t states;
+    int32_t samples;  // per state
+    int32_t action_dim;
+    const float* obs;  // (states, O)
+    int64_t obs_ld;
+    const float* noise;  // (states, samples, A) dense
+    int32_t steps;
+    int32_t time_features;
+    const float* time;   // (steps, time_features)
+    const float* scale;  // (steps)
+    float* action;       // (states, A)
+};
+
 void cuda_mlp_forward(const MlpForwardArgs& args, void* stream);
 void cuda_twin_q(const TwinQArgs& args, void* workspace, void* stream);
 void cuda_critic_step(const CriticStepArgs& args, void* workspace, void* stream);
@@ -51,6 +73,7 @@ void cuda_flow_backward(const FlowGradientArgs& args, void* workspace, void* str
 // draw_offset: in device memory, Philox blocks added to args.offset; or null.
 void cuda_reweighted_velocity(const ReweightedArgs& args, const uint64_t* draw_offset,
                               void* workspace, void* stream);
+void cuda_policy_act(const PolicyActArgs& args, void* workspace, void* stream);
 // args.step and args.learning_rate are not read: the schedule, in device memory, has them.
 void cuda_adam(const AdamArgs& args, AdamSchedule* schedule, void* stream);
 void cuda_soft_update(const SoftUpdateArgs& args, void* stream);
@@ -64,6 +87,7 @@ size_t cuda_workspace_bytes(const MeanFlowStepArgs& args);
 size_t cuda_workspace_bytes(const FlowDensityArgs& args);  // of cuda_flow_record
 size_t cuda_workspace_bytes(const FlowGradientArgs& args);
 size_t cuda_workspace_bytes(const ReweightedArgs& args);
+size_t cuda_workspace_bytes(const PolicyActArgs& args);
 size_t cuda_workspace_bytes(const CudaCriticUpdates& args);
 
 }  // namespace flame

@@ -17,6 +17,9 @@
 
 namespace flame::FLAME_ISA {
 
+// A NaN of any member must show: it neither compares less nor is it replaced.
+FLAME_INLINE float smallest_q(float least, float q) { return q < least || q != q ? q : least; }
+
 // part[m, s, :] = W_obs s + b of layer one.
 template <int kRowsPerWarp>
 struct ObservationPartKernel {
@@ -76,9 +79,8 @@ struct TwinQKernel {
         }
     }
 
-    // A NaN of any member must show: it neither compares less nor is it replaced.
     FLAME_BODY void keep(int member, int64_t at, int64_t total, float q) const {
-        if (member == 0 || q < a.q_min[at] || q != q) a.q_min[at] = q;
+        a.q_min[at] = member == 0 ? q : smallest_q(a.q_min[at], q);
         if (a.q_each != nullptr) a.q_each[member * total + at] = q;
     }
 };

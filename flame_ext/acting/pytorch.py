@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from flame_ext.config import make_config
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.policies import make_actor
-from flame_ext.policies.base import best_action
 from flame_ext.policy import Array, PolicySpec, observation_rows
 from flame_ext.sampling import OBSERVATION_CLIP
 
@@ -48,7 +47,7 @@ class TorchActingEngine:
             rng = np.random.default_rng((self._seed, draw))
             noise = rng.standard_normal(shape, np.float32)
         base = torch.tensor(noise).view(shape)
-        unit = best_action(self._actor, self._critics, self._normalize(rows), base).numpy()
+        unit = self._actor.best_action(self._critics, self._normalize(rows), base).numpy()
         action: NDArray[np.float32] = (self._middle + self._half * unit).astype(np.float32)
         return action[0] if np.ndim(obs) == 1 else action
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flame_ext.native import load_core
-from flame_ext.networks import FlatMLP
+from flame_ext.networks import Critics, FlatMLP
 from flame_ext.reference import (
     Estimator,
     LogProb,
     Trace,
     check_log_prob_options,
+    take_best,
 )
 from flame_ext.sampling import (
     LOG_STD_RANGE,
@@ -169,6 +170,27 @@ class NativeEvaluator:
         shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
         action, _, _ = self.density(states, samples, steps, flow, "none")
         return action.view(*shape, noise.shape[-1])
+
+    def best_action(
+        self, obs: Tensor, noise: Tensor, critics: Critics | None, steps: int, flow: Flow
+    ) -> Tensor:
+        """Best of N by Qmin, without gradient.
+
+        Args:
+            obs: ``(B, O)``.
+            noise: ``(B, N, A)``.
+            critics: Not needed for N = 1.
+            steps: Of the flow.
+            flow: See `flow_steps`.
+
+        Returns:
+            ``(B, A)`` in [-1, 1].
+        """
+        critics = chooser(critics, noise.shape[1])
+        if critics is None:
+            return self.sample_flow(obs, noise.squeeze(1), steps, flow).clamp_(-1, 1)
+        particles = self.sample_flow(obs.unsqueeze(1), noise, steps, flow).clamp_(-1, 1)
+        return take_best(particles, type(self)(critics).candidates(obs, particles))
 
     def reweighted_velocity(
         self,
@@ -383,6 +405,13 @@ def per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         obs.expand(*shape, -1).reshape(-1, obs.shape[-1]),
         noise.expand(*shape, -1).reshape(-1, noise.shape[-1]),
     )
+
+
+def chooser(critics: Critics | None, particles: int) -> Critics | None:
+    """The critics that choose among so many particles, None for one."""
+    if particles > 1 and critics is None:
+        raise ValueError(f"the best of {particles} particles needs critics")
+    return critics if particles > 1 else None
 
 
 def draw_seed(generator: torch.Generator | None) -> int:

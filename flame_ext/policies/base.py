@@ -59,6 +59,12 @@ class Actor(ABC):
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
         """The action in [-1, 1]: obs ``(..., O)``, noise ``(..., A)`` -> ``(..., A)``."""
 
+    def best_action(self, critics: Critics, obs: Tensor, noise: Tensor) -> Tensor:
+        """Best of N by Qmin: obs ``(B, O)``, noise ``(B, N, A)`` -> ``(B, A)`` in [-1, 1]."""
+        if noise.shape[1] == 1:
+            return self.action(obs, noise.squeeze(1))
+        return best_of(critics, obs, self.action(obs.unsqueeze(1), noise))
+
     @abstractmethod
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
         """A differentiable sample before clipping, with its log-density."""
@@ -99,10 +105,3 @@ def uniform_like(
 def reverse_kl(sample: LogProb, q_min: Tensor, alpha: Tensor) -> Tensor:
     """E[alpha log pi(a | s) - Qmin(s, a)], SAC's policy objective (Haarnoja et al. 2018, Eq. 7)."""
     return (alpha * sample.log_prob - q_min).mean()
-
-
-def best_action(actor: Actor, critics: Critics, obs: Tensor, noise: Tensor) -> Tensor:
-    """Best of N by Qmin: obs ``(B, O)``, noise ``(B, N, A)`` -> ``(B, A)`` in [-1, 1]."""
-    if noise.shape[1] == 1:
-        return actor.action(obs, noise.squeeze(1))
-    return best_of(critics, obs, actor.action(obs.unsqueeze(1), noise))

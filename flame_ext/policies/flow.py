@@ -40,6 +40,11 @@ class FlowEvaluator(Protocol):
     def sample_flow(self, obs: Tensor, noise: Tensor, steps: int, flow: Flow) -> Tensor:
         """As `reference.sample_flow`, without gradient."""
 
+    def best_action(
+        self, obs: Tensor, noise: Tensor, critics: Critics, steps: int, flow: Flow
+    ) -> Tensor:
+        """As `Actor.best_action`, without gradient."""
+
     def differentiates_log_prob(self, estimator: Estimator, obs: Tensor, noise: Tensor) -> bool:
         """Whether `log_prob` records a gradient for these options; it evaluates all of them."""
 
@@ -96,6 +101,12 @@ class FlowActor(Actor):
         if native is not None and not torch.is_grad_enabled():
             return native.sample_flow(obs, noise, c.sampling_steps, c.flow).clamp_(-1, 1)
         return sample_flow(self.network, obs, noise, c.sampling_steps, c.flow).clamp(-1, 1)
+
+    def best_action(self, critics: Critics, obs: Tensor, noise: Tensor) -> Tensor:
+        c, native = self.config, self._native()
+        if native is not None and not torch.is_grad_enabled():
+            return native.best_action(obs, noise, critics, c.sampling_steps, c.flow)
+        return super().best_action(critics, obs, noise)
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
         c = self.config
