@@ -71,7 +71,7 @@ FLAME_INLINE void linear_from(const Block& block, Tile<kRowsPerWarp, kTensorCore
         tile.y[r * tile.ld_y + c] = sum + init(r, c);
     };
     if constexpr (kTensorCores) {
-        constexpr int kRowTiles = tile.kRows / kMmaRows;
+        constexpr int kRowTiles = Tile<kRowsPerWarp>::kRows / kMmaRows;
         tensor_multiply<kRowTiles>(block, rows, tile.x, tile.ld, weight, emit);
     } else {
         multiply<kRowsPerWarp>(block, rows, tile.x, tile.ld, weight, tile.slab, emit);

@@ -57,6 +57,10 @@ FLAME_INLINE void mma(PerLane<FragmentD>& d, const PerLane<FragmentA>& a,
 
 #else
 
+FLAME_INLINE double power_of_two(int exponent) {
+    return double_of(static_cast<uint64_t>(1023 + exponent) << 52);
+}
+
 // d + a[0] b[0] + ... + a[3] b[3] with truncation.
 FLAME_INLINE float add_four(float d, const double* a, const double* b) {
     constexpr int kBits = 24;
@@ -69,17 +73,15 @@ FLAME_INLINE float add_four(float d, const double* a, const double* b) {
         if (std::fabs(term) > largest) largest = std::fabs(term);
     }
     if (largest == 0.0 || !std::isfinite(sum)) return static_cast<float>(sum);
-    int exponent;
-    std::frexp(largest, &exponent);
+    const int last = static_cast<int>(bits_of(largest) >> 52) - 1023 - (kBits - 1);
+    const double scale = power_of_two(-last);
     int64_t total = 0;
-    const double scale = std::ldexp(1.0, kBits - exponent);
     for (const double term : terms) total += static_cast<int64_t>(term * scale);
     int64_t size = total < 0 ? -total : total;
     int cut = 0;
     while (size >> cut >= 1 << kBits) ++cut;
     size = size >> cut << cut;
-    return static_cast<float>(
-        std::ldexp(static_cast<double>(total < 0 ? -size : size), exponent - kBits));
+    return static_cast<float>(static_cast<double>(total < 0 ? -size : size) * power_of_two(last));
 }
 
 static inline void mma(PerLane<FragmentD>& d, const PerLane<FragmentA>& a,

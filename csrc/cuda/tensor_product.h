@@ -5,9 +5,9 @@
 // products of 8 depths are added there, the small ones first, and the rest in fp32 as usual.
 //
 // Largest error of a 64 x 64 product in emulation, over that of PyTorch's float32 (depth 16, 64,
-// 256): 1.3, 0.4, 0.8 with normal factors, 1.0, 0.6, 0.8 with positive ones, where truncation errs
-// to one side. Sums of 16 depths: up to 2.4, of all: 13, a single TF32: 175 and more. The six
-// largest products of three bf16 terms err less (0.2 to 0.8) and take as long in the tensor cores,
+// 256): 1.6, 0.6, 0.6 with normal factors, 1.2, 0.5, 0.8 with positive ones, where truncation errs
+// to one side. Sums of 16 depths: up to 2.6, of all: 15, a single TF32: 270 and more. The six
+// largest products of three bf16 terms err less (0.3 to 0.8) and take as long in the tensor cores,
 // but twice the operations of splitting.
 //
 // Warp w owns all rows and the columns 8 (w + 8 i) .. + 7 of 256 (64, 128 in narrower layers) at a
@@ -19,11 +19,11 @@
 //
 // Floor, for 64 rows and 256 columns, per warp and step: 96 mma of 4 cycles at the full rate of an
 // H100 (494 TFLOP/s), about 6.5 at what mma.sync reaches of it (62 %), two warps per scheduler: 768
-// or 1240 cycles. Issued beside them 144 operations of splitting, 128 additions, about 30 loads:
-// 400 a warp, 800 of those cycles. Shared memory is read for 32 cycles a warp, B through L1
-// likewise: 512. So tensor cores bound it, at 165 or 102 TFLOP/s of fp32 products, against 67 of
+// or 1240 cycles. Issued beside them 190 operations of splitting, 128 additions, 50 of loads and
+// addresses: 460 a warp, 920 of those cycles. Shared memory is read for 32 cycles a warp, B through
+// L1 likewise: 512. So tensor cores bound it, at 165 or 102 TFLOP/s of fp32 products, against 67 of
 // FFMA. Sums are stored one by one, with four-way bank conflicts: 2000 cycles a layer beside 16
-// steps.
+// steps. 64 rows take all 255 registers; a few values spill outside of the loop over steps.
 //
 // TF32 runs at 8 times the rate of FFMA on compute capability 8.0 (156 to 19.5 TFLOP/s) and 7.4
 // times on 9.0, but at 1 to 2 times on 8.6, 8.9 and 12.0, where a third of it is slower than FFMA.

@@ -116,7 +116,7 @@ class CudaBackend(TorchBackend):
             )
 
 
-# Compute capabilities whose tensor cores multiply TF32 at more than three times the rate of float32.
+# Compute capabilities with more than three times the rate of float32 in TF32 on tensor cores.
 FAST_TF32 = ((8, 0), (9, 0))
 
 
