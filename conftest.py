@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from types import ModuleType
 
 import pytest
 
@@ -74,7 +75,10 @@ def isa(request: pytest.FixtureRequest):
     core.set_isa(before)
 
 
-@pytest.fixture(params=[*_supported_isas(), "cuda", "cuda falling"])
+_TARGETS = [*_supported_isas(), "cuda", "cuda falling"]
+
+
+@pytest.fixture(params=_TARGETS)
 def kernels(request: pytest.FixtureRequest):
     """Run the test with each set of training kernels: the CPU's, then CUDA's executed on the host.
 
@@ -83,11 +87,28 @@ def kernels(request: pytest.FixtureRequest):
     """
     core = importlib.import_module("flame_ext._core")
     before = core.isa_active()
-    name = request.param
-    if name.startswith("cuda"):
-        small = name == "cuda falling"
-        core.run_cuda_on_host("falling" if small else "rising", (99 if small else 227) * 1024)
-    else:
-        core.set_isa(name)
-    yield name
+    _run(core, request.param)
+    yield request.param
     core.set_isa(before)
+
+
+@pytest.fixture(params=[*_TARGETS, *(f"{name} tensor" for name in _TARGETS if "cuda" in name)])
+def candidate_kernels(request: pytest.FixtureRequest):
+    """As `kernels`, and CUDA's with their products on (emulated) tensor cores."""
+    core = importlib.import_module("flame_ext._core")
+    before = core.isa_active()
+    _run(core, request.param)
+    yield request.param
+    core.set_isa(before)
+
+
+def _run(core: ModuleType, target: str) -> None:
+    if target.startswith("cuda"):
+        small = "falling" in target
+        core.run_cuda_on_host(
+            "falling" if small else "rising",
+            (99 if small else 227) * 1024,
+            tensor_cores="tensor" in target,
+        )
+    else:
+        core.set_isa(target)

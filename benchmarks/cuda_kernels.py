@@ -4,8 +4,9 @@ Rows "host to host" are acting as a robot sees it, by the host's clock: an obser
 memory to an action there.
 
 ``python benchmarks/cuda_kernels.py --json FILE`` on a machine with a GPU. The floor of each row is
-its operations at the rate that a large float32 matrix product (no TF32) reaches in this process;
-nothing is asserted. HalfCheetah sizes: 17 observations, 6 actions, 3 x 256 units, 256 states.
+its operations at the rate that a large float32 matrix product (no TF32) reaches in this process,
+for products on tensor cores too: what they have below it is their gain. Nothing is asserted.
+HalfCheetah sizes: 17 observations, 6 actions, 3 x 256 units, 256 states.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def cases() -> list[tuple[str, float, Run, Run]]:
     g = torch.Generator().manual_seed(0)
     net = MeanVelocityNet(OBS, ACT, HIDDEN, generator=g).cuda()
     critics = Critics(OBS, ACT, HIDDEN, generator=g).cuda()
-    policy, twin = CudaEvaluator(net), CudaEvaluator(critics)
+    policy, twin, tensor = (CudaEvaluator(x) for x in (net, critics, critics))
+    twin.tensor_cores, tensor.tensor_cores = False, True
     obs, noise = torch.randn(B, OBS, device="cuda"), torch.randn(B, ACT, device="cuda")
     t, target = torch.rand(B, 1, device="cuda"), torch.randn(B, device="cuda")
     several = torch.rand(B, K, ACT, device="cuda") * 2 - 1
@@ -123,18 +125,27 @@ def cases() -> list[tuple[str, float, Run, Run]]:
 
     no_grad = torch.no_grad()
     candidate_flop = 2 * (mlp_flop(B, OBS, HIDDEN[0]) + mlp_flop(B * K, ACT, *HIDDEN, 1))
+    candidate_forms = (("", twin), (", tensor cores", tensor))
     found: list[tuple[str, float, Run, Run]] = [
-        (
-            "twin Q of 100 candidates",
-            candidate_flop,
-            lambda: twin.candidates(obs, several),
-            no_grad(lambda: critics.candidate_q_min(obs, several)),
+        *(
+            (
+                f"twin Q of 100 candidates{suffix}",
+                candidate_flop,
+                lambda native=native: native.candidates(obs, several),
+                no_grad(lambda: critics.candidate_q_min(obs, several)),
+            )
+            for suffix, native in candidate_forms
         ),
-        (
-            "reweighted velocity",
-            candidate_flop,
-            lambda: twin.reweighted_velocity(obs, noise, 1 - t, t, 0.2, K, "random", seed),
-            reweighted,
+        *(
+            (
+                f"reweighted velocity{suffix}",
+                candidate_flop,
+                lambda native=native: native.reweighted_velocity(
+                    obs, noise, 1 - t, t, 0.2, K, "random", seed
+                ),
+                reweighted,
+            )
+            for suffix, native in candidate_forms
         ),
         (
             "critic step",
@@ -202,7 +213,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     peak = peak_flop_per_us()
     print(f"{torch.cuda.get_device_name()}: float32 product {peak / 1e6:.1f} TFLOP/s")
-    print(f"{'microseconds':<36}{'floor':>9}{'native':>9}{'eager':>9}{'compiled':>9}")
+    print(f"{'microseconds':<40}{'floor':>9}{'native':>9}{'eager':>9}{'compiled':>9}")
     rows = []
     on_device = [*cases(), *acting_cases(host=False)]
     timed = [(device_us, case) for case in on_device]
@@ -211,7 +222,7 @@ def main() -> None:
         compiled = torch.compile(eager, mode="reduce-overhead")
         times = [clock(run) for run in (native, eager, compiled)]
         rows.append(Row(name, flop, flop / peak, *times))
-        print(f"{name:<36}{flop / peak:9.1f}" + "".join(f"{x:9.1f}" for x in times))
+        print(f"{name:<40}{flop / peak:9.1f}" + "".join(f"{x:9.1f}" for x in times))
     with open(options.json, "w") as file:
         device = torch.cuda.get_device_name()
         json.dump({"device": device, "rows": [asdict(r) for r in rows]}, file, indent=1)

@@ -3,6 +3,7 @@
 ``python benchmarks/ptxas_report.py`` compiles ``csrc/cuda/*.cu`` and writes the table to
 ``benchmarks/results/ptxas.csv``; with ``--check`` it compares instead and fails where a kernel
 spills, appears or disappears, or takes more than `REGISTER_MARGIN` registers more than recorded.
+``--files twin_q.cu,adam.cu`` compiles only these and leaves the table's other rows.
 Dynamic shared memory is chosen at run time (``csrc/cuda/tile_plan.h``); the table's is static.
 """
 
@@ -39,14 +40,18 @@ def compile_file(source: Path, archs: tuple[str, ...]) -> str:
 
 
 def kernel_name(mangled: str) -> str:
-    """`TwinQKernel<8>` of a mangled run_kernel instantiation, else the function's own name."""
+    """`TwinQKernel<8>` of a mangled run_kernel instantiation, else the function's own name.
+
+    A second argument of the template, true, is a kernel with tensor cores: `TwinQKernel<8>+tensor`.
+    """
     for pattern in (
-        r"\d+([A-Za-z]+Kernel)I(?:N?S\d*_)?\d+([A-Z][A-Za-z]+)E",
-        r"\d+([A-Za-z]+Kernel)(?:ILi(\d+)E)?",
-        r"\d+([a-z_]+_kernel)(?:IL\w+?E(\d+)E)?",
+        r"\d+([A-Za-z]+Kernel)I(?:N?S\d*_)?\d+([A-Z][A-Za-z]+)E()",
+        r"\d+([A-Za-z]+Kernel)(?:ILi(\d+)E)?(Lb1E)?",
+        r"\d+([a-z_]+_kernel)(?:IL\w+?E(\d+)E)?()",
     ):
         if found := re.search(pattern, mangled):
-            return found[1] + (f"<{found[2]}>" if found[2] else "")
+            tile = f"<{found[2]}>" if found[2] else ""
+            return found[1] + tile + ("+tensor" if found[3] else "")
     return mangled
 
 
@@ -90,18 +95,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the recorded table")
     parser.add_argument("--archs", default=",".join(ARCHS), help="compute capabilities")
+    parser.add_argument("--files", help="names in csrc/cuda, separated by commas; all without")
     options = parser.parse_args()
     if shutil.which("nvcc") is None:
         sys.exit("nvcc is not on the PATH")
     archs = tuple(options.archs.split(","))
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    chosen = options.files.split(",") if options.files else [source.name for source in sources]
     rows = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        rows += parse(compile_file(source, archs), source.name)
-    rows.sort(key=lambda r: (r["file"], r["kernel"], int(r["arch"])))
+    for source in sources:
+        if source.name in chosen:
+            rows += parse(compile_file(source, archs), source.name)
+    with TABLE.open() as file:
+        recorded = list(csv.DictReader(file))
     if options.check:
-        with TABLE.open() as file:
-            worse = differences(list(csv.DictReader(file)), rows, archs)
+        worse = differences([r for r in recorded if r["file"] in chosen], rows, archs)
         sys.exit("\n".join(worse) if worse else 0)
+    if options.files:
+        rows += [r for r in recorded if r["file"] not in chosen]
+    rows.sort(key=lambda r: (r["file"], r["kernel"], int(r["arch"])))
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -15,7 +15,6 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/machine_probe.h"
-#include "cuda/on_host.h"
 #include "partition.h"
 #include "philox.h"
 #include "thread_pool.h"
@@ -115,16 +114,6 @@ std::vector<std::string> cuda_devices() {
     return devices;
 }
 
-// For tests: the training kernels below become the CUDA ones, executed on the host.
-void run_cuda_on_host(const std::string& order, int64_t shared_bytes) {
-    check(order == "rising" || order == "falling" || order == "off", "order is '", order,
-          "'; choose one of: rising, falling, off");
-    check(shared_bytes > 0, "shared_bytes is ", shared_bytes, "; it must be positive");
-    replace_kernels(order == "off"
-                        ? nullptr
-                        : cuda_on_host(order == "falling", static_cast<size_t>(shared_bytes)));
-}
-
 // --- Random numbers
 
 using Words = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
@@ -201,8 +190,6 @@ PYBIND11_MODULE(_core, m) {
     m.def("peak_gflops", &peak_gflops);
     m.def("read_gbps", &read_gbps, py::arg("size"));
     m.def("cuda_devices", &cuda_devices);
-    m.def("run_cuda_on_host", &run_cuda_on_host, py::arg("order"),
-          py::arg("shared_bytes") = 227 * 1024);
 
     m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
     m.def("philox_bits", &philox_bits, py::arg("seed"), py::arg("stream"), py::arg("offset"),
@@ -226,4 +213,5 @@ PYBIND11_MODULE(_core, m) {
     bind_policy_loss(m);
     bind_critic_updates(m);
     bind_cuda(m);
+    bind_on_host(m);
 }

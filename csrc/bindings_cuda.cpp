@@ -43,8 +43,8 @@ void mlp_forward(const MlpSpec& spec, Pointer parameters, int64_t rows, Pointer 
 }
 
 size_t twin_q(const MlpSpec& spec, Pointer parameters, int64_t states, int candidates,
-              int action_dim, Pointer obs, Pointer actions, Pointer q_min, Pointer workspace,
-              Pointer stream) {
+              int action_dim, Pointer obs, Pointer actions, Pointer q_min, bool tensor_cores,
+              Pointer workspace, Pointer stream) {
     const TwinQArgs args{spec,
                          at<float>(parameters),
                          states,
@@ -55,8 +55,9 @@ size_t twin_q(const MlpSpec& spec, Pointer parameters, int64_t states, int candi
                          at<float>(actions),
                          at<float>(q_min),
                          nullptr};
-    return with_workspace(args, workspace,
-                          [&](void* memory) { cuda_twin_q(args, memory, at<void>(stream)); });
+    return with_workspace(args, workspace, [&](void* memory) {
+        cuda_twin_q(args, tensor_cores, memory, at<void>(stream));
+    });
 }
 
 size_t critic_step(const MlpSpec& spec, Pointer parameters, Pointer gradients, int64_t rows,
@@ -113,7 +114,7 @@ size_t reweighted_velocity(const MlpSpec& spec, Pointer parameters, int64_t stat
                            int action_dim, Pointer obs, Pointer z, Pointer signal, Pointer scale,
                            double alpha, const std::string& sampling, uint64_t seed,
                            uint64_t offset, Pointer draw_offset, Pointer velocity, Pointer ess,
-                           Pointer workspace, Pointer stream) {
+                           bool tensor_cores, Pointer workspace, Pointer stream) {
     const ReweightedArgs args{spec,
                               at<float>(parameters),
                               states,
@@ -134,7 +135,8 @@ size_t reweighted_velocity(const MlpSpec& spec, Pointer parameters, int64_t stat
                               at<float>(ess),
                               nullptr};
     return with_workspace(args, workspace, [&](void* memory) {
-        cuda_reweighted_velocity(args, at<uint64_t>(draw_offset), memory, at<void>(stream));
+        cuda_reweighted_velocity(args, at<uint64_t>(draw_offset), tensor_cores, memory,
+                                 at<void>(stream));
     });
 }
 
@@ -213,7 +215,7 @@ size_t flow_backward(const MlpSpec& spec, Pointer parameters, int64_t rows, int 
 size_t policy_act(const MlpSpec& policy, Pointer parameters, const MlpSpec* critics,
                   Pointer critic_parameters, int64_t states, int samples, Pointer obs,
                   Pointer noise, int steps, int time_features, Pointer time, Pointer scale,
-                  Pointer action, Pointer workspace, Pointer stream) {
+                  Pointer action, bool tensor_cores, Pointer workspace, Pointer stream) {
     const int action_dim = policy.sizes[policy.num_layers];
     const PolicyActArgs args{policy,
                              at<float>(parameters),
@@ -229,7 +231,8 @@ size_t policy_act(const MlpSpec& policy, Pointer parameters, const MlpSpec* crit
                              time_features,
                              at<float>(time),
                              at<float>(scale),
-                             at<float>(action)};
+                             at<float>(action),
+                             tensor_cores};
     return with_workspace(args, workspace,
                           [&](void* memory) { cuda_policy_act(args, memory, at<void>(stream)); });
 }

@@ -10,7 +10,6 @@
 #include "bindings_networks.h"
 #include "cpu/kernels.h"
 #include "cpu/record_memory.h"
-#include "cuda/on_host.h"
 
 namespace flame {
 namespace {
@@ -223,46 +222,6 @@ class RecordedDensity {
     FlowTape* tape_ = nullptr;
 };
 
-// For tests: the CUDA acting kernel, executed on the host. noise is (states, samples, A).
-Array py_policy_act_on_host(const MlpSpec& policy, const py::array& parameters,
-                            const MlpSpec& critics, const py::array& critic_parameters,
-                            const py::array& obs, const py::array& noise, const py::array& time,
-                            const py::array& scale, bool falling, int64_t shared_bytes,
-                            int multiprocessors) {
-    const int64_t action_dim = outputs(policy);
-    check(noise.ndim() == 3 && noise.shape(1) >= 1, "noise has shape ", shape_text(noise),
-          "; it must be (states, samples, ", action_dim, ") with at least one sample");
-    check(time.ndim() == 2 && time.shape(0) >= 1, "time has shape ", shape_text(time),
-          "; it must be (steps, features) with at least one step");
-    check(shared_bytes > 0 && multiprocessors > 0, "shared_bytes is ", shared_bytes,
-          " and multiprocessors ", multiprocessors, "; both must be positive");
-    const int64_t states = noise.shape(0);
-    const int64_t samples = noise.shape(1);
-    const int obs_dim = flow_obs_dim(policy, time.shape(1));
-    check(critic_obs_dim(critics, static_cast<int>(action_dim)) == obs_dim, "the policy takes ",
-          obs_dim, " observations, the critics another number");
-    const RowsView s = matrix(obs, "obs", states, obs_dim);
-    Array action({states, action_dim});
-    const PolicyActArgs args{policy,
-                             dense(parameters, "parameters", {count_of(policy)}),
-                             critics,
-                             dense(critic_parameters, "critic_parameters", {count_of(critics)}),
-                             states,
-                             static_cast<int32_t>(samples),
-                             static_cast<int32_t>(action_dim),
-                             s.data,
-                             s.ld,
-                             dense(noise, "noise", {states, samples, action_dim}),
-                             static_cast<int32_t>(time.shape(0)),
-                             static_cast<int32_t>(time.shape(1)),
-                             dense(time, "time", {time.shape(0), time.shape(1)}),
-                             dense(scale, "scale", {time.shape(0)}),
-                             action.mutable_data()};
-    const py::gil_scoped_release release;
-    policy_act_on_host(args, {falling, static_cast<size_t>(shared_bytes), multiprocessors});
-    return action;
-}
-
 }  // namespace
 
 void bind_flow(py::module_& m) {
@@ -279,10 +238,6 @@ void bind_flow(py::module_& m) {
     m.def("flow_density", &py_flow_density, py::arg("spec"), py::arg("parameters"), py::arg("obs"),
           py::arg("noise"), py::arg("time"), py::arg("scale"), py::arg("divergence"),
           py::arg("probe") = py::none());
-    m.def("cuda_policy_act_on_host", &py_policy_act_on_host, py::arg("policy"),
-          py::arg("parameters"), py::arg("critics"), py::arg("critic_parameters"), py::arg("obs"),
-          py::arg("noise"), py::arg("time"), py::arg("scale"), py::kw_only(), py::arg("falling"),
-          py::arg("shared_bytes"), py::arg("multiprocessors"));
     py::class_<RecordedDensity>(m, "RecordedDensity")
         .def(py::init<const MlpSpec&, const py::array&, const py::array&, const py::array&,
                       const py::array&, const py::array&, bool>(),

@@ -21,8 +21,39 @@ def cuda_devices() -> list[str]: ...
 
 # For tests: the training kernels become the CUDA ones, executed on the host, until set_isa.
 def run_cuda_on_host(
-    order: Literal["rising", "falling", "off"], shared_bytes: int = ...
+    order: Literal["rising", "falling", "off"], shared_bytes: int = ..., tensor_cores: bool = ...
 ) -> None: ...
+
+# For tests: the CUDA acting kernel, executed on the host.
+def policy_act_on_host(
+    policy: MlpSpec,
+    parameters: _Array,
+    critics: MlpSpec,
+    critic_parameters: _Array,
+    obs: _Array,
+    noise: _Array,
+    time: _Array,
+    scale: _Array,
+    *,
+    order: Literal["rising", "falling"],
+    shared_bytes: int,
+    multiprocessors: int,
+    tensor_cores: bool = ...,
+) -> NDArray[np.float32]: ...
+
+# x (rows, depth) times the transpose of w (columns, depth) by tiles of 8 rows_per_warp rows.
+def product_on_host(
+    x: NDArray[np.float32],
+    w: NDArray[np.float32],
+    rows_per_warp: int,
+    tensor_cores: bool,
+    order: Literal["rising", "falling"] = ...,
+) -> NDArray[np.float32]: ...
+
+# One emulated tensor-core product: each lane's registers of A (32, 4), B (32, 2) and D (32, 4).
+def mma_on_host(
+    a: NDArray[np.float32], b: NDArray[np.float32], d: NDArray[np.float32]
+) -> NDArray[np.float32]: ...
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]: ...
 def philox_bits(seed: int, stream: int, offset: int, n: int) -> NDArray[np.uint32]: ...
 def philox_uniform(seed: int, stream: int, offset: int, n: int) -> NDArray[np.float32]: ...
@@ -270,22 +301,6 @@ def flow_density(
     divergence: Literal["none", "log_det", "trace", "probe"],
     probe: _Array | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]: ...
-
-# For tests: the CUDA acting kernel, executed on the host.
-def cuda_policy_act_on_host(
-    policy: MlpSpec,
-    parameters: _Array,
-    critics: MlpSpec,
-    critic_parameters: _Array,
-    obs: _Array,
-    noise: _Array,
-    time: _Array,
-    scale: _Array,
-    *,
-    falling: bool,
-    shared_bytes: int,
-    multiprocessors: int,
-) -> NDArray[np.float32]: ...
 
 class RecordedDensity:
     def __init__(

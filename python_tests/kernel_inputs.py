@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from flame_ext import _core
+from flame_ext.agent import Agent
 from flame_ext.backends.native_evaluator import array
 from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
 from flame_ext.reference import stratify
+from flame_ext.replay import Batch
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 EPS = float(np.finfo(np.float32).eps)
@@ -87,3 +89,17 @@ def assert_as_accurate(ours: Array, single: torch.Tensor, exact: torch.Tensor) -
     theirs = float(np.abs(array(single).astype(np.float64) - wanted).max(initial=0.0))
     floor = 4 * EPS * float(np.abs(wanted).max(initial=0.0))
     assert error <= 2 * theirs + floor, f"error {error:.3g}, float32 PyTorch has {theirs:.3g}"
+
+
+def critic_updates(agent: Agent, batch: Batch, updates: int = 1) -> dict[str, float]:
+    """The backend's critic updates with what the agent hands over."""
+    return agent.backend.critic_updates(
+        agent.actor,
+        agent.critics,
+        agent.target_critics,
+        agent.optimizers["critics"],
+        batch,
+        agent.alpha,
+        agent.generator,
+        updates,
+    )

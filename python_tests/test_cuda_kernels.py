@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_inputs import critic_updates
 from torch import Tensor
 
 from flame_ext import ops, reference
@@ -87,6 +88,28 @@ def test_critics(layer_norm, rows, obs_dim, action_dim, hidden):
     ours = (*native.q_gradient(obs, action), critics.flat.grad, native.candidates(obs, several))
     for values in zip(ours, *results, strict=True):
         assert_as_accurate(*values)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize("tensor_cores", [False, True])
+@pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), SHAPES)
+@torch.no_grad()
+def test_critics_candidates(rows, obs_dim, action_dim, hidden, tensor_cores, scale):
+    """Tensor cores too have the accuracy of float32, and the same bits for a row in any batch."""
+    critics = make_critics(obs_dim, action_dim, hidden, layer_norm=True)
+    critics.scale_output_layer(scale)
+    obs, actions = draw(rows, obs_dim), draw(rows, 33, action_dim).tanh()
+    native = CudaEvaluator(critics)
+    native.tensor_cores = tensor_cores
+    ours = native.candidates(obs, actions)
+    single = critics.candidate_q_min(obs, actions)
+    wanted = exact(critics).candidate_q_min(obs.double(), actions.double())
+    assert_as_accurate(ours, single, wanted)
+    assert torch.equal(native.candidates(obs[:1], actions[:1]), ours[:1])
+    many = 1 + 8192 // (33 * rows)  # tiles of 64 rows
+    assert torch.equal(
+        native.candidates(obs.repeat(many, 1), actions.repeat(many, 1, 1))[:rows], ours
+    )
 
 
 @pytest.mark.parametrize(("rows", "obs_dim", "action_dim", "hidden"), SHAPES)
@@ -214,12 +237,15 @@ def test_density_gradient(rows, obs_dim, action_dim, hidden, with_transport):
     assert torch.equal(again[-1], ours[-1])
 
 
-def test_reweighted_velocity_is_the_cpus():
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_reweighted_velocity_is_the_cpus(tensor_cores):
     critics = make_critics(17, 6, (64, 64))
     obs, z = draw(37, 17), draw(37, 6)
     t = torch.linspace(0.05, 1, 37).unsqueeze(1).cuda()
     args = (obs, z, 1 - t, t)
-    ours = CudaEvaluator(critics).reweighted_velocity(
+    native = CudaEvaluator(critics)
+    native.tensor_cores = tensor_cores
+    ours = native.reweighted_velocity(
         *args, 0.3, 33, "stratified", torch.Generator().manual_seed(5)
     )
     from flame_ext.backends.native_evaluator import NativeEvaluator
@@ -243,19 +269,7 @@ def test_critic_updates_in_one_call_follow_pytorchs_steps(entropy_in_target):
     buffer.add(*rows[:3], np.arange(200) % 3 == 0, rows[3])
     for updates in (1, 4):
         batch = buffer.sample(updates * 64, torch.Generator("cuda").manual_seed(updates))
-        first, second = (
-            agent.backend.critic_updates(
-                agent.actor,
-                agent.critics,
-                agent.target_critics,
-                agent.optimizers["critics"],
-                batch,
-                agent.alpha,
-                agent.generator,
-                updates,
-            )
-            for agent in agents
-        )
+        first, second = (critic_updates(agent, batch, updates) for agent in agents)
         assert second == pytest.approx(first, rel=1e-4)
     for name in ("critics", "target_critics"):
         wanted, ours = (agent.networks()[name].flat for agent in agents)

@@ -58,8 +58,9 @@ def act(
     falling: bool = False,
     shared_kib: int = 227,
     multiprocessors: int = 132,
+    tensor_cores: bool = False,
 ) -> Array:
-    return _core.cuda_policy_act_on_host(
+    return _core.policy_act_on_host(
         mlp_spec(net),
         array(net.flat),
         mlp_spec(critics),
@@ -67,9 +68,10 @@ def act(
         obs,
         np.ascontiguousarray(noise),
         *flow_table(steps, flow),
-        falling=falling,
+        order="falling" if falling else "rising",
         shared_bytes=shared_kib * 1024,
         multiprocessors=multiprocessors,
+        tensor_cores=tensor_cores,
     )
 
 
@@ -107,6 +109,16 @@ def test_best_action(falling, states, particles, obs_dim, action_dim, hidden, la
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=not layer_norm)
     obs, noise = draw(states, obs_dim), draw(states, particles, action_dim)
     ours = act(net, critics, obs, noise, falling=falling, shared_kib=99 if falling else 227)
+    single, _ = particles_and_q(net, critics, obs, noise, torch.float32)
+    exact, q = particles_and_q(net, critics, obs, noise, torch.float64)
+    assert_chosen(ours, single, exact, q)
+
+
+@ORDERS
+def test_many_particles_on_tensor_cores(falling):
+    net, critics = make_policy(17, 6, (40, 33)), make_critics(17, 6, (64, 48))
+    obs, noise = draw(9, 17), draw(9, 7, 6)
+    ours = act(net, critics, obs, noise, falling=falling, tensor_cores=True)
     single, _ = particles_and_q(net, critics, obs, noise, torch.float32)
     exact, q = particles_and_q(net, critics, obs, noise, torch.float64)
     assert_chosen(ours, single, exact, q)
@@ -166,7 +178,7 @@ def test_weights_off_a_vector_boundary():
     flats = [np.empty(x.flat.numel() + 1, np.float32)[1:] for x in (net, critics)]
     for flat, x in zip(flats, (net, critics), strict=True):
         flat[:] = array(x.flat)
-    ours = _core.cuda_policy_act_on_host(
+    ours = _core.policy_act_on_host(
         mlp_spec(net),
         flats[0],
         mlp_spec(critics),
@@ -174,7 +186,7 @@ def test_weights_off_a_vector_boundary():
         obs,
         noise,
         *flow_table(1, "mean"),
-        falling=False,
+        order="rising",
         shared_bytes=227 * 1024,
         multiprocessors=132,
     )

@@ -6,7 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import Array, assert_as_accurate, draw, philox_candidates, to_tensors
+from kernel_inputs import (
+    Array,
+    assert_as_accurate,
+    critic_updates,
+    draw,
+    philox_candidates,
+    to_tensors,
+)
 from torch import Tensor
 
 from flame_ext import _core
@@ -39,18 +46,9 @@ def replay() -> ReplayBuffer:
     return buffer
 
 
-def critic_updates(agent: Agent, seed: int, updates: int = 1) -> dict[str, float]:
+def sampled_updates(agent: Agent, seed: int, updates: int = 1) -> dict[str, float]:
     batch = replay().sample(updates * ROWS, torch.Generator().manual_seed(seed))
-    return agent.backend.critic_updates(
-        agent.actor,
-        agent.critics,
-        agent.target_critics,
-        agent.optimizers["critics"],
-        batch,
-        agent.alpha,
-        agent.generator,
-        updates,
-    )
+    return critic_updates(agent, batch, updates)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +69,7 @@ def test_fused_update_follows_the_sequence_of_steps(
     # A call of one of the steps would mean that the fused path was not taken.
     monkeypatch.setattr(agents[1].backend, "critic_step", None)
     for updates in (1, 3):
-        first, second = (critic_updates(agent, updates, updates) for agent in agents)
+        first, second = (sampled_updates(agent, updates, updates) for agent in agents)
         assert second == pytest.approx(first, rel=1e-4, abs=1e-5)
     for name in ("critics", "target_critics"):
         wanted, ours = (agent.networks()[name].flat for agent in agents)
@@ -92,11 +90,7 @@ def test_several_updates_in_a_call_are_the_same_as_one_by_one(
     def update(agent: Agent, part: Batch, draws: Tensor, updates: int) -> dict[str, float]:
         module = importlib.import_module(f"flame_ext.backends.{backend}")
         monkeypatch.setattr(module, "target_noise", lambda *_: draws)
-        networks = agent.actor, agent.critics, agent.target_critics
-        optimizer, alpha = agent.optimizers["critics"], agent.alpha
-        return agent.backend.critic_updates(
-            *networks, optimizer, part, alpha, agent.generator, updates
-        )
+        return critic_updates(agent, part, updates)
 
     metrics = update(together, batch, noise, 3)
     parts = [update(single, *each, 1) for each in zip(batch.split(3), noise.chunk(3), strict=True)]
@@ -116,7 +110,7 @@ def test_several_updates_in_a_call_are_the_same_as_one_by_one(
 )
 def test_other_targets_take_the_steps_one_by_one(algorithm: str, options: dict[str, Any]) -> None:
     agents = [make_agent(name, algorithm, **options) for name in ("torch", "cpu")]
-    first, second = (critic_updates(agent, 0) for agent in agents)
+    first, second = (sampled_updates(agent, 0) for agent in agents)
     assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
 
 
@@ -225,7 +219,7 @@ def test_refusals_say_what_to_do() -> None:
     wider = make_config("sac", overrides={"hidden_sizes": (32, 24), "target_particles": 1})
     agent.actor = Agent(wider, OBS + 1, ACT, agent.backend).actor
     with pytest.raises(ValueError, match="the policy takes 6 observations, the critics 5"):
-        critic_updates(agent, 0)
+        sampled_updates(agent, 0)
     net = agent.actor.network
     sampler = _core.PolicySampler.gaussian(mlp_spec(net), LOG_STD_RANGE)
     arrays = array(net.flat), np.zeros_like(array(net.flat)), critics, array(agent.critics.flat)

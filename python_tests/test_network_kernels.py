@@ -18,6 +18,7 @@ from flame_ext.networks import Critics, FlatMLP
 
 each_isa = pytest.mark.usefixtures("isa")
 each_target = pytest.mark.usefixtures("kernels")
+each_candidate_target = pytest.mark.usefixtures("candidate_kernels")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -132,7 +133,7 @@ def test_recorded_mlp(rows, sizes, members, layer_norm):
         (3, 5, 4, 2, ()),
     ],
 )
-@each_target
+@each_candidate_target
 def test_twin_q(layer_norm, states, candidates, obs_dim, action_dim, hidden):
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=layer_norm)
     obs, actions = draw(states, obs_dim), np.tanh(draw(states, candidates, action_dim))

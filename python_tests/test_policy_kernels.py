@@ -30,6 +30,7 @@ from flame_ext.networks import GaussianPolicyNet, MeanVelocityNet
 
 each_isa = pytest.mark.usefixtures("isa")
 each_target = pytest.mark.usefixtures("kernels")
+each_candidate_target = pytest.mark.usefixtures("candidate_kernels")
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
@@ -144,7 +145,7 @@ def reverse_inputs(states: int, obs_dim: int, action_dim: int) -> tuple[Array, .
         (257, 5, 17, 6, (40, 40)),
     ],
 )
-@each_target
+@each_candidate_target
 @torch.no_grad()
 def test_reweighted_velocity(scale, alpha, states, candidates, obs_dim, action_dim, hidden):
     critics = make_critics(obs_dim, action_dim, hidden, layer_norm=True)
@@ -177,7 +178,7 @@ def test_reweighted_velocity(scale, alpha, states, candidates, obs_dim, action_d
         assert (agrees | ~decided).mean() > 0.95
 
 
-@each_target
+@each_candidate_target
 def test_reweighted_velocity_draws_from_the_philox_stream():
     critics = make_critics(3, 6, (16,))
     inputs = reverse_inputs(11, 3, 6)
@@ -196,7 +197,7 @@ def test_reweighted_velocity_draws_from_the_philox_stream():
             np.testing.assert_allclose(a, b, rtol=error, atol=error)
 
 
-@each_target
+@each_candidate_target
 def test_resampled_candidates_follow_the_weights():
     """At t = 1 candidates are uniform; resampling them by Q draws from the target (SIR)."""
     critics = make_critics(1, 1, (16,))

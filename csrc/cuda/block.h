@@ -5,7 +5,8 @@
 // phase may be read by another in the same phase. On the device a phase is a call and a barrier; on
 // the host a loop over the threads, in rising or in falling order: a body that breaks the rule
 // gives different results for the two. What a thread keeps from phase to phase, such as the sums of
-// a matrix product in its registers, is a PerThread.
+// a matrix product in its registers, is a PerThread; what a lane keeps between the steps of a
+// warp's phase, such as its part of a tensor core's operands (mma.h), is a PerLane.
 //
 // Reductions add in a fixed order (butterfly over the lanes), the same on both targets.
 //
@@ -45,8 +46,21 @@ struct PerThread {
     FLAME_BODY T& operator[](int) { return value; }
 };
 
+template <typename T>
+struct PerLane {
+    T value;
+    FLAME_BODY T& operator[](int) { return value; }
+    FLAME_BODY const T& operator[](int) const { return value; }
+};
+
 struct Warp {
     int index;
+
+    // body(lane) for every lane, without a barrier: for what a lane keeps to itself.
+    template <typename Body>
+    FLAME_BODY void each_lane(Body&& body) const {
+        body(lane());
+    }
 
     // body(c) for every c < n, then the warp's barrier.
     template <typename Body>
@@ -126,9 +140,21 @@ struct PerThread {
     T& operator[](int thread) { return values[thread]; }
 };
 
+template <typename T>
+struct PerLane {
+    T values[kLanesPerWarp];
+    T& operator[](int lane) { return values[lane]; }
+    const T& operator[](int lane) const { return values[lane]; }
+};
+
 struct Warp {
     int index;
     bool falling;
+
+    template <typename Body>
+    void each_lane(Body&& body) const {
+        for (int l = 0; l < kLanesPerWarp; ++l) body(falling ? kLanesPerWarp - 1 - l : l);
+    }
 
     template <typename Body>
     void each(int n, Body&& body) const {

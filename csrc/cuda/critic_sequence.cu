@@ -14,7 +14,9 @@ struct DeviceOperations {
         return cuda_workspace_bytes(args);
     }
     void run(const FlowDensityArgs& args) const { cuda_flow_density(args, stream); }
-    void run(const TwinQArgs& args, void* memory) const { cuda_twin_q(args, memory, stream); }
+    void run(const TwinQArgs& args, void* memory) const {
+        cuda_twin_q(args, false, memory, stream);
+    }
     void run(const CriticStepArgs& args, void* memory) const {
         cuda_critic_step(args, memory, stream);
     }

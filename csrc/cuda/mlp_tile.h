@@ -7,6 +7,7 @@
 
 #include "cuda/mlp_view.h"
 #include "cuda/product.h"
+#include "cuda/tensor_product.h"
 #include "mlp_activation.h"
 #include "partition.h"
 
@@ -19,7 +20,9 @@ struct TileLds {
 };
 
 // Two buffers: x (rows, ld) holds what the next layer reads, y (rows, ld_y) receives what it gives.
-template <int kRowsPerWarp>
+// kTensorCores: products by tensor_product.h, else by product.h; of the latter are `slab` and all
+// passes that train.
+template <int kRowsPerWarp, bool kTensorCores = false>
 struct Tile {
     static constexpr int kRows = kWarps * kRowsPerWarp;
     float* x;
@@ -32,18 +35,23 @@ struct Tile {
     FLAME_BODY void swap() { *this = {y, x, slab, extra, ld_y, ld}; }
 };
 
-template <int kRowsPerWarp>
-FLAME_INLINE Tile<kRowsPerWarp> make_tile(const Block& block, const TileLds& lds) {
+// Floats of shared memory for what a product streams.
+static inline FLAME_ANYWHERE int slab_floats(bool tensor_cores) {
+    return tensor_cores ? 0 : 2 * kSlabFloats;
+}
+
+template <int kRowsPerWarp, bool kTensorCores = false>
+FLAME_INLINE Tile<kRowsPerWarp, kTensorCores> make_tile(const Block& block, const TileLds& lds) {
     constexpr int kRows = Tile<kRowsPerWarp>::kRows;
     float* y = block.shared + kRows * lds.first;
     float* slab = y + kRows * lds.second;
-    return {block.shared, y, slab, slab + 2 * kSlabFloats, lds.first, lds.second};
+    return {block.shared, y, slab, slab + slab_floats(kTensorCores), lds.first, lds.second};
 }
 
 // x(row, column) = value(row, column), zero from `columns` to the padded end.
-template <int kRowsPerWarp, typename Value>
-FLAME_INLINE void load_rows(const Block& block, const Tile<kRowsPerWarp>& tile, int rows,
-                            int columns, Value&& value) {
+template <int kRowsPerWarp, bool kTensorCores, typename Value>
+FLAME_INLINE void load_rows(const Block& block, const Tile<kRowsPerWarp, kTensorCores>& tile,
+                            int rows, int columns, Value&& value) {
     block.each_warp([&](const Warp& warp) {
         for (int r = warp.index; r < rows; r += kWarps) {
             warp.each(padded(columns),
@@ -55,22 +63,28 @@ FLAME_INLINE void load_rows(const Block& block, const Tile<kRowsPerWarp>& tile, 
 // --- Linear parts
 
 // x <- W x + init(row, column) over the layer's first `depth` inputs.
-template <int kRowsPerWarp, typename Init>
-FLAME_INLINE void linear_from(const Block& block, Tile<kRowsPerWarp>& tile, const LayerView& layer,
-                              int depth, int rows, Init&& init) {
+template <int kRowsPerWarp, bool kTensorCores, typename Init>
+FLAME_INLINE void linear_from(const Block& block, Tile<kRowsPerWarp, kTensorCores>& tile,
+                              const LayerView& layer, int depth, int rows, Init&& init) {
     const Operand<true> weight{layer.weight, layer.in, depth, layer.out};
-    multiply<kRowsPerWarp>(
-        block, rows, tile.x, tile.ld, weight, tile.slab,
-        [&](int r, int c, float sum) { tile.y[r * tile.ld_y + c] = sum + init(r, c); });
+    const auto emit = [&](int r, int c, float sum) {
+        tile.y[r * tile.ld_y + c] = sum + init(r, c);
+    };
+    if constexpr (kTensorCores) {
+        constexpr int kRowTiles = Tile<kRowsPerWarp>::kRows / kMmaRows;
+        tensor_multiply<kRowTiles>(block, rows, tile.x, tile.ld, weight, emit);
+    } else {
+        multiply<kRowsPerWarp>(block, rows, tile.x, tile.ld, weight, tile.slab, emit);
+    }
     tile.swap();
 }
 
 // A few outputs: a dot product of a warp per row and output wastes no columns of a slab.
 constexpr int kFewOutputs = 32;
 
-template <int kRowsPerWarp>
-FLAME_INLINE void dot_outputs(const Block& block, Tile<kRowsPerWarp>& tile, const LayerView& layer,
-                              int rows, int group) {
+template <int kRowsPerWarp, bool kTensorCores>
+FLAME_INLINE void dot_outputs(const Block& block, Tile<kRowsPerWarp, kTensorCores>& tile,
+                              const LayerView& layer, int rows, int group) {
     block.each_warp([&](const Warp& warp) {
         for (int r = warp.index; r < rows; r += kWarps) {
             const float* x = tile.x + r * tile.ld;
@@ -87,9 +101,9 @@ FLAME_INLINE void dot_outputs(const Block& block, Tile<kRowsPerWarp>& tile, cons
 }
 
 // x <- W x, plus the bias in the rows of values.
-template <int kRowsPerWarp>
-FLAME_INLINE void linear(const Block& block, Tile<kRowsPerWarp>& tile, const LayerView& layer,
-                         int rows, int group) {
+template <int kRowsPerWarp, bool kTensorCores>
+FLAME_INLINE void linear(const Block& block, Tile<kRowsPerWarp, kTensorCores>& tile,
+                         const LayerView& layer, int rows, int group) {
     if (layer.out <= kFewOutputs) return dot_outputs(block, tile, layer, rows, group);
     linear_from(block, tile, layer, layer.in, rows,
                 [&](int r, int c) { return r % group == 0 ? layer.bias[c] : 0.0f; });
@@ -190,8 +204,8 @@ struct NoTape {
 
 // From the first layer's linear outputs in x to the network's outputs in x. `tape` gives the row
 // that receives what layer l keeps of sample i of this tile.
-template <int kRowsPerWarp, typename Tape>
-FLAME_INLINE void forward_from_first(const Block& block, Tile<kRowsPerWarp>& tile,
+template <int kRowsPerWarp, bool kTensorCores, typename Tape>
+FLAME_INLINE void forward_from_first(const Block& block, Tile<kRowsPerWarp, kTensorCores>& tile,
                                      const MlpView& net, int member, int samples, int tangents,
                                      const Tape& tape) {
     const int group = 1 + tangents;
@@ -210,9 +224,10 @@ FLAME_INLINE void forward_from_first(const Block& block, Tile<kRowsPerWarp>& til
     }
 }
 
-template <int kRowsPerWarp, typename Tape>
-FLAME_INLINE void forward_tile(const Block& block, Tile<kRowsPerWarp>& tile, const MlpView& net,
-                               int member, int samples, int tangents, const Tape& tape) {
+template <int kRowsPerWarp, bool kTensorCores, typename Tape>
+FLAME_INLINE void forward_tile(const Block& block, Tile<kRowsPerWarp, kTensorCores>& tile,
+                               const MlpView& net, int member, int samples, int tangents,
+                               const Tape& tape) {
     const int group = 1 + tangents;
     linear(block, tile, member_layer(net, 0, member), samples * group, group);
     forward_from_first(block, tile, net, member, samples, tangents, tape);

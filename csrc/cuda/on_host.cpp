@@ -26,10 +26,15 @@ namespace {
 using namespace flame::FLAME_ISA;
 
 std::atomic<bool> falling_order{false};
-std::atomic<size_t> shared_floats{0};
+std::atomic<size_t> shared_bytes{0};
+std::atomic<bool> tensor_cores{false};
+
+Launcher launcher_of(const HostDevice& device) {
+    return {device.falling, device.shared_bytes / sizeof(float), device.multiprocessors};
+}
 
 // No operation of the table has cooperating blocks.
-Launcher launcher() { return {falling_order.load(), shared_floats.load(), 1}; }
+Launcher launcher() { return launcher_of({falling_order, shared_bytes, tensor_cores, 1}); }
 
 // Workspace of one call; a value that no kernel wrote is NaN and shows in the results.
 class HostMemory {
@@ -65,7 +70,7 @@ void host_mlp_forward(const MlpForwardArgs& a) { mlp_forward(launcher(), a); }
 
 void host_twin_q(const TwinQArgs& a) {
     with_memory([&](Carver& m) { carve_twin_q(a, m); },
-                [&](Carver& m) { twin_q(launcher(), a, m); });
+                [&](Carver& m) { twin_q(launcher(), a, tensor_cores, m); });
 }
 
 void host_critic_step(const CriticStepArgs& a) {
@@ -89,7 +94,7 @@ void host_reweighted_velocity(const ReweightedArgs& a) {
     rest.offset = a.offset / 2;
     const uint64_t more = a.offset - rest.offset;
     with_memory([&](Carver& m) { count_reweighted(a, m); },
-                [&](Carver& m) { reweighted_velocity(launcher(), rest, &more, m); });
+                [&](Carver& m) { reweighted_velocity(launcher(), rest, &more, tensor_cores, m); });
 }
 
 void host_flow_density(const FlowDensityArgs& a) { flow_density(launcher(), a); }
@@ -164,7 +169,7 @@ struct HostOperations {
     void run(const FlowDensityArgs& a) const { flow_density(launch, a); }
     void run(const TwinQArgs& a, void* workspace) const {
         Carver memory(workspace);
-        twin_q(launch, a, memory);
+        twin_q(launch, a, false, memory);
     }
     void run(const CriticStepArgs& a, void* workspace) const {
         Carver memory(workspace);
@@ -213,19 +218,69 @@ const CpuKernels kTable = {
     host_critic_updates,
 };
 
+// One tile's product as a kernel.
+template <int kRowsPerWarp, bool kTensorCores>
+struct ProductKernel {
+    static constexpr const char* kName = "product";
+    const float* x;
+    LayerView layer;
+    int rows;
+    TileLds lds;
+    float* y;
+
+    void operator()(const Block& block) const {
+        auto tile = make_tile<kRowsPerWarp, kTensorCores>(block, lds);
+        const int64_t first = block.index * tile.kRows;
+        const int count = row_count(first, rows, tile.kRows);
+        load_rows(block, tile, count, layer.in,
+                  [&](int r, int c) { return x[(first + r) * layer.in + c]; });
+        linear_from(block, tile, layer, layer.in, count, [](int, int) { return 0.0f; });
+        block.each_thread([&](int t) {
+            for (int e = t; e < count * layer.out; e += kThreads) {
+                y[first * layer.out + e] = tile.x[e / layer.out * tile.ld + e % layer.out];
+            }
+        });
+    }
+};
+
 }  // namespace
 
-const CpuKernels* cuda_on_host(bool falling, size_t shared_bytes) {
-    falling_order = falling;
-    shared_floats = shared_bytes / sizeof(float);
+const CpuKernels* cuda_on_host(const HostDevice& device) {
+    falling_order = device.falling;
+    shared_bytes = device.shared_bytes;
+    tensor_cores = device.tensor_cores;
     return &kTable;
 }
 
 void policy_act_on_host(const PolicyActArgs& a, const HostDevice& device) {
-    const Launcher launch(device.falling, device.shared_bytes / sizeof(float),
-                          device.multiprocessors);
+    const Launcher launch = launcher_of(device);
     with_memory([&](Carver& m) { count_policy_act(launch, a, m); },
                 [&](Carver& m) { policy_act(launch, a, m); });
+}
+
+void product_on_host(const float* x, const float* w, int rows, int depth, int columns,
+                     int rows_per_warp, const HostDevice& device, float* y) {
+    const MlpSpec spec{1, 1, {depth, columns}, Activation::kRelu, false};
+    const TileDemand want{rows, 1, 1, 0, 0, device.tensor_cores};
+    const TilePlan plan = tile_plan(rows_per_warp, want, tile_lds(spec, want));
+    with_tile(plan, [&](auto rows_of_warp, auto tensor) {
+        using Kernel = ProductKernel<decltype(rows_of_warp)::value, decltype(tensor)::value>;
+        const Kernel kernel{x, {w, nullptr, nullptr, nullptr, depth, columns}, rows, plan.lds, y};
+        launcher_of(device)(kernel, plan.tiles, plan.shared);
+    });
+}
+
+void mma_on_host(const float* a, const float* b, float* d) {
+    PerLane<FragmentA> left;
+    PerLane<FragmentB> right;
+    PerLane<FragmentD> sum;
+    for (int lane = 0; lane < kLanesPerWarp; ++lane) {
+        std::copy_n(a + 4 * lane, 4, left[lane].v);
+        std::copy_n(b + 2 * lane, 2, right[lane].v);
+        std::copy_n(d + 4 * lane, 4, sum[lane].v);
+    }
+    mma(sum, left, right);
+    for (int lane = 0; lane < kLanesPerWarp; ++lane) std::copy_n(sum[lane].v, 4, d + 4 * lane);
 }
 
 }  // namespace flame

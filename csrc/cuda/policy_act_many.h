@@ -104,7 +104,7 @@ static inline void act_many(const Launcher& launch, const PolicyActArgs& a, Carv
         launch(kernel, plan.tiles, plan.shared);
     });
     if (a.samples == 1) return;
-    twin_q(launch, m.twin_q, memory);
+    twin_q(launch, m.twin_q, a.tensor_cores, memory);
     launch(ChooseActionKernel{a, m.candidates, m.q}, divide_up(a.states, kWarps), 0);
 }
 

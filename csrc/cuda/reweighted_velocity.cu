@@ -5,9 +5,10 @@
 namespace flame {
 
 void cuda_reweighted_velocity(const ReweightedArgs& args, const uint64_t* draw_offset,
-                              void* workspace, void* stream) {
+                              bool tensor_cores, void* workspace, void* stream) {
     isa_cuda::Carver memory(workspace);
-    isa_cuda::reweighted_velocity(isa_cuda::Launcher(stream), args, draw_offset, memory);
+    isa_cuda::reweighted_velocity(isa_cuda::Launcher(stream), args, draw_offset, tensor_cores,
+                                  memory);
 }
 
 size_t cuda_workspace_bytes(const ReweightedArgs& args) {

@@ -6,9 +6,9 @@
 // uniform (states, K, A) for kGiven: device memory of the caller. Workspace: candidates (states, K,
 // A), for kStratified as many draws that order them, Qmin (states, K) and twin Q's.
 //
-// Beside twin Q (twin_q.h: 0.20 ms at B 256, K 100) the two other launches move 1.4 MB, 0.4 us at
-// 3.35 TB/s and mostly in L2, and do about 150 double operations per coordinate: 23 MFLOP, 0.7 us
-// at the 34 TFLOP/s of an H100's double units, 30 times that where a device has few of them.
+// Beside twin Q (twin_q.h: 0.13 or 0.20 ms at B 256, K 100) the two other launches move 1.4 MB, 0.4
+// us at 3.35 TB/s and mostly in L2, and do about 150 double operations per coordinate: 23 MFLOP,
+// 0.7 us at the 34 TFLOP/s of an H100's double units, 30 times that where a device has few of them.
 #pragma once
 
 #include "cuda/twin_q.h"
@@ -186,12 +186,13 @@ static inline void count_reweighted(const ReweightedArgs& a, Carver& memory) {
 }
 
 static inline void reweighted_velocity(const Launcher& launch, const ReweightedArgs& a,
-                                       const uint64_t* draw_offset, Carver& memory) {
+                                       const uint64_t* draw_offset, bool tensor_cores,
+                                       Carver& memory) {
     if (a.states == 0) return;
     const ReweightedMemory m = carve_reweighted(a, memory);
     launch(CandidatesKernel{a, {draw_offset}, m.actions, m.order}, a.states,
            a.action_dim * (sizeof(TruncatedInterval) / sizeof(float)));
-    twin_q(launch, m.twin_q, memory);
+    twin_q(launch, m.twin_q, tensor_cores, memory);
     launch(SoftmaxKernel{a, {draw_offset}, m.actions, m.q_min}, divide_up(a.states, kWarps), 0);
 }
 

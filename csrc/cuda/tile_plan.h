@@ -20,6 +20,7 @@ struct TilePlan {
     int64_t tiles;  // per member
     TileLds lds;
     size_t shared;  // floats
+    bool tensor_cores;
 };
 
 // What a kernel asks of its tiles.
@@ -29,32 +30,40 @@ struct TileDemand {
     int members = 1;        // blocks per tile
     int extra_per_row = 0;  // floats of shared memory beyond the tile
     int least_ld = 0;       // of either buffer
+    bool tensor_cores = false;
 };
 
-static inline TileLds tile_lds(const MlpSpec& spec, int least) {
-    int second = padded(least);
+static inline TileLds tile_lds(const MlpSpec& spec, const TileDemand& want) {
+    int second = padded(want.least_ld);
     for (int l = 1; l <= spec.num_layers; ++l) {
         if (padded(spec.sizes[l]) > second) second = padded(spec.sizes[l]);
     }
     const int input = padded(spec.sizes[0]);
-    return {input > second ? input : second, second};
+    const int first = input > second ? input : second;
+    if (want.tensor_cores) return {tensor_ld(first), tensor_ld(second)};
+    return {first, second};
 }
 
 static inline TilePlan tile_plan(int rows_per_warp, const TileDemand& want, const TileLds& lds) {
     const int rows = kWarps * rows_per_warp;
     const int fit = rows / want.group;
     const size_t per_row = static_cast<size_t>(lds.first) + lds.second + want.extra_per_row;
-    return {rows_per_warp, fit, fit > 0 ? divide_up(want.samples, fit) : 0, lds,
-            rows * per_row + 2 * kSlabFloats};
+    return {rows_per_warp,
+            fit,
+            fit > 0 ? divide_up(want.samples, fit) : 0,
+            lds,
+            rows * per_row + slab_floats(want.tensor_cores),
+            want.tensor_cores};
 }
 
 static inline TilePlan plan_tiles(const Launcher& launch, const MlpSpec& spec,
                                   const TileDemand& want) {
     constexpr int64_t kEnoughBlocks = 128;  // about one for each multiprocessor of a large device
     constexpr int kChoices[] = {8, 4, 3, 2};
-    const TileLds lds = tile_lds(spec, want.least_ld);
+    const TileLds lds = tile_lds(spec, want);
     TilePlan best{};
     for (const int rows_per_warp : kChoices) {
+        if (want.tensor_cores && kWarps * rows_per_warp % kMmaRows != 0) continue;
         const TilePlan plan = tile_plan(rows_per_warp, want, lds);
         if (plan.samples == 0 || plan.shared > launch.shared_limit()) continue;
         best = plan;
@@ -81,6 +90,22 @@ void with_rows(const TilePlan& plan, Body&& body) {
             return body(std::integral_constant<int, 3>{});
         default:
             return body(std::integral_constant<int, 2>{});
+    }
+}
+
+// body(std::integral_constant<int, rows_per_warp>, std::bool_constant<tensor_cores>)
+template <typename Body>
+void with_tile(const TilePlan& plan, Body&& body) {
+    if (!plan.tensor_cores) {
+        return with_rows(plan, [&](auto rows) { body(rows, std::false_type{}); });
+    }
+    switch (plan.rows_per_warp) {
+        case 8:
+            return body(std::integral_constant<int, 8>{}, std::true_type{});
+        case 4:
+            return body(std::integral_constant<int, 4>{}, std::true_type{});
+        default:
+            return body(std::integral_constant<int, 2>{}, std::true_type{});
     }
 }
 

@@ -59,10 +59,12 @@ struct PolicyActArgs {
     const float* time;   // (steps, time_features)
     const float* scale;  // (steps)
     float* action;       // (states, A)
+    bool tensor_cores;   // where many candidates are compared, as in cuda_twin_q
 };
 
 void cuda_mlp_forward(const MlpForwardArgs& args, void* stream);
-void cuda_twin_q(const TwinQArgs& args, void* workspace, void* stream);
+// tensor_cores: the candidates' products there, to the accuracy of fp32 (tensor_product.h).
+void cuda_twin_q(const TwinQArgs& args, bool tensor_cores, void* workspace, void* stream);
 void cuda_critic_step(const CriticStepArgs& args, void* workspace, void* stream);
 void cuda_q_gradient(const QGradientArgs& args, void* workspace, void* stream);
 void cuda_meanflow_step(const MeanFlowStepArgs& args, void* workspace, void* stream);
@@ -72,7 +74,7 @@ void cuda_flow_record(const FlowDensityArgs& args, void* record, void* stream);
 void cuda_flow_backward(const FlowGradientArgs& args, void* workspace, void* stream);
 // draw_offset: in device memory, Philox blocks added to args.offset; or null.
 void cuda_reweighted_velocity(const ReweightedArgs& args, const uint64_t* draw_offset,
-                              void* workspace, void* stream);
+                              bool tensor_cores, void* workspace, void* stream);
 void cuda_policy_act(const PolicyActArgs& args, void* workspace, void* stream);
 // args.step and args.learning_rate are not read: the schedule, in device memory, has them.
 void cuda_adam(const AdamArgs& args, AdamSchedule* schedule, void* stream);

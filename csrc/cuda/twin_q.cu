@@ -4,9 +4,9 @@
 
 namespace flame {
 
-void cuda_twin_q(const TwinQArgs& args, void* workspace, void* stream) {
+void cuda_twin_q(const TwinQArgs& args, bool tensor_cores, void* workspace, void* stream) {
     isa_cuda::Carver memory(workspace);
-    isa_cuda::twin_q(isa_cuda::Launcher(stream), args, memory);
+    isa_cuda::twin_q(isa_cuda::Launcher(stream), args, tensor_cores, memory);
 }
 
 size_t cuda_workspace_bytes(const TwinQArgs& args) {

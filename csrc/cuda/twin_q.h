@@ -6,8 +6,9 @@
 // null: device memory of the caller. Workspace: (members, states, width of layer one) floats.
 //
 // Operations per member 2 B K (A h + (L - 2) h^2 + h) + 2 B O h. B 256, K 100, A 6, O 17, 3 x 256,
-// two members: 13.6 GFLOP, floor 0.20 ms at 67 TFLOP/s. Bytes: candidates and Q 0.7 MB, observation
-// parts 0.5 MB written and read through L2.
+// two members: 13.6 GFLOP, floor 0.20 ms at the 67 TFLOP/s of FFMA, 0.13 ms at the 102 of
+// tensor_product.h, which takes the candidates' products where tensor cores are asked for. Bytes:
+// candidates and Q 0.7 MB, observation parts 0.5 MB written and read through L2.
 #pragma once
 
 #include "cpu/training.h"
@@ -50,7 +51,7 @@ struct ObservationPartKernel {
 
 // Candidates are rows in their flat order (state, k). Members take turns in a block, which keeps
 // their minimum.
-template <int kRowsPerWarp>
+template <int kRowsPerWarp, bool kTensorCores>
 struct TwinQKernel {
     static constexpr const char* kName = "twin_q";
     MlpView net;
@@ -63,15 +64,22 @@ struct TwinQKernel {
         const int64_t total = a.states * a.candidates;
         const int64_t first = block.index * kRows;
         const int rows = row_count(first, total, kRows);
+        // One division per row here instead of one per output of the first layer.
+        const int64_t first_state = first / a.candidates;
+        const int before = static_cast<int>(first % a.candidates);
+        int* later =
+            reinterpret_cast<int*>(make_tile<kRowsPerWarp, kTensorCores>(block, lds).extra);
+        block.each_thread([&](int t) {
+            if (t < rows) later[t] = (before + t) / a.candidates;
+        });
         for (int m = 0; m < net.members; ++m) {
-            auto tile = make_tile<kRowsPerWarp>(block, lds);
+            auto tile = make_tile<kRowsPerWarp, kTensorCores>(block, lds);
             const LayerView layer = member_layer(net, 0, m);
             load_rows(block, tile, rows, a.action_dim,
                       [&](int r, int c) { return a.actions[(first + r) * a.action_dim + c]; });
-            const float* from = part + m * a.states * layer.out;
-            linear_from(block, tile, layer, a.action_dim, rows, [&](int r, int c) {
-                return from[(first + r) / a.candidates * layer.out + c];
-            });
+            const float* from = part + (m * a.states + first_state) * layer.out;
+            linear_from(block, tile, layer, a.action_dim, rows,
+                        [&](int r, int c) { return from[later[r] * layer.out + c]; });
             forward_from_first(block, tile, net, m, rows, 0, NoTape{});
             block.each_thread([&](int t) {
                 if (t < rows) keep(m, first + t, total, tile.x[t * tile.ld]);
@@ -89,7 +97,8 @@ static inline float* carve_twin_q(const TwinQArgs& a, Carver& memory) {
     return memory.floats(static_cast<size_t>(a.spec.members) * a.states * a.spec.sizes[1]);
 }
 
-static inline void twin_q(const Launcher& launch, const TwinQArgs& a, Carver& memory) {
+static inline void twin_q(const Launcher& launch, const TwinQArgs& a, bool tensor_cores,
+                          Carver& memory) {
     float* part = carve_twin_q(a, memory);
     const int64_t total = a.states * a.candidates;
     if (total == 0) return;
@@ -100,9 +109,10 @@ static inline void twin_q(const Launcher& launch, const TwinQArgs& a, Carver& me
                                                                   states.lds};
         launch(kernel, states.tiles * a.spec.members, states.shared);
     });
-    const TilePlan candidates = plan_tiles(launch, a.spec, {total});
-    with_rows(candidates, [&](auto rows) {
-        const TwinQKernel<decltype(rows)::value> kernel{net, a, part, candidates.lds};
+    const TilePlan candidates = plan_tiles(launch, a.spec, {total, 1, 1, 1, 0, tensor_cores});
+    with_tile(candidates, [&](auto rows, auto tensor) {
+        using Kernel = TwinQKernel<decltype(rows)::value, decltype(tensor)::value>;
+        const Kernel kernel{net, a, part, candidates.lds};
         launch(kernel, candidates.tiles, candidates.shared);
     });
 }
