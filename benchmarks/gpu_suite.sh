@@ -31,7 +31,7 @@ sanitize() { # tool
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
         --target-processes all --kernel-name kernel_substring=run_kernel \
         pytest -q python_tests/test_cuda_kernels.py \
-        -k "(test_critics or test_policy or test_density or test_reweighted) and not 257"
+        -k "(test_critic or test_policy or test_density or test_reweighted) and not 257"
 }
 
 export FLAME_EXT_REQUIRE_NATIVE=1
