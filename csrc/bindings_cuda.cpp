@@ -260,15 +260,16 @@ void soft_update(int64_t count, Pointer target, Pointer online, float tau, Point
 }
 
 // Rows `*_ld` floats apart, or entries of a column.
-size_t critic_updates(const PolicySampler& policy, Pointer policy_parameters,
-                      const MlpSpec& critics, Pointer parameters, Pointer first_moment,
-                      Pointer second_moment, Pointer target_parameters, int updates, int64_t rows,
-                      Pointer obs, int64_t obs_ld, Pointer action, int64_t action_ld,
-                      Pointer reward, int64_t reward_ld, Pointer terminated, int64_t terminated_ld,
-                      Pointer next_obs, int64_t next_obs_ld, Pointer noise, float reward_scale,
-                      float gamma, float alpha, float tau, double beta1, double beta2,
-                      double epsilon, Pointer time, Pointer scale, Pointer schedule, Pointer loss,
-                      Pointer q_mean, Pointer workspace, Pointer stream) {
+size_t py_critic_updates(const PolicySampler& policy, Pointer policy_parameters,
+                         const MlpSpec& critics, Pointer parameters, Pointer first_moment,
+                         Pointer second_moment, Pointer target_parameters, int updates,
+                         int64_t rows, Pointer obs, int64_t obs_ld, Pointer action,
+                         int64_t action_ld, Pointer reward, int64_t reward_ld, Pointer terminated,
+                         int64_t terminated_ld, Pointer next_obs, int64_t next_obs_ld,
+                         Pointer noise, float reward_scale, float gamma, float alpha, float tau,
+                         double beta1, double beta2, double epsilon, Pointer time, Pointer scale,
+                         Pointer schedule, Pointer loss, Pointer q_mean, Pointer workspace,
+                         Pointer stream) {
     check(policy.steps > 0, "the fused updates draw from flow policies only");
     const CudaCriticUpdates args{{&policy,
                                   at<float>(policy_parameters),
@@ -325,7 +326,7 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_policy_act", &policy_act);
     m.def("cuda_adam", &adam);
     m.def("cuda_soft_update", &soft_update);
-    m.def("cuda_critic_updates", &critic_updates);
+    m.def("cuda_critic_updates", &py_critic_updates);
 }
 
 #else
