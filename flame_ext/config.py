@@ -49,8 +49,8 @@ class Config:
         policy_learning_rate: Adam step of the policy.
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
         policy_delay: Critic updates per policy update.
-        policy_batch_size: States per policy update, the first of the critics' batch; a smaller
-            batch is taken whole.
+        policy_batch_size: States per policy update, the first of the last critic update's batch;
+            a smaller batch is taken whole.
         initial_action_std: Standard deviation of a flow policy's first actions.
         temperature: How alpha is set: ``entropy`` holds the policy's entropy at the target (SAC),
             ``ess`` holds the effective sample size of the importance weights, ``fixed`` keeps it.
