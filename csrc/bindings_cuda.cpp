@@ -1,5 +1,5 @@
 // Python entry points of the CUDA operations. Device pointers and streams cross as integers: no
-// dependency on any tensor library. backends/cuda.py checks devices, types and shapes; sizes that
+// dependency on any tensor library. backends/cuda_call.py checks devices, types, shapes; sizes that
 // the arguments imply are its business too.
 //
 // A function that needs a workspace returns its size in bytes; with workspace = 0 it does only
