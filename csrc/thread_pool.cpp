@@ -27,7 +27,7 @@ constexpr int kYields = 20;
 // step: to wake a sleeping one takes about as long as a small kernel.
 constexpr int kIdleYields = 1000;
 // Chunks differ in cost and threads in speed, so there are more of them than threads.
-constexpr int kChunksPerThread = 4;
+constexpr int kChunksPerThread = 16;
 
 inline void cpu_pause() {
 #if defined(__x86_64__)

@@ -41,8 +41,9 @@ struct GemmA {
 };
 
 // One register tile. `init` are per-row pointers to the starting values, null for zeros; they may
-// be the rows of C themselves (accumulation).
-template <int kRows>
+// be the rows of C themselves (accumulation). With kAdd the tile is added to C when it is complete:
+// the products of one tile are summed by themselves.
+template <int kRows, bool kAdd = false>
 static inline void gemm_micro(int depth, const GemmA& a, const float* b, ptrdiff_t ldb,
                               const float* const* init, ptrdiff_t column, float* c, ptrdiff_t ldc) {
     vf acc[kRows][2];
@@ -65,20 +66,21 @@ static inline void gemm_micro(int depth, const GemmA& a, const float* b, ptrdiff
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-        store(c + i * ldc, acc[i][0]);
-        store(c + i * ldc + kLanes, acc[i][1]);
+        float* to = c + i * ldc;
+        store(to, kAdd ? load(to) + acc[i][0] : acc[i][0]);
+        store(to + kLanes, kAdd ? load(to + kLanes) + acc[i][1] : acc[i][1]);
     }
 }
 
 // The last, partial row block: picks the instantiation with exactly `rows` rows.
-template <int kRows>
+template <int kRows, bool kAdd = false>
 static inline void gemm_micro_rows(int rows, int depth, const GemmA& a, const float* b,
                                    ptrdiff_t ldb, const float* const* init, ptrdiff_t column,
                                    float* c, ptrdiff_t ldc) {
     if (rows == kRows) {
-        gemm_micro<kRows>(depth, a, b, ldb, init, column, c, ldc);
+        gemm_micro<kRows, kAdd>(depth, a, b, ldb, init, column, c, ldc);
     } else if constexpr (kRows > 1) {
-        gemm_micro_rows<kRows - 1>(rows, depth, a, b, ldb, init, column, c, ldc);
+        gemm_micro_rows<kRows - 1, kAdd>(rows, depth, a, b, ldb, init, column, c, ldc);
     }
 }
 

@@ -222,30 +222,52 @@ static inline void input_gradient_rows(const PackedLayer* layers, const Tape& ta
 
 // --- Weight gradients
 
-// gradient (out, in) rows [first, first + count) += delta^T x over all B rows. Each pass over
-// kGradientDepth rows starts from zero and the passes are added up: summing thousands of rows into
-// one float accumulator would lose several bits. `scratch` holds two blocks.
-static inline void weight_gradient_block(int64_t rows, int first, int count, int in,
-                                         const float* delta, ptrdiff_t ldd, const float* x,
-                                         ptrdiff_t ldx, float* gradient, float* scratch) {
-    const ptrdiff_t ld = panel_count(in) * kGemmCols;
-    float* total = scratch;
-    float* pass = scratch + kGradientRows * ld;
-    for (int64_t r = 0; r < rows; r += kGradientDepth) {
-        const int depth = static_cast<int>(rows - r < kGradientDepth ? rows - r : kGradientDepth);
-        gemm(count, in, depth, GemmA{delta + r * ldd + first, 1, ldd}, x + r * ldx, ldx, kGemmCols,
-             nullptr, r > 0 ? pass : total, ld);
-        if (r == 0) continue;
-        for (ptrdiff_t k = 0; k < count * ld; k += kLanes) {
-            store(total + k, load(total + k) + load(pass + k));
+// Asks for the next panel's lines while this one is multiplied: in place they lie a row apart,
+// which no hardware prefetcher follows across pages.
+FLAME_INLINE void prefetch_panel(const float* x, ptrdiff_t ldx, int first, int end) {
+    constexpr int kLineFloats = 16;
+    for (int r = first; r < end; ++r) {
+        for (int c = 0; c < kGemmCols; c += kLineFloats) __builtin_prefetch(x + r * ldx + c);
+    }
+}
+
+// gradient (count, in) += delta^T x over `depth` rows; x is readable to whole panels.
+static inline void weight_gradient_pass(int depth, int count, int in, const float* delta,
+                                        ptrdiff_t ldd, const float* x, ptrdiff_t ldx,
+                                        float* gradient) {
+    for (int column = 0; column < in; column += kGemmCols) {
+        const int valid = in - column < kGemmCols ? in - column : kGemmCols;
+        for (int i = 0; i < count; i += kGemmRows) {
+            const int rows = count - i < kGemmRows ? count - i : kGemmRows;
+            prefetch_panel(x + column + kGemmCols, ldx, depth * i / count,
+                           depth * (i + rows) / count);
+            const GemmA block{delta + i, 1, ldd};
+            float* to = gradient + static_cast<ptrdiff_t>(i) * in + column;
+            if (valid == kGemmCols) {
+                gemm_micro_rows<kGemmRows, true>(rows, depth, block, x + column, ldx, nullptr, 0,
+                                                 to, in);
+                continue;
+            }
+            float tile[kGemmRows * kGemmCols];
+            gemm_micro_rows<kGemmRows>(rows, depth, block, x + column, ldx, nullptr, 0, tile,
+                                       kGemmCols);
+            for (int r = 0; r < rows; ++r) {
+                for (int c = 0; c < valid; ++c) to[r * in + c] += tile[r * kGemmCols + c];
+            }
         }
     }
-    for (int i = 0; i < count; ++i) {
-        float* to = gradient + static_cast<ptrdiff_t>(first + i) * in;
-        const float* from = total + i * ld;
-        int k = 0;
-        for (; k + kLanes <= in; k += kLanes) store(to + k, load(to + k) + load(from + k));
-        for (; k < in; ++k) to[k] += from[k];
+}
+
+// gradient (out, in) rows [first, first + count) += delta^T x over all B rows. Each pass over
+// kGradientDepth rows starts from zero and the passes are added up: summing thousands of rows into
+// one float accumulator would lose several bits.
+static inline void weight_gradient_block(int64_t rows, int first, int count, int in,
+                                         const float* delta, ptrdiff_t ldd, const float* x,
+                                         ptrdiff_t ldx, float* gradient) {
+    for (int64_t r = 0; r < rows; r += kGradientDepth) {
+        weight_gradient_pass(row_count(r, rows, kGradientDepth), count, in,
+                             delta + r * ldd + first, ldd, x + r * ldx, ldx,
+                             gradient + static_cast<ptrdiff_t>(first) * in);
     }
 }
 
@@ -311,11 +333,10 @@ static inline void basis_gradient_block(const LayerGradient& g, int first, int c
 
 FLAME_INLINE int gradient_blocks(int out) { return divide_up(out, kGradientRows); }
 
-static inline void layer_gradient_block(const LayerGradient& g, int block, float* scratch) {
+static inline void layer_gradient_block(const LayerGradient& g, int block) {
     const int first = block * kGradientRows;
     const int count = g.out - first < kGradientRows ? g.out - first : kGradientRows;
-    weight_gradient_block(g.rows, first, count, g.in, g.delta, g.ldd, g.x, g.ldx, g.weight,
-                          scratch);
+    weight_gradient_block(g.rows, first, count, g.in, g.delta, g.ldd, g.x, g.ldx, g.weight);
     bias_gradient_block(g.bias_rows, first, count, g.delta, g.bias_ldd, g.bias);
     if (g.norm_partial) norm_gradient_block(g, first, count);
     if (g.basis > 0) basis_gradient_block(g, first, count);
@@ -324,15 +345,8 @@ static inline void layer_gradient_block(const LayerGradient& g, int block, float
 // Runs the blocks of all given layers in parallel; every block owns its part of the gradient.
 static inline void run_layer_gradients(const LayerGradient* layers, int count) {
     int64_t blocks = 0;
-    int widest = 0;
-    for (int l = 0; l < count; ++l) {
-        blocks += gradient_blocks(layers[l].out);
-        if (layers[l].in > widest) widest = layers[l].in;
-    }
+    for (int l = 0; l < count; ++l) blocks += gradient_blocks(layers[l].out);
     parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
-        Workspace workspace;
-        float* scratch = workspace.floats(2 * static_cast<size_t>(kGradientRows) *
-                                          panel_count(widest) * kGemmCols);
         int l = 0;
         int64_t start = 0;
         for (int64_t b = begin; b < end; ++b) {
@@ -340,7 +354,7 @@ static inline void run_layer_gradients(const LayerGradient* layers, int count) {
                 start += gradient_blocks(layers[l].out);
                 ++l;
             }
-            layer_gradient_block(layers[l], static_cast<int>(b - start), scratch);
+            layer_gradient_block(layers[l], static_cast<int>(b - start));
         }
     });
 }

@@ -19,7 +19,7 @@ namespace {
 
 // Candidate rows per task: a small multiple of the tile, so that small batches give every thread
 // work.
-constexpr int kGroupRows = 192;
+constexpr int kGroupRows = 96;
 
 // Running sums of one state; velocity and resampled are A values each.
 struct SoftmaxSums {

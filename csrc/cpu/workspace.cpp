@@ -1,5 +1,9 @@
 #include "cpu/workspace.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -12,7 +16,9 @@ namespace flame {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kSmallestBlock = size_t{1} << 20;
+// A recorded pass walks columns of rows that lie a kilobyte apart: in pages of 4 KB it would miss
+// the translation buffer at every few rows.
+constexpr size_t kHugePage = size_t{2} << 20;
 
 struct FreeBlock {
     void operator()(void* p) const { std::free(p); }
@@ -22,6 +28,15 @@ struct Block {
     std::unique_ptr<char, FreeBlock> memory;
     size_t size;
 };
+
+Block new_block(size_t size) {
+    void* memory = std::aligned_alloc(kHugePage, size);
+    if (memory == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    madvise(memory, size, MADV_HUGEPAGE);  // without huge pages it merely is slower
+#endif
+    return {std::unique_ptr<char, FreeBlock>(static_cast<char*>(memory)), size};
+}
 
 }  // namespace
 
@@ -44,11 +59,8 @@ struct Arena {
     }
 
     void grow(size_t size) {
-        const size_t last = blocks.empty() ? kSmallestBlock : 2 * blocks.back().size;
-        const size_t bytes = size > last ? size : last;
-        char* memory = static_cast<char*>(std::aligned_alloc(kAlignment, bytes));
-        if (memory == nullptr) throw std::bad_alloc();
-        blocks.push_back({std::unique_ptr<char, FreeBlock>(memory), bytes});
+        const size_t next = blocks.empty() ? kHugePage : 2 * blocks.back().size;
+        blocks.push_back(new_block(round_up(size > next ? size : next, kHugePage)));
         used = 0;
     }
 };
