@@ -21,7 +21,7 @@ MIN_ALPHA, MAX_ALPHA = 1e-5, 1e2
 
 
 class Agent:
-    """Twin soft critics, a policy and a temperature.
+    """Twin soft critics, a policy with its average over updates, and a temperature.
 
     Args:
         config: Options of the algorithm.
@@ -58,6 +58,10 @@ class Agent:
         )
         self.actor.network.to(self.device)
         self.critics.to(self.device)
+        self.averaged_actor = self.actor
+        if config.policy_tau < 1:
+            self.averaged_actor = copy.deepcopy(self.actor)
+            self.averaged_actor.network.requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         for network in self.networks().values():
             backend.accelerate(network)
@@ -87,16 +91,26 @@ class Agent:
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """Best of N by Qmin: obs ``(B, O)``, noise ``(B, N, A)`` -> ``(B, A)`` in [-1, 1]."""
-        return self.actor.best_action(self.critics, obs, noise)
+        """The averaged policy's best of N by Qmin, as it is evaluated and saved.
 
+        Args:
+            obs: States ``(B, O)``.
+            noise: Base noise ``(B, N, A)``.
+
+        Returns:
+            Actions ``(B, A)`` in [-1, 1].
+        """
+        return self.averaged_actor.best_action(self.critics, obs, noise)
+
+    @torch.no_grad()
     def explore(self, obs: Tensor) -> Tensor:
         """Actions for collecting data: ``(B, O)`` -> ``(B, A)``."""
         shape = (len(obs), self.config.train_particles, self.action_dim)
-        action = self.act(obs, normal_like(obs, shape, self.generator))
+        noise = normal_like(obs, shape, self.generator)
+        action = self.actor.best_action(self.critics, obs, noise)
         if self.config.exploration_noise > 0:
-            noise = normal_like(obs, tuple(action.shape), self.generator)
-            action = (action + self.config.exploration_noise * noise).clamp(-1, 1)
+            disturbance = normal_like(obs, tuple(action.shape), self.generator)
+            action = (action + self.config.exploration_noise * disturbance).clamp(-1, 1)
         return action
 
     @property
@@ -146,6 +160,9 @@ class Agent:
             self.actor, obs, action, self.critics, self.alpha, self.generator
         )
         self.backend.optimizer_step(self.optimizers["actor"])
+        if self.averaged_actor is not self.actor:
+            averaged = self.averaged_actor.network.flat
+            self.backend.soft_update(averaged, self.actor.network.flat, self.config.policy_tau)
         metrics = {**result.metrics, "policy_loss": result.loss}
         log_prob = result.log_prob
         alpha_due = (self.updates // self.config.policy_delay) % self.config.alpha_interval == 0
@@ -181,11 +198,14 @@ class Agent:
 
     def networks(self) -> dict[str, FlatMLP]:
         """The networks by name, as checkpoints store them."""
-        return {
+        networks: dict[str, FlatMLP] = {
             "actor": self.actor.network,
             "critics": self.critics,
             "target_critics": self.target_critics,
         }
+        if self.averaged_actor is not self.actor:
+            networks["averaged_actor"] = self.averaged_actor.network
+        return networks
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that learning depends on, as named tensors."""

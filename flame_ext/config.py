@@ -48,6 +48,8 @@ class Config:
         critic_learning_rate: Adam step of the critics.
         policy_learning_rate: Adam step of the policy.
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
+        policy_tau: Step, per policy update, of the exponential average of the policy's weights that
+            is evaluated and saved; 1 keeps no average. Data are collected by the policy itself.
         policy_delay: Critic updates per policy update.
         policy_batch_size: States per policy update, the first of the last critic update's batch;
             a smaller batch is taken whole.
@@ -94,7 +96,7 @@ class Config:
         train_particles: Best-of-N by Qmin while collecting data [N].
         exploration_noise: Standard deviation of Gaussian noise on collected actions.
         target_particles: Best-of-N by the target critics in the TD target.
-        eval_particles: Best-of-N by Qmin in evaluation.
+        eval_particles: Best-of-N by Qmin in evaluation; the first is the action of zero noise.
         log_interval: Environment steps between rows of training metrics.
         eval_interval: Environment steps between evaluations; 0 evaluates only at the end.
         eval_episodes: Episodes per evaluation.
@@ -120,6 +122,7 @@ class Config:
     critic_learning_rate: float = 1e-3
     policy_learning_rate: float = 1e-3
     final_policy_learning_rate: float | None = None
+    policy_tau: float = 0.005
     policy_delay: int = 4
     policy_batch_size: int = 64
     initial_action_std: float = 0.2
@@ -149,7 +152,7 @@ class Config:
     train_particles: int = 1
     exploration_noise: float = 0.0
     target_particles: int = 1
-    eval_particles: int = 16
+    eval_particles: int = 1
     log_interval: int = 1_000
     eval_interval: int = 10_000
     eval_episodes: int = 10
@@ -207,6 +210,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "buffer_size": (1, _INF),
     "gamma": (0, 1),
     "tau": (0, 1),
+    "policy_tau": (0, 1),
     "policy_delay": (1, _INF),
     "policy_batch_size": (1, _INF),
     "initial_alpha": (1e-12, _INF),
@@ -245,6 +249,7 @@ _PAPER: dict[str, Any] = {
     "policy_learning_rate": 3e-4,
     "reward_scale": 0.2,
     "final_policy_learning_rate": 3e-5,
+    "policy_tau": 1.0,
     "policy_delay": 2,
     "policy_batch_size": 256,
     "initial_alpha": 1.0,
@@ -280,6 +285,7 @@ _MULTI_STEP: dict[str, Any] = {
     "instantaneous_fraction": 1.0,
     "acting_fraction": 0.0,
     "num_candidates": 32,
+    "eval_particles": 16,
     "initial_action_std": 0.35,
     "temperature": "ess",
     "alpha_learning_rate": 1e-3,
@@ -300,6 +306,7 @@ _ALGORITHM: dict[str, dict[str, Any]] = {
         "train_particles": 1,
         "target_particles": 1,
         "eval_particles": 1,
+        "policy_tau": 1.0,
         "entropy_in_target": True,
         "alpha_learning_rate": 1e-3,
         "target_entropy_scale": -1.0,

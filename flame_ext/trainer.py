@@ -400,10 +400,10 @@ class Trainer:
             action_high=tuple(self.env.action_high.tolist()),
             env_id=self.env.spec_id,
         )
-        networks = self.agent.networks()
+        networks = {"actor": self.agent.averaged_actor.network, "critics": self.agent.critics}
         tensors = {
-            f"{name}.flat": networks[name].flat.detach().cpu().numpy()
-            for name in ("actor", "critics")
+            f"{name}.flat": network.flat.detach().cpu().numpy()
+            for name, network in networks.items()
         }
         if self.normalizer is not None:
             shift, scale = self.normalizer.shift_and_scale()
