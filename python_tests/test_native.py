@@ -98,6 +98,16 @@ def test_number_of_threads_from_the_environment():
     assert run_python(code, **env, FLAME_EXT_NUM_THREADS="").stdout.strip() == "2"
 
 
+def test_the_backend_takes_torchs_number_of_threads_unless_the_kernels_have_their_own():
+    code = (
+        "import torch; torch.set_num_threads(3); from flame_ext import _core; "
+        "from flame_ext.backends import make_backend; make_backend('cpu', torch.device('cpu')); "
+        "print(_core.num_threads())"
+    )
+    assert run_python(code, FLAME_EXT_NUM_THREADS="").stdout.strip() == "3"
+    assert run_python(code, FLAME_EXT_NUM_THREADS="2").stdout.strip() == "2"
+
+
 def test_import_and_report_need_no_torch():
     code = (
         "import sys, flame_ext; flame_ext.backend_info(); "

@@ -193,12 +193,15 @@ def report(matrix: Matrix) -> None:
 
 
 def check_settings(directories: dict[Run, Path]) -> None:
-    """Runs of one algorithm must have the same settings, or a row would mix two."""
+    """Runs of one algorithm must have the same settings, or a row would mix two.
+
+    An option that is younger than one of the runs is not compared.
+    """
     settings: dict[str, tuple[Run, dict[str, Any]]] = {}
     for run, directory in directories.items():
         own = json.loads((directory / "config.json").read_text())
         first, others = settings.setdefault(run.algorithm, (run, own))
-        different = sorted(key for key in own | others if own.get(key) != others.get(key))
+        different = sorted(key for key in own.keys() & others.keys() if own[key] != others[key])
         if different:
             raise SystemExit(
                 f"{run.name} and {first.name} differ in {', '.join(different)}: "

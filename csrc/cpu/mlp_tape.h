@@ -265,9 +265,8 @@ static inline void weight_gradient_block(int64_t rows, int first, int count, int
                                          const float* delta, ptrdiff_t ldd, const float* x,
                                          ptrdiff_t ldx, float* gradient) {
     for (int64_t r = 0; r < rows; r += kGradientDepth) {
-        weight_gradient_pass(row_count(r, rows, kGradientDepth), count, in,
-                             delta + r * ldd + first, ldd, x + r * ldx, ldx,
-                             gradient + static_cast<ptrdiff_t>(first) * in);
+        weight_gradient_pass(row_count(r, rows, kGradientDepth), count, in, delta + r * ldd + first,
+                             ldd, x + r * ldx, ldx, gradient + static_cast<ptrdiff_t>(first) * in);
     }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,9 @@ class CpuBackend(TorchBackend):
 
     def __init__(self) -> None:
         self._core = load_core()
-        self._core.set_num_threads(torch.get_num_threads())
+        # PyTorch's setting holds for the kernels too, unless they were given one of their own.
+        if not os.environ.get("FLAME_EXT_NUM_THREADS"):
+            self._core.set_num_threads(torch.get_num_threads())
 
     @contextmanager
     def training(self) -> Iterator[None]:
