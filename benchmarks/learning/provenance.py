@@ -14,9 +14,9 @@ PACKAGES = ("flame_ext", "torch", "numpy", "gymnasium", "mujoco")
 
 def provenance() -> dict[str, object]:
     """Commit, versions, machine and command behind a result."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    # Of this file's checkout, wherever the command runs.
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     model = next(
         (
             line.split(":")[1].strip()
