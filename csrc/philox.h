@@ -12,12 +12,7 @@
 
 #include <stdint.h>
 
-#if defined(__CUDACC__)
-#define FLAME_HD static __host__ __device__ __forceinline__
-#else
-// static: each translation unit keeps its own copy, compiled for its own instruction set.
-#define FLAME_HD static inline __attribute__((always_inline, unused))
-#endif
+#include "float_bits.h"
 
 namespace flame {
 
@@ -56,22 +51,10 @@ FLAME_HD PhiloxBlock philox_block(uint64_t seed, uint64_t stream, uint64_t block
 FLAME_HD float add_rn(float a, float b) { return __fadd_rn(a, b); }
 FLAME_HD float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 FLAME_HD float sqrt_rn(float a) { return __fsqrt_rn(a); }
-FLAME_HD float bits_to_float(uint32_t b) { return __uint_as_float(b); }
-FLAME_HD uint32_t float_to_bits(float a) { return __float_as_uint(a); }
 #else
 FLAME_HD float add_rn(float a, float b) { return a + b; }
 FLAME_HD float mul_rn(float a, float b) { return a * b; }
 FLAME_HD float sqrt_rn(float a) { return __builtin_sqrtf(a); }
-FLAME_HD float bits_to_float(uint32_t b) {
-    float a;
-    __builtin_memcpy(&a, &b, sizeof(a));
-    return a;
-}
-FLAME_HD uint32_t float_to_bits(float a) {
-    uint32_t b;
-    __builtin_memcpy(&b, &a, sizeof(b));
-    return b;
-}
 #endif
 
 // Uniform in the open interval (0, 1): the upper 23 bits, centred in their cell. Exact in float32.

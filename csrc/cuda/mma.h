@@ -12,6 +12,7 @@
 
 #include "cuda/block.h"
 #include "cuda/scalar.h"
+#include "float_bits.h"
 #if !defined(__CUDACC__)
 #include <cmath>
 #endif
@@ -51,8 +52,8 @@ FLAME_INLINE void mma(PerLane<FragmentD>& d, const PerLane<FragmentA>& a,
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(bits_of(left[0])), "r"(bits_of(left[1])), "r"(bits_of(left[2])),
-          "r"(bits_of(left[3])), "r"(bits_of(right[0])), "r"(bits_of(right[1])));
+        : "r"(float_to_bits(left[0])), "r"(float_to_bits(left[1])), "r"(float_to_bits(left[2])),
+          "r"(float_to_bits(left[3])), "r"(float_to_bits(right[0])), "r"(float_to_bits(right[1])));
 }
 
 #else
@@ -119,8 +120,8 @@ struct Tf32Pair {
 // Infinities, and finite values that round to one, give NaN, as NaN does.
 FLAME_INLINE Tf32Pair split_tf32(float x) {
     constexpr uint32_t kDropped = 0x1FFF;
-    const float high = float_of((bits_of(x) + kDropped / 2 + 1) & ~kDropped);
-    return {high, float_of(bits_of(x - high) & ~kDropped)};
+    const float high = bits_to_float((float_to_bits(x) + kDropped / 2 + 1) & ~kDropped);
+    return {high, bits_to_float(float_to_bits(x - high) & ~kDropped)};
 }
 
 }  // namespace flame::FLAME_ISA

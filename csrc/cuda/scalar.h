@@ -32,21 +32,9 @@ FLAME_INLINE double lane(vd a, int) { return a; }
 FLAME_INLINE void set_lane(vd& a, int, double value) { a = value; }
 
 #if defined(__CUDACC__)
-FLAME_INLINE uint32_t bits_of(float a) { return __float_as_uint(a); }
-FLAME_INLINE float float_of(uint32_t a) { return __uint_as_float(a); }
 FLAME_INLINE vu bits_of(vd a) { return static_cast<vu>(__double_as_longlong(a)); }
 FLAME_INLINE vd double_of(vu a) { return __longlong_as_double(static_cast<int64_t>(a)); }
 #else
-FLAME_INLINE uint32_t bits_of(float a) {
-    uint32_t b;
-    __builtin_memcpy(&b, &a, sizeof(b));
-    return b;
-}
-FLAME_INLINE float float_of(uint32_t a) {
-    float b;
-    __builtin_memcpy(&b, &a, sizeof(b));
-    return b;
-}
 FLAME_INLINE vu bits_of(vd a) {
     vu b;
     __builtin_memcpy(&b, &a, sizeof(b));
