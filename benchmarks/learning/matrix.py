@@ -38,6 +38,8 @@ FLAME_EXT = str(Path(sysconfig.get_path("scripts")) / "flame-ext")
 
 # Files of a run's directory that are kept, and the endings of their copies.
 RESULT_FILES = {"evaluations.csv": ".csv", "config.json": ".json"}
+# Options that committed runs are older than, with the values at which those runs were made.
+YOUNGER_OPTIONS = {"policy_tau": 1.0}
 
 Evaluations = dict[str, list[Any]]  # columns of one run's evaluations.csv
 Curves = dict[tuple[str, str], list[Evaluations]]  # by task and algorithm, one per seed
@@ -193,15 +195,12 @@ def report(matrix: Matrix) -> None:
 
 
 def check_settings(directories: dict[Run, Path]) -> None:
-    """Runs of one algorithm must have the same settings, or a row would mix two.
-
-    An option that is younger than one of the runs is not compared.
-    """
+    """Runs of one algorithm must have the same settings, or a row would mix two."""
     settings: dict[str, tuple[Run, dict[str, Any]]] = {}
     for run, directory in directories.items():
-        own = json.loads((directory / "config.json").read_text())
+        own = YOUNGER_OPTIONS | json.loads((directory / "config.json").read_text())
         first, others = settings.setdefault(run.algorithm, (run, own))
-        different = sorted(key for key in own.keys() & others.keys() if own[key] != others[key])
+        different = sorted(key for key in own | others if own.get(key) != others.get(key))
         if different:
             raise SystemExit(
                 f"{run.name} and {first.name} differ in {', '.join(different)}: "
