@@ -180,23 +180,29 @@ py::tuple py_flow_reverse_kl(const PolicySampler& policy, const py::array& param
 py::tuple py_flow_matching(const PolicySampler& policy, const py::array& parameters,
                            const py::array& gradients, const MlpSpec& critics,
                            const py::array& critic_parameters, const py::array& obs,
-                           const py::array& z, const py::array& r, const py::array& t, double alpha,
-                           double weight, int num_candidates, const std::string& sampling,
-                           uint64_t seed) {
+                           const py::array& action, const py::array& noise,
+                           const py::array& uniform, double alpha, double weight, double min_time,
+                           double instantaneous_fraction, double acting_fraction,
+                           int num_candidates, const std::string& sampling, uint64_t seed) {
     check(policy.steps >= 1, "this policy is a Gaussian; flow_matching takes a flow");
     check(policy.time_features == kTimeFeatures, "the policy takes ", policy.time_features,
           " time features; flow matching needs ", kTimeFeatures);
     check(alpha > 0, "alpha is ", alpha, "; it must be positive");
     check(num_candidates >= 1, "num_candidates is ", num_candidates, "; it must be at least 1");
+    check(min_time > 0 && min_time < 1, "min_time is ", min_time, "; it must be between 0 and 1");
     const LossCall call =
-        loss_call(policy, parameters, gradients, critics, critic_parameters, obs, z, alpha);
+        loss_call(policy, parameters, gradients, critics, critic_parameters, obs, noise, alpha);
     const int64_t rows = call.inputs.rows;
-    const float* times = dense(t, "t", {rows});
-    for (int64_t i = 0; i < rows; ++i) {
-        check(times[i] > 0, "t[", i, "] is ", times[i], "; it must be positive");
-    }
-    const FlowMatchingInputs draws{call.inputs.noise, dense(r, "r", {rows}),      times,
-                                   num_candidates,    parse_candidates(sampling), seed};
+    const RowsView a = matrix(action, "action", rows, policy.action_dim);
+    const FlowMatchingInputs draws{a.data,
+                                   a.ld,
+                                   dense(uniform, "uniform", {rows, 3}),
+                                   static_cast<float>(min_time),
+                                   static_cast<float>(instantaneous_fraction),
+                                   static_cast<float>(1 - acting_fraction),
+                                   num_candidates,
+                                   parse_candidates(sampling),
+                                   seed};
     FlowMatching result{};
     {
         const py::gil_scoped_release release;
@@ -221,8 +227,10 @@ void bind_policy_loss(py::module_& m) {
           py::arg("boundary_width"), py::arg("monotonicity_margin"), py::arg("wall_scale"));
     m.def("flow_matching", &py_flow_matching, py::arg("policy"), py::arg("parameters"),
           py::arg("gradients"), py::arg("critics"), py::arg("critic_parameters"), py::arg("obs"),
-          py::arg("z"), py::arg("r"), py::arg("t"), py::arg("alpha"), py::kw_only(),
-          py::arg("weight"), py::arg("num_candidates"), py::arg("sampling"), py::arg("seed"));
+          py::arg("action"), py::arg("noise"), py::arg("uniform"), py::arg("alpha"), py::kw_only(),
+          py::arg("weight"), py::arg("min_time"), py::arg("instantaneous_fraction"),
+          py::arg("acting_fraction"), py::arg("num_candidates"), py::arg("sampling"),
+          py::arg("seed"));
     m.def("tanh_gaussian", &py_tanh_gaussian, py::arg("output"), py::arg("noise"),
           py::arg("log_std_range"));
     m.def("tanh_gaussian_gradient", &py_tanh_gaussian_gradient, py::arg("output"), py::arg("noise"),

@@ -65,6 +65,35 @@ double add_walls(const PolicyLossInputs& in, const Walls& walls, double weight, 
     return sum / rows;
 }
 
+struct NoisedActions {
+    float* z;  // (rows, A)
+    float* r;  // (rows), like the two below
+    float* t;
+    float* signal;  // 1 - t
+};
+
+NoisedActions noised_actions(const PolicyLossInputs& in, const FlowMatchingInputs& draws,
+                             Workspace& workspace) {
+    const int n = in.policy->action_dim;
+    const NoisedActions noised{workspace.floats(action_count(in)), workspace.floats(in.rows),
+                               workspace.floats(in.rows), workspace.floats(in.rows)};
+    for (int64_t b = 0; b < in.rows; ++b) {
+        const float* uniform = draws.uniform + 3 * b;
+        const bool acting = uniform[1] >= draws.acting_from;
+        const bool instantaneous = uniform[1] < draws.instantaneous_below;
+        const float drawn = draws.min_time + (1.0f - draws.min_time) * uniform[0];
+        const float t = acting ? 1.0f : drawn;
+        noised.t[b] = t;
+        noised.r[b] = instantaneous ? t : acting ? 0.0f : drawn * uniform[2];
+        noised.signal[b] = 1.0f - t;
+        for (int j = 0; j < n; ++j) {
+            noised.z[b * n + j] =
+                noised.signal[b] * draws.action[b * draws.action_ld + j] + t * in.noise[b * n + j];
+        }
+    }
+    return noised;
+}
+
 }  // namespace
 
 ReverseKl gaussian_loss(const PolicyLossInputs& in, float* gradients) {
@@ -135,8 +164,7 @@ FlowMatching flow_matching(const PolicyLossInputs& in, const FlowMatchingInputs&
                            double weight, float* gradients) {
     const PolicySampler& p = *in.policy;
     Workspace workspace;
-    float* signal = workspace.floats(in.rows);
-    for (int64_t b = 0; b < in.rows; ++b) signal[b] = 1.0f - draws.t[b];
+    const NoisedActions noised = noised_actions(in, draws, workspace);
     float* velocity = workspace.floats(action_count(in));
     float* ess = workspace.floats(in.rows);
     ReweightedArgs candidates{};
@@ -147,9 +175,9 @@ FlowMatching flow_matching(const PolicyLossInputs& in, const FlowMatchingInputs&
     candidates.action_dim = p.action_dim;
     candidates.obs = in.obs;
     candidates.obs_ld = in.obs_ld;
-    candidates.z = draws.z;
-    candidates.signal = signal;
-    candidates.scale = draws.t;
+    candidates.z = noised.z;
+    candidates.signal = noised.signal;
+    candidates.scale = noised.t;
     candidates.alpha = in.alpha;
     candidates.source = draws.source;
     candidates.seed = draws.seed;
@@ -162,7 +190,7 @@ FlowMatching flow_matching(const PolicyLossInputs& in, const FlowMatchingInputs&
     FlowMatching result{0.0, sum_of(ess, in.rows) / static_cast<double>(in.rows) /
                                  static_cast<double>(draws.candidates)};
     kernels().meanflow_step({p.spec, in.parameters, by_parameters, in.rows, p.action_dim, in.obs,
-                             in.obs_ld, draws.z, velocity, velocity, draws.r, draws.t,
+                             in.obs_ld, noised.z, velocity, velocity, noised.r, noised.t,
                              &result.loss});
     const auto factor = static_cast<float>(weight);
     for (int64_t i = 0; i < count; ++i) gradients[i] += factor * by_parameters[i];

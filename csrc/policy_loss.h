@@ -41,11 +41,15 @@ struct Walls {
 ReverseKl flow_reverse_kl(const PolicyLossInputs& inputs, const Walls& walls, double weight,
                           float* gradients);
 
-// Noised actions z at time t, the other end r of each pair, and how candidates are drawn.
+// Ends of the paths z = (1 - t) action + t noise (PolicyLossInputs::noise), how times are chosen
+// and how candidates are drawn. A share of the pairs has r = t, another one (r, t) = (0, 1).
 struct FlowMatchingInputs {
-    const float* z;  // (rows, A) dense
-    const float* r;  // (rows)
-    const float* t;  // (rows), positive
+    const float* action;  // (rows, A), rows `action_ld` apart
+    int64_t action_ld;
+    const float* uniform;  // (rows, 3) dense, in (0, 1): t, which kind of pair, r / t
+    float min_time;
+    float instantaneous_below;  // the second uniform of pairs r = t
+    float acting_from;          // and of (0, 1)
     int32_t candidates;
     Candidates source;  // kRandom or kStratified
     uint64_t seed;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 from torch import Tensor
@@ -15,9 +14,7 @@ from flame_ext.networks import Critics, FlatMLP
 from flame_ext.policies import make_actor
 from flame_ext.policies.base import normal_like
 from flame_ext.replay import Batch
-
-# Outside these bounds a temperature is a failure to be seen in the log, not followed.
-MIN_ALPHA, MAX_ALPHA = 1e-5, 1e2
+from flame_ext.temperature import Temperature
 
 
 class Agent:
@@ -65,21 +62,17 @@ class Agent:
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         for network in self.networks().values():
             backend.accelerate(network)
-        self.log_alpha = torch.tensor(
-            math.log(config.initial_alpha), device=self.device, requires_grad=True
-        )
+        self.temperature = Temperature(config, action_dim)
         self.optimizers = {
             "critics": _adam(self.critics.flat, config.critic_learning_rate),
             "actor": _adam(self.actor.network.flat, config.policy_learning_rate),
-            "alpha": _adam(self.log_alpha, config.alpha_learning_rate),
         }
-        self.target_entropy = config.target_entropy_scale * action_dim
         self.updates = 0
 
     @property
     def alpha(self) -> Tensor:
-        """The entropy temperature, a scalar without gradient."""
-        return self.log_alpha.detach().exp()
+        """The entropy temperature, a scalar."""
+        return torch.tensor(self.temperature.alpha, device=self.device)
 
     def set_progress(self, fraction: float) -> None:
         """Anneals the policy's learning rate; `fraction` of the run that is done."""
@@ -149,10 +142,10 @@ class Agent:
         )
         self.updates += updates
         if self.updates % c.policy_delay == 0:
-            last = batch.split(updates)[-1]
-            metrics |= self._policy_step(
-                last.obs[: c.policy_batch_size], last.action[: c.policy_batch_size]
-            )
+            rows = len(batch)
+            first = rows - rows // updates
+            last = slice(first, min(first + c.policy_batch_size, rows))
+            metrics |= self._policy_step(batch.obs[last], batch.action[last])
         return metrics
 
     def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
@@ -173,28 +166,14 @@ class Agent:
         if result.ess is not None:
             metrics["ess"] = result.ess
         if alpha_due:
-            self._temperature_step(log_prob, result.ess)
-        metrics["alpha"] = float(self.alpha)
+            self.temperature.step(log_prob, result.ess)
+        metrics["alpha"] = self.temperature.alpha
         return metrics
 
     @torch.no_grad()
     def _mean_log_prob(self, obs: Tensor) -> float:
         noise = normal_like(obs, (len(obs), self.action_dim), self.generator)
         return self.actor.sample(obs, noise, self.generator).log_prob.mean().item()
-
-    def _temperature_step(self, log_prob: float | None, ess: float | None) -> None:
-        """Moves log alpha so that the entropy, or the effective sample size, nears its target."""
-        if self.config.temperature == "entropy" and log_prob is not None:
-            excess = -(log_prob + self.target_entropy)
-        elif self.config.temperature == "ess" and ess is not None:
-            excess = ess - self.config.target_ess
-        else:
-            return
-        # d/d(log alpha) of log_alpha * excess: too much entropy or too even weights lower alpha.
-        self.log_alpha.grad = torch.full_like(self.log_alpha, excess)
-        self.backend.optimizer_step(self.optimizers["alpha"])
-        with torch.no_grad():
-            self.log_alpha.clamp_(math.log(MIN_ALPHA), math.log(MAX_ALPHA))
 
     def networks(self) -> dict[str, FlatMLP]:
         """The networks by name, as checkpoints store them."""
@@ -210,7 +189,7 @@ class Agent:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that learning depends on, as named tensors."""
         state = {f"{name}.flat": net.flat.detach() for name, net in self.networks().items()}
-        state["log_alpha"] = self.log_alpha.detach()
+        state |= self.temperature.state_dict()
         state["updates"] = torch.tensor(self.updates)
         state["generator"] = self.generator.get_state()
         for name, optimizer in self.optimizers.items():
@@ -233,7 +212,7 @@ class Agent:
                     f"{net.flat.numel()}: hidden_sizes or the environment's sizes differ"
                 )
             net.flat.copy_(saved)
-        self.log_alpha.copy_(state["log_alpha"])
+        self.temperature.load_state_dict(state)
         self.updates = int(state["updates"])
         self.generator.set_state(state["generator"].cpu())
         for name, optimizer in self.optimizers.items():

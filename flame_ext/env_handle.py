@@ -128,17 +128,19 @@ class VectorEnvHandle:
         self._obs = flat_obs
         self._returns += np.asarray(reward, dtype=np.float64)
         self._lengths += 1
+        ended = done.any()
         result = StepResult(
             obs=flat_obs.copy(),
             reward=rewards,
             terminated=np.array(terminated, dtype=np.bool_),
             truncated=np.array(truncated, dtype=np.bool_),
-            next_obs=self._final_rows(flat_obs, done, infos),
-            episode_returns=tuple(self._returns[done].tolist()),
-            episode_lengths=tuple(self._lengths[done].tolist()),
+            next_obs=self._final_rows(flat_obs, done, infos) if ended else flat_obs.copy(),
+            episode_returns=tuple(self._returns[done].tolist()) if ended else (),
+            episode_lengths=tuple(self._lengths[done].tolist()) if ended else (),
         )
-        self._returns[done] = 0.0
-        self._lengths[done] = 0
+        if ended:
+            self._returns[done] = 0.0
+            self._lengths[done] = 0
         return result
 
     def get_state(self) -> EnvState | None:
@@ -210,7 +212,7 @@ class VectorEnvHandle:
             found = "values that are not finite" if action.shape == shape else str(action.shape)
             raise ValueError(f"Actions of shape {shape} and finite are needed; got {found}.")
         scaled = self._centre + self._half_range * action
-        scaled = np.clip(scaled, self.action_low, self.action_high)
+        scaled = np.minimum(np.maximum(scaled, self.action_low), self.action_high)
         rows = scaled.reshape(self.num_envs, *self._action_space.shape)
         actions: NDArray[Any] = rows.astype(self._action_space.dtype)
         return actions
@@ -229,8 +231,6 @@ class VectorEnvHandle:
         self, obs: FloatArray, done: NDArray[np.bool_], infos: Mapping[str, Any]
     ) -> FloatArray:
         """Copy of ``obs`` in which ended episodes have their true last observation."""
-        if not done.any():
-            return np.copy(obs)
         rows = obs.astype(np.float64)
         for index in np.flatnonzero(done):
             if "final_obs" not in infos or infos["final_obs"][index] is None:

@@ -143,7 +143,10 @@ def _build_vector(factories: list[EnvFactory], *, parallel: bool) -> VectorEnv[A
     makers = [flat(factory) for factory in factories]
     if parallel:
         return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-    vector: VectorEnv[Any, Any, Any] = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    # The handle copies what it returns, so the vector environment need not.
+    vector: VectorEnv[Any, Any, Any] = SyncVectorEnv(
+        makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP
+    )
     made = {id(env.unwrapped) for env in vector.envs}  # type: ignore[attr-defined]
     if len(made) < len(factories):
         raise ValueError(

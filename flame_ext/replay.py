@@ -67,14 +67,15 @@ class ReplayBuffer:
         next_obs: np.ndarray,
     ) -> None:
         """Appends n <= capacity transitions over the oldest; arrays ``(n, ...)``."""
-        scalars = np.stack([reward, terminated], axis=1)
-        rows = np.concatenate([obs, next_obs, action, scalars], axis=1, dtype=np.float32)
-        new = torch.from_numpy(rows)
-        before_end = min(len(new), self.capacity - self._next)
-        self._rows[self._next : self._next + before_end] = new[:before_end]
-        self._rows[: len(new) - before_end] = new[before_end:]
-        self._next = (self._next + len(new)) % self.capacity
-        self.size = min(self.size + len(new), self.capacity)
+        columns = [obs, next_obs, action, reward[:, None], terminated[:, None]]
+        rows = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32))
+        first, end = self._next, self._next + rows.shape[0]
+        beyond = max(end - self.capacity, 0)
+        self._rows[first : end - beyond] = rows[: end - beyond - first]
+        if beyond:
+            self._rows[:beyond] = rows[-beyond:]
+        self._next = end % self.capacity
+        self.size = min(self.size + rows.shape[0], self.capacity)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """`batch_size` transitions drawn uniformly with replacement.
@@ -88,7 +89,7 @@ class ReplayBuffer:
             self.size, (batch_size,), generator=generator, device=self._rows.device
         )
         rows = self._rows.index_select(0, index)
-        obs, next_obs, action, reward, terminated = torch.split(rows, list(self._columns), dim=1)
+        obs, next_obs, action, reward, terminated = rows.split_with_sizes(self._columns, dim=1)
         return Batch(obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs)
 
     def state_dict(self) -> dict[str, Tensor]:

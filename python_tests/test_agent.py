@@ -7,7 +7,7 @@ import torch
 from kernel_inputs import philox_candidates
 
 from flame_ext import _core
-from flame_ext.agent import MAX_ALPHA, Agent
+from flame_ext.agent import Agent
 from flame_ext.backends import TorchBackend, make_backend
 from flame_ext.backends.native_evaluator import draw_seed
 from flame_ext.config import ALGORITHMS, make_config
@@ -151,24 +151,6 @@ def test_policy_step_leaves_the_critics_without_gradient() -> None:
     agent._policy_step(batch.obs[:16], batch.action[:16])
     assert torch.equal(agent.critics.flat.grad, kept)
     assert agent.critics.flat.requires_grad
-
-
-@pytest.mark.parametrize(("excess", "direction"), [(5.0, -1), (-5.0, 1)])
-def test_temperature_falls_when_entropy_exceeds_its_target(excess: float, direction: int) -> None:
-    agent = make_agent("sac")
-    before = agent.log_alpha.item()
-    agent._temperature_step(-torch.tensor(agent.target_entropy + excess), None)
-    assert (agent.log_alpha.item() - before) * direction > 0
-
-
-def test_temperature_follows_the_effective_sample_size() -> None:
-    agent = make_agent("diffusion", target_ess=0.25)
-    before = agent.log_alpha.item()
-    agent._temperature_step(None, torch.tensor(0.9))
-    assert agent.log_alpha.item() < before
-    agent.log_alpha.data.fill_(50.0)
-    agent._temperature_step(None, torch.tensor(0.1))
-    assert agent.alpha.item() == pytest.approx(MAX_ALPHA)
 
 
 def test_damped_logits_hold_the_effective_sample_size() -> None:

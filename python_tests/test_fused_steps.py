@@ -196,7 +196,10 @@ def test_actions_are_as_accurate_as_pytorch(algorithm: str, rows: int) -> None:
         actor = make_agent(backend, algorithm).actor
         actor.network.to(dtype)
         obs, noise = to_tensors(dtype, draw(rows, OBS), draw(rows, ACT, scale=2.0))
-        return actor.action(obs, noise)
+        critics = make_agent(backend, algorithm).critics
+        best = actor.best_action(critics, obs, noise.unsqueeze(1))
+        torch.testing.assert_close(best, actor.action(obs, noise), rtol=1e-5, atol=1e-6)
+        return best
 
     single, exact = (actions("torch", dtype) for dtype in (torch.float32, torch.float64))
     assert_as_accurate(array(actions("cpu", torch.float32)), single, exact)
@@ -223,7 +226,7 @@ def test_refusals_say_what_to_do() -> None:
     net = agent.actor.network
     sampler = _core.PolicySampler.gaussian(mlp_spec(net), LOG_STD_RANGE)
     arrays = array(net.flat), np.zeros_like(array(net.flat)), critics, array(agent.critics.flat)
-    draws = draw(4, ACT), np.zeros(4, np.float32), np.ones(4, np.float32)
+    draws = draw(4, ACT), draw(4, ACT), np.full((4, 3), 0.5, np.float32)
     with pytest.raises(ValueError, match="this policy is a Gaussian; flow_matching takes a flow"):
         _core.flow_matching(
             sampler,
@@ -232,6 +235,9 @@ def test_refusals_say_what_to_do() -> None:
             *draws,
             0.1,
             weight=1.0,
+            min_time=0.01,
+            instantaneous_fraction=0.25,
+            acting_fraction=0.25,
             num_candidates=4,
             sampling="random",
             seed=0,

@@ -13,7 +13,7 @@ namespace {
 template <typename Act>
 void critic_chunk(const CriticStepArgs& a, const PackedLayer* layers, const Tape& tape, int64_t c,
                   const float* input, ptrdiff_t ldx) {
-    const ChunkRange range = chunk_range(tape, c);
+    const RowRange range = tape.cut[c];
     record_rows<Act>(layers, tape, range, input, ldx);
     const float scale = 2.0f / static_cast<float>(a.rows);
     for (int64_t i = range.first; i < range.first + range.rows; ++i) {

@@ -119,7 +119,7 @@ const float* state_parts(const FlowDensityArgs& a, const PackedLayer& layer, int
 
 // First-layer linear outputs and tangents of a chunk at position 0 of a scratch tape.
 void first_layer(const FlowDensityArgs& a, const PackedLayer& layer, const TangentTape& tape,
-                 const Step& step, const ChunkRange& range) {
+                 const Step& step, const RowRange& range) {
     const float* init[kMaxTileRows];
     const ptrdiff_t ld = first_rows_ld(tape);
     const int group = 1 + tape.tangents;
@@ -139,7 +139,7 @@ void first_layer(const FlowDensityArgs& a, const PackedLayer& layer, const Tange
 }
 
 // z <- z + q u and the step's share of the log-density.
-void advance(const FlowDensityArgs& a, const TangentTape& tape, int step, const ChunkRange& range) {
+void advance(const FlowDensityArgs& a, const TangentTape& tape, int step, const RowRange& range) {
     const int n = a.action_dim;
     const double q = static_cast<double>(a.scale[step]);
     double m[kMaxActions * kMaxActions];
@@ -190,7 +190,7 @@ void flow_density(const FlowDensityArgs& a) {
             Workspace scratch;
             const TangentTape tape = make_tangent_tape(a.spec, rows, tangents, false, scratch);
             for (int64_t c = begin; c < end; ++c) {
-                const ChunkRange range = tangent_range(tape, c);
+                const RowRange range = tangent_range(tape, c);
                 first_layer(a, layers[0], tape, step, range);
                 with_activation(a.spec.activation, [&](auto act) {
                     tangent_forward<decltype(act), false>(layers, tape, 0, range.rows);
@@ -240,7 +240,7 @@ void record_chunk(const FlowDensityArgs& a, const RecordedFlow& flow, const floa
     const float* init[kMaxTileRows];
     const PackedLayer* layers = flow.packed.layers[0];
     const TangentTape& tape = flow.tape;
-    const ChunkRange range = tangent_range(tape, c);
+    const RowRange range = tangent_range(tape, c);
     const int group = 1 + tape.tangents;
     const ptrdiff_t ld = first_rows_ld(tape);
     fill_rows(init, range.rows, layers[0].bias, 0);
@@ -279,7 +279,7 @@ void flow_backward(const FlowBackwardArgs& args) {
     const RecordedFlow& flow = *reinterpret_cast<const RecordedFlow*>(args.tape);
     parallel_for(flow.tape.chunks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
-            const ChunkRange range = tangent_range(flow.tape, c);
+            const RowRange range = tangent_range(flow.tape, c);
             for (int i = 0; i < range.rows; ++i) flow_output_deltas(flow, args, range.first + i);
             tangent_backward(flow.packed.layers[0], flow.tape, c);
         }

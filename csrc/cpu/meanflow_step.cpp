@@ -35,7 +35,7 @@ Inputs make_inputs(const MeanFlowStepArgs& a, Workspace& workspace) {
 
 // Linear tangents of the first layer: W_z v + W_time d(features)/dt.
 void first_tangent(const MeanFlowStepArgs& a, const PackedLayer& layer, const Inputs& inputs,
-                   const ChunkRange& range, float* x, ptrdiff_t ld) {
+                   const RowRange& range, float* x, ptrdiff_t ld) {
     const float* init[kTapeRows];
     gemm_packed(range.rows, layer.out, 0, a.action_dim, layer.in,
                 a.tangent_velocity + range.first * a.action_dim, a.action_dim, layer.forward,
@@ -47,7 +47,7 @@ void first_tangent(const MeanFlowStepArgs& a, const PackedLayer& layer, const In
 }
 
 // Tangents of the outputs of a recorded chunk; returns the buffer that holds them.
-float* carry_tangent(const PackedLayer* layers, const Tape& tape, const ChunkRange& range, float* x,
+float* carry_tangent(const PackedLayer* layers, const Tape& tape, const RowRange& range, float* x,
                      float* y, ptrdiff_t ld) {
     for (int l = 0; l + 1 < tape.num_layers; ++l) {
         const TapeLayer& layer = tape.hidden[l];
@@ -74,7 +74,7 @@ float* carry_tangent(const PackedLayer* layers, const Tape& tape, const ChunkRan
 }
 
 // Output deltas 2 / B (u - target) of a chunk; returns its sum of squared errors.
-double output_deltas(const MeanFlowStepArgs& a, const Tape& tape, const ChunkRange& range,
+double output_deltas(const MeanFlowStepArgs& a, const Tape& tape, const RowRange& range,
                      const float* tangent, ptrdiff_t ld) {
     const float scale = 2.0f / static_cast<float>(a.rows);
     double total = 0.0;
@@ -101,13 +101,13 @@ void meanflow_step(const MeanFlowStepArgs& a) {
     const Inputs inputs = make_inputs(a, workspace);
     const Tape tape = make_tape(a.spec, a.rows, workspace);
     const int width = widest_row(a.spec);
-    double* errors = static_cast<double*>(workspace.bytes(tape.chunks * sizeof(double)));
-    parallel_for(tape.chunks, 1, [&](int64_t begin, int64_t end) {
+    double* errors = static_cast<double*>(workspace.bytes(tape.cut.chunks * sizeof(double)));
+    parallel_for(tape.cut.chunks, 1, [&](int64_t begin, int64_t end) {
         Workspace scratch;
-        float* x = scratch.floats(static_cast<size_t>(tape.chunk) * width);
-        float* y = scratch.floats(static_cast<size_t>(tape.chunk) * width);
+        float* x = scratch.floats(static_cast<size_t>(tape.cut.most()) * width);
+        float* y = scratch.floats(static_cast<size_t>(tape.cut.most()) * width);
         for (int64_t c = begin; c < end; ++c) {
-            const ChunkRange range = chunk_range(tape, c);
+            const RowRange range = tape.cut[c];
             with_activation(a.spec.activation, [&](auto act) {
                 record_rows<decltype(act)>(layers, tape, range, inputs.rows, inputs.ldx);
             });
@@ -121,7 +121,7 @@ void meanflow_step(const MeanFlowStepArgs& a) {
     run_layer_gradients(list, append_layer_gradients(a.spec, tape, 0, inputs.rows, inputs.ldx,
                                                      a.gradients, list, 0));
     double total = 0.0;
-    for (int64_t c = 0; c < tape.chunks; ++c) total += errors[c];
+    for (int64_t c = 0; c < tape.cut.chunks; ++c) total += errors[c];
     *a.loss = total / static_cast<double>(a.rows);
 }
 

@@ -2,14 +2,14 @@
 #include "cpu/training_kernels.h"
 
 #include "cpu/mlp_tile.h"
-#include "partition.h"
 
 namespace flame::FLAME_ISA {
 namespace {
 
 template <typename Act>
-void forward_rows(const MlpForwardArgs& a, const PackedMlp& packed, int64_t first, int rows,
+void forward_rows(const MlpForwardArgs& a, const PackedMlp& packed, const RowRange& range,
                   const TileBuffers& tile) {
+    const auto [first, rows] = range;
     const int out = a.spec.sizes[a.spec.num_layers];
     for (int m = 0; m < packed.members; ++m) {
         const PackedLayer* layers = packed.layers[m];
@@ -87,16 +87,13 @@ void mlp_forward(const MlpForwardArgs& a) {
     PackedMlp packed;
     pack_mlp(a.spec, a.parameters, {false, 0}, workspace, packed);
     const int width = widest_row(a.spec);
-    const int chunk = balanced_chunk(a.rows, tile_rows(width));
-    const int64_t chunks = divide_up(a.rows, chunk);
-    parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+    const RowCut cut = balanced_cut(a.rows, tile_rows(width));
+    parallel_for(cut.chunks, 1, [&](int64_t begin, int64_t end) {
         Workspace scratch;
-        const TileBuffers tile = make_tile_buffers(chunk, width, scratch);
+        const TileBuffers tile = make_tile_buffers(cut.most(), width, scratch);
         for (int64_t c = begin; c < end; ++c) {
-            const int64_t first = c * chunk;
-            const int rows = row_count(first, a.rows, chunk);
             with_activation(a.spec.activation, [&](auto act) {
-                forward_rows<decltype(act)>(a, packed, first, rows, tile);
+                forward_rows<decltype(act)>(a, packed, cut[c], tile);
             });
         }
     });

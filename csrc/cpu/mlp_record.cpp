@@ -21,10 +21,10 @@ void mlp_backward(const MlpBackwardArgs& args) {
     const int out = mlp.spec.sizes[mlp.spec.num_layers];
     for_member_chunks(mlp.tapes, mlp.spec.members, [&](int64_t m, int64_t c) {
         const Tape& tape = mlp.tapes[m];
-        const ChunkRange range = chunk_range(tape, c);
+        const RowRange range = tape.cut[c];
         for (int64_t i = range.first; i < range.first + range.rows; ++i) {
             std::memcpy(tape.output_delta + i * tape.output_ld,
-                        args.d_output + (m * tape.rows + i) * out, out * sizeof(float));
+                        args.d_output + (m * tape.cut.rows + i) * out, out * sizeof(float));
         }
         backward_rows(mlp.packed.layers[m], tape, c);
     });
@@ -47,7 +47,7 @@ MlpTape* mlp_record(const MlpForwardArgs& a, Workspace& memory) {
     const int out = a.spec.sizes[a.spec.num_layers];
     for_member_chunks(mlp->tapes, a.spec.members, [&](int64_t m, int64_t c) {
         const Tape& tape = mlp->tapes[m];
-        const ChunkRange range = chunk_range(tape, c);
+        const RowRange range = tape.cut[c];
         with_activation(a.spec.activation, [&](auto act) {
             record_rows<decltype(act)>(mlp->packed.layers[m], tape, range, mlp->input, mlp->ldx);
         });

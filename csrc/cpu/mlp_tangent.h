@@ -78,7 +78,7 @@ static inline TangentTape make_tangent_tape(const MlpSpec& spec, int64_t samples
     return tape;
 }
 
-FLAME_INLINE ChunkRange tangent_range(const TangentTape& tape, int64_t c) {
+FLAME_INLINE RowRange tangent_range(const TangentTape& tape, int64_t c) {
     const int64_t first = c * tape.chunk;
     return {first, row_count(first, tape.samples, tape.chunk)};
 }
@@ -289,7 +289,7 @@ static inline void norm_sample_backward(const TangentLayer& layer, const PackedL
 
 // Fills every hidden layer's delta of chunk c from output_delta.
 static inline void tangent_backward(const PackedLayer* layers, const TangentTape& tape, int64_t c) {
-    const ChunkRange range = tangent_range(tape, c);
+    const RowRange range = tangent_range(tape, c);
     const int group = 1 + tape.tangents;
     float value[kMaxWidth + kLanes];
     for (int l = tape.num_layers - 2; l >= 0; --l) {

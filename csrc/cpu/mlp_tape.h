@@ -27,9 +27,7 @@ struct TapeLayer {
 };
 
 struct Tape {
-    int64_t rows;
-    int chunk;
-    int64_t chunks;
+    RowCut cut;
     int num_layers;
     TapeLayer hidden[kMaxLayers];
     ptrdiff_t output_ld;
@@ -37,21 +35,9 @@ struct Tape {
     float* output_delta;  // (B, output_ld), filled by the loss
 };
 
-struct ChunkRange {
-    int64_t first;
-    int rows;
-};
-
-FLAME_INLINE ChunkRange chunk_range(const Tape& tape, int64_t c) {
-    const int64_t first = c * tape.chunk;
-    return {first, row_count(first, tape.rows, tape.chunk)};
-}
-
 static inline Tape make_tape(const MlpSpec& spec, int64_t rows, Workspace& workspace) {
     Tape tape{};
-    tape.rows = rows;
-    tape.chunk = even_chunk(rows, kTapeRows);
-    tape.chunks = divide_up(rows, tape.chunk);
+    tape.cut = even_cut(rows, kTapeRows);
     tape.num_layers = spec.num_layers;
     for (int l = 0; l + 1 < spec.num_layers; ++l) {
         TapeLayer& layer = tape.hidden[l];
@@ -63,7 +49,7 @@ static inline Tape make_tape(const MlpSpec& spec, int64_t rows, Workspace& works
         if (!spec.layer_norm) continue;
         layer.normed = workspace.floats(size);
         layer.inverse_std = workspace.floats(rows);
-        layer.partial = workspace.floats(tape.chunks * 2 * layer.ld);
+        layer.partial = workspace.floats(tape.cut.chunks * 2 * layer.ld);
     }
     tape.output_ld = padded_columns(spec.sizes[spec.num_layers]);
     tape.output = workspace.floats(static_cast<size_t>(rows) * tape.output_ld);
@@ -76,7 +62,7 @@ static inline Tape make_tape(const MlpSpec& spec, int64_t rows, Workspace& works
 // layer.h holds linear outputs and receives activations; slope, normed and inverse_std are kept.
 template <typename Act>
 static inline void activate_and_record(const PackedLayer& weights, const TapeLayer& layer,
-                                       const ChunkRange& range) {
+                                       const RowRange& range) {
     const int n = weights.out;
     for (int64_t i = range.first; i < range.first + range.rows; ++i) {
         float* h = layer.h + i * layer.ld;
@@ -104,7 +90,7 @@ static inline void activate_and_record(const PackedLayer& weights, const TapeLay
 // Linear outputs of the first layer must be in hidden[0].h (or in `output` without hidden layers).
 template <typename Act>
 static inline void record_forward(const PackedLayer* layers, const Tape& tape,
-                                  const ChunkRange& range) {
+                                  const RowRange& range) {
     const float* init[kTapeRows];
     for (int l = 0; l + 1 < tape.num_layers; ++l) {
         const TapeLayer& layer = tape.hidden[l];
@@ -130,7 +116,7 @@ FLAME_INLINE ptrdiff_t first_linear_ld(const Tape& tape) {
 
 // The whole forward pass of one chunk from input rows (B, ldx).
 template <typename Act>
-static inline void record_rows(const PackedLayer* layers, const Tape& tape, const ChunkRange& range,
+static inline void record_rows(const PackedLayer* layers, const Tape& tape, const RowRange& range,
                                const float* input, ptrdiff_t ldx) {
     const float* init[kTapeRows];
     fill_rows(init, range.rows, layers[0].bias, 0);
@@ -145,7 +131,7 @@ static inline void record_rows(const PackedLayer* layers, const Tape& tape, cons
 // delta <- gradient with respect to LayerNorm's input, from that with respect to its output:
 // with d = delta * gain, dx = inverse_std (d - mean(d) - normed mean(d normed)).
 static inline void norm_backward(const PackedLayer& weights, const TapeLayer& layer,
-                                 const ChunkRange& range, float* partial) {
+                                 const RowRange& range, float* partial) {
     const int n = weights.out;
     float* gain_sum = partial;
     float* offset_sum = partial + layer.ld;
@@ -180,7 +166,7 @@ static inline void norm_backward(const PackedLayer& weights, const TapeLayer& la
 
 // Fills every hidden layer's delta of a row range, chunk c of the tape, from output_delta.
 static inline void backward_range(const PackedLayer* layers, const Tape& tape,
-                                  const ChunkRange& range, int64_t c) {
+                                  const RowRange& range, int64_t c) {
     for (int l = tape.num_layers - 2; l >= 0; --l) {
         const TapeLayer& layer = tape.hidden[l];
         const bool last = l + 2 == tape.num_layers;
@@ -204,14 +190,13 @@ static inline void backward_range(const PackedLayer* layers, const Tape& tape,
 }
 
 static inline void backward_rows(const PackedLayer* layers, const Tape& tape, int64_t c) {
-    backward_range(layers, tape, chunk_range(tape, c), c);
+    backward_range(layers, tape, tape.cut[c], c);
 }
 
 // Gradient with respect to the first layers[0].backward_columns inputs, written to
 // input_gradient (B, ld) in whole panels.
 static inline void input_gradient_rows(const PackedLayer* layers, const Tape& tape,
-                                       const ChunkRange& range, float* input_gradient,
-                                       ptrdiff_t ld) {
+                                       const RowRange& range, float* input_gradient, ptrdiff_t ld) {
     const ptrdiff_t ldd = first_linear_ld(tape);
     const float* delta = tape.num_layers > 1 ? tape.hidden[0].delta : tape.output_delta;
     const PackedLayer& weights = layers[0];
@@ -381,7 +366,7 @@ static inline int append_layer_gradients(const MlpSpec& spec, const Tape& tape, 
     for (int l = 0; l < spec.num_layers; ++l) {
         LayerGradient g = gradient_target(spec, l, member, gradients);
         const bool last = l + 1 == spec.num_layers;
-        g.rows = tape.rows;
+        g.rows = tape.cut.rows;
         g.delta = last ? tape.output_delta : tape.hidden[l].delta;
         g.ldd = last ? tape.output_ld : tape.hidden[l].ld;
         g.bias_rows = g.rows;
@@ -390,7 +375,7 @@ static inline int append_layer_gradients(const MlpSpec& spec, const Tape& tape, 
         g.ldx = l == 0 ? ldx : tape.hidden[l - 1].ld;
         if (has_norm(spec, l)) {
             g.norm_partial = tape.hidden[l].partial;
-            g.norm_chunks = tape.chunks;
+            g.norm_chunks = tape.cut.chunks;
             g.norm_ld = tape.hidden[l].ld;
         }
         list[count++] = g;
@@ -403,7 +388,7 @@ static inline int append_layer_gradients(const MlpSpec& spec, const Tape& tape, 
 // body(member, chunk of its tape) for all of them, in parallel.
 template <typename Body>
 static inline void for_member_chunks(const Tape* tapes, int members, Body&& body) {
-    const int64_t chunks = tapes[0].chunks;
+    const int64_t chunks = tapes[0].cut.chunks;
     parallel_for(chunks * members, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) body(i / chunks, i % chunks);
     });

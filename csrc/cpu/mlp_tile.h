@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cpu/mlp_pack.h"
+#include "cpu/row_cut.h"
 #include "mlp_activation.h"
-#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -23,33 +23,6 @@ static inline int widest_row(const MlpSpec& spec) {
 static inline int tile_rows(int row_floats) {
     const int fit = 256 * 1024 / (2 * 4 * row_floats) / 12 * 12;
     return fit > kMaxTileRows ? kMaxTileRows : (fit < 24 ? 24 : fit);
-}
-
-// Rows per chunk when `rows` are cut into the fewest chunks of at most `limit` rows, all of nearly
-// the same size: a short last chunk would read all weights for a few rows. At least 1, so that no
-// rows are no chunks.
-static inline int even_chunk(int64_t rows, int limit) {
-    if (rows <= limit) return rows > 0 ? static_cast<int>(rows) : 1;
-    const int64_t chunks = divide_up(rows, limit);
-    const int64_t even = divide_up(rows, chunks);
-    const int64_t rounded = round_up(even, kGemmRows);
-    return rounded > limit ? limit : static_cast<int>(rounded);
-}
-
-// Below this a chunk reads more weights than it multiplies.
-constexpr int kMinChunkRows = 16;
-
-// As even_chunk, with as many chunks for every thread. For kernels without sums over rows: their
-// bits do not depend on the cut, so it may depend on the number of threads.
-static inline int balanced_chunk(int64_t rows, int limit) {
-    const int64_t threads = num_threads();
-    if (rows < 2 * kMinChunkRows) return even_chunk(rows, limit);
-    const int64_t fewest = divide_up(rows, limit);
-    const int64_t balanced = round_up(fewest, threads);
-    const int64_t most = rows / kMinChunkRows;
-    const int64_t wanted = balanced < most ? balanced : most;
-    const int64_t chunks = wanted > fewest ? wanted : fewest;
-    return static_cast<int>(divide_up(rows, chunks));
 }
 
 static inline void fill_rows(const float** init, int rows, const float* first, ptrdiff_t stride) {

@@ -5,7 +5,6 @@
 #include "cpu/mlp_input.h"
 #include "cpu/mlp_tape.h"
 #include "cpu/training_kernels.h"
-#include "partition.h"
 
 namespace flame::FLAME_ISA {
 namespace {
@@ -56,7 +55,7 @@ void member_gradient(const PackedLayer* layers, const MemberTapes& tapes, int m,
         tape.output_delta[count * tape.output_ld] = 1.0f;
         chosen[count++] = i;
     }
-    const ChunkRange range{0, count};
+    const RowRange range{0, count};
     backward_range(layers, tape, range, 0);
     input_gradient_rows(layers, tape, range, tapes.gradient, tapes.ld);
     for (int j = 0; j < count; ++j) {
@@ -67,7 +66,8 @@ void member_gradient(const PackedLayer* layers, const MemberTapes& tapes, int m,
 
 template <typename Act>
 void q_gradient_rows(const QGradientArgs& a, const PackedMlp& packed, const MemberTapes& tapes,
-                     const float* input, ptrdiff_t ldx, int64_t first, int rows) {
+                     const float* input, ptrdiff_t ldx, const RowRange& range) {
+    const auto [first, rows] = range;
     for (int m = 0; m < a.spec.members; ++m) {
         record_rows<Act>(packed.layers[m], tapes.tape[m], {0, rows}, input + first * ldx, ldx);
     }
@@ -90,18 +90,19 @@ void q_gradient(const QGradientArgs& a) {
                                   {a.obs, a.obs_ld, in - a.action_dim}};
     const float* input = concatenate(a.rows, blocks, 2, in, workspace);
     const ptrdiff_t ldx = padded_columns(in);
-    const int chunk = balanced_chunk(a.rows, kTapeRows);
-    parallel_for(divide_up(a.rows, chunk), 1, [&](int64_t begin, int64_t end) {
+    const RowCut cut = balanced_cut(a.rows, kTapeRows);
+    parallel_for(cut.chunks, 1, [&](int64_t begin, int64_t end) {
         Workspace scratch;
         MemberTapes tapes;
-        for (int m = 0; m < a.spec.members; ++m) tapes.tape[m] = make_tape(a.spec, chunk, scratch);
+        for (int m = 0; m < a.spec.members; ++m) {
+            tapes.tape[m] = make_tape(a.spec, cut.most(), scratch);
+        }
         tapes.ld = padded_columns(a.action_dim);
-        tapes.gradient = scratch.floats(chunk * tapes.ld);
+        tapes.gradient = scratch.floats(cut.most() * tapes.ld);
         for (int64_t c = begin; c < end; ++c) {
-            const int64_t first = c * chunk;
-            const int rows = row_count(first, a.rows, chunk);
+            const RowRange range = cut[c];
             with_activation(a.spec.activation, [&](auto act) {
-                q_gradient_rows<decltype(act)>(a, packed, tapes, input, ldx, first, rows);
+                q_gradient_rows<decltype(act)>(a, packed, tapes, input, ldx, range);
             });
         }
     });

@@ -265,11 +265,12 @@ void reweighted_velocity(const ReweightedArgs& a) {
             clear_sums(a, group, s);
             const int64_t start = group.first * a.candidates;
             const int64_t total = static_cast<int64_t>(group.states) * a.candidates;
-            const int chunk = even_chunk(total, limit);
-            for (int64_t i = 0; i < total; i += chunk) {
-                const int rows = row_count(i, total, chunk);
+            const RowCut cut{total, fewest_chunks(total, limit)};
+            for (int64_t c = 0; c < cut.chunks; ++c) {
+                const RowRange range = cut[c];
                 with_activation(a.spec.activation, [&](auto act) {
-                    reweight_tile<decltype(act)>(a, critics, group, s, start + i, rows);
+                    reweight_tile<decltype(act)>(a, critics, group, s, start + range.first,
+                                                 range.rows);
                 });
             }
             write_results(a, group, s);

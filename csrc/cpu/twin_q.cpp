@@ -5,14 +5,14 @@
 #include "cpu/training_kernels.h"
 
 #include "cpu/twin_q_tile.h"
-#include "partition.h"
 
 namespace flame::FLAME_ISA {
 namespace {
 
 template <typename Act>
-void twin_q_rows(const TwinQArgs& a, const CandidateCritics& critics, int64_t first, int rows,
+void twin_q_rows(const TwinQArgs& a, const CandidateCritics& critics, const RowRange& range,
                  const TileBuffers& tile) {
+    const auto [first, rows] = range;
     const int64_t total = a.states * a.candidates;
     float q[kMaxTileRows];
     for (int m = 0; m < critics.packed->members; ++m) {
@@ -32,15 +32,13 @@ void twin_q(const TwinQArgs& a) {
     const CandidateCritics critics =
         prepare_critics(a.spec, packed, a.action_dim, a.states, a.obs, a.obs_ld, workspace);
     const int64_t total = a.states * a.candidates;
-    const int chunk = balanced_chunk(total, tile_rows(critics.width));
-    parallel_for(divide_up(total, chunk), 1, [&](int64_t begin, int64_t end) {
+    const RowCut cut = balanced_cut(total, tile_rows(critics.width));
+    parallel_for(cut.chunks, 1, [&](int64_t begin, int64_t end) {
         Workspace scratch;
-        const TileBuffers tile = make_tile_buffers(chunk, critics.width, scratch);
+        const TileBuffers tile = make_tile_buffers(cut.most(), critics.width, scratch);
         for (int64_t c = begin; c < end; ++c) {
-            const int64_t first = c * chunk;
-            const int rows = row_count(first, total, chunk);
             with_activation(a.spec.activation, [&](auto act) {
-                twin_q_rows<decltype(act)>(a, critics, first, rows, tile);
+                twin_q_rows<decltype(act)>(a, critics, cut[c], tile);
             });
         }
     });

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cpu/mlp_tile.h"
-#include "partition.h"
 
 namespace flame::FLAME_ISA {
 
@@ -22,14 +21,12 @@ static inline CandidateCritics prepare_critics(const MlpSpec& spec, const Packed
                                                int64_t obs_ld, Workspace& workspace) {
     const int width = widest_row(spec);
     float* part = workspace.floats(static_cast<size_t>(spec.members) * states * width);
-    const int chunk = even_chunk(states, kMaxTileRows);
-    const int64_t chunks = divide_up(states, chunk);
-    parallel_for(chunks * spec.members, 1, [&](int64_t begin, int64_t end) {
+    const RowCut cut = even_cut(states, kMaxTileRows);
+    parallel_for(cut.chunks * spec.members, 1, [&](int64_t begin, int64_t end) {
         const float* init[kMaxTileRows];
         for (int64_t c = begin; c < end; ++c) {
-            const int64_t m = c / chunks;
-            const int64_t first = c % chunks * chunk;
-            const int rows = row_count(first, states, chunk);
+            const int64_t m = c / cut.chunks;
+            const auto [first, rows] = cut[c % cut.chunks];
             const PackedLayer& layer = packed.layers[m][0];
             fill_rows(init, rows, layer.bias, 0);
             gemm_packed(rows, layer.out, action_dim, layer.in - action_dim, layer.in,

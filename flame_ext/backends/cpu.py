@@ -5,25 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flame_ext.backends.native_evaluator import (
-    NativeEvaluator,
-    array,
-    draw_seed,
-    mlp_spec,
-)
+from flame_ext.backends.native_evaluator import NativeEvaluator, array, draw_seed
 from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.config import Config
 from flame_ext.native import load_core
 from flame_ext.networks import Critics, FlatMLP
 from flame_ext.policies.base import Actor, PolicyStep, normal_like
-from flame_ext.policies.flow import WALL_SCALE, FlowActor
+from flame_ext.policies.flow import MIN_TIME, WALL_SCALE, FlowActor
 from flame_ext.policies.gaussian import GaussianActor
 from flame_ext.replay import Batch
 from flame_ext.td_target import target_noise
@@ -41,6 +38,7 @@ class CpuBackend(TorchBackend):
 
     def __init__(self) -> None:
         self._core = load_core()
+        self._adam: dict[torch.optim.Adam, _Adam] = {}
         # PyTorch's setting holds for the kernels too, unless they were given one of their own.
         if not os.environ.get("FLAME_EXT_NUM_THREADS"):
             self._core.set_num_threads(torch.get_num_threads())
@@ -81,17 +79,15 @@ class CpuBackend(TorchBackend):
             )
         rows = (batch.obs, batch.action, batch.reward, batch.terminated, batch.next_obs)
         noise = target_noise(actor, batch, generator).squeeze(1)
-        (group,) = optimizer.param_groups
-        moments = adam_moments(optimizer)
-        first_step = int(moments["step"]) + 1
+        adam, trained = self._adam_of(optimizer), _evaluator(critics)
         loss, q_mean = self._core.critic_updates(
             native_sampler(actor, steps),
-            array(actor.network.flat),
-            mlp_spec(critics),
-            array(critics.flat),
-            array(moments["exp_avg"]),
-            array(moments["exp_avg_sq"]),
-            array(target_critics.flat),
+            _evaluator(actor.network).parameters,
+            trained.spec,
+            trained.parameters,
+            adam.first_moment,
+            adam.second_moment,
+            _evaluator(target_critics).parameters,
             *(array(x) for x in rows),
             array(noise),
             reward_scale=c.reward_scale,
@@ -99,18 +95,18 @@ class CpuBackend(TorchBackend):
             alpha=float(alpha) if c.entropy_in_target else 0.0,
             tau=c.tau,
             updates=updates,
-            **_adam_options(first_step, group),
+            **adam.options(),
         )
-        moments["step"] += updates
+        adam.advance(updates)
         return {"critic_loss": loss, "q_mean": q_mean}
 
     def critic_step(
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
     ) -> dict[str, float]:
-        gradient = zeroed_gradient(critics)
+        gradient, trained = zeroed_gradient(critics), _evaluator(critics)
         losses, means, _ = self._core.critic_step(
-            mlp_spec(critics),
-            array(critics.flat),
+            trained.spec,
+            trained.parameters,
             gradient.numpy(),
             array(obs),
             array(action),
@@ -119,15 +115,21 @@ class CpuBackend(TorchBackend):
         return {"critic_loss": sum(losses), "q_mean": float(np.mean(means))}
 
     def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
-        (group,) = optimizer.param_groups
-        (parameter,) = group["params"]
-        moments = adam_moments(optimizer)
-        moments["step"] += 1
-        tensors = (parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"])
+        adam = self._adam_of(optimizer)
         self._core.adam(
-            *(array(x).reshape(-1) for x in tensors),
-            **_adam_options(int(moments["step"]), group),
+            adam.parameters,
+            adam.group["params"][0].grad.numpy(),
+            adam.first_moment,
+            adam.second_moment,
+            **adam.options(),
         )
+        adam.advance(1)
+
+    def _adam_of(self, optimizer: torch.optim.Adam) -> _Adam:
+        adam = self._adam.get(optimizer)
+        if adam is None:
+            adam = self._adam[optimizer] = _Adam.of(optimizer)
+        return adam
 
     def soft_update(self, target: Tensor, online: Tensor, tau: float) -> None:
         self._core.soft_update(array(target), array(online), tau)
@@ -189,16 +191,19 @@ class CpuBackend(TorchBackend):
             loss += c.reverse_kl_weight * kl
             metrics = {"fold_rate": fold_rate, "reverse_kl_loss": kl}
         if c.reweighting_weight > 0:
-            r, t = actor.draw_times(obs, generator)
-            z = actor.draw_noised(obs, action, t, critics, alpha, generator)
+            uniform = actor.draw_time_uniforms(obs, generator)
+            source, noise = actor.draw_ends(obs, action, critics, alpha, generator)
             weight = c.reweighting_weight * temperature
             flow_loss, ess = self._core.flow_matching(
                 *arguments,
-                array(z),
-                array(r).reshape(-1),
-                array(t).reshape(-1),
+                array(source),
+                array(noise),
+                array(uniform),
                 temperature,
                 weight=weight,
+                min_time=MIN_TIME,
+                instantaneous_fraction=c.instantaneous_fraction,
+                acting_fraction=c.acting_fraction,
                 num_candidates=c.num_candidates,
                 sampling=c.candidate_sampling,
                 seed=draw_seed(generator),
@@ -206,6 +211,57 @@ class CpuBackend(TorchBackend):
             loss += weight * flow_loss
             metrics["reweighted_loss"] = flow_loss
         return PolicyStep(loss, log_prob, ess, metrics)
+
+
+@dataclass(frozen=True)
+class _Adam:
+    """The memory of PyTorch's Adam as the kernels take it, in place.
+
+    Attributes:
+        parameters: Of its one tensor, a network's flat buffer.
+        first_moment: Running mean of gradients.
+        second_moment: Running mean of their squares.
+        step: Steps taken, of no dimension.
+        group: Its options.
+    """
+
+    parameters: NDArray[np.float32]
+    first_moment: NDArray[np.float32]
+    second_moment: NDArray[np.float32]
+    step: NDArray[np.float32]
+    group: dict[str, Any]
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Adam) -> _Adam:
+        (group,) = optimizer.param_groups
+        (parameter,) = group["params"]
+        moments = adam_moments(optimizer)
+        return cls(
+            array(parameter),
+            array(moments["exp_avg"]),
+            array(moments["exp_avg_sq"]),
+            array(moments["step"]),
+            group,
+        )
+
+    def options(self) -> dict[str, Any]:
+        """What the kernels are told of the next step."""
+        beta1, beta2 = self.group["betas"]
+        return {
+            "step": int(self.step) + 1,
+            "learning_rate": self.group["lr"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "epsilon": self.group["eps"],
+        }
+
+    def advance(self, steps: int) -> None:
+        """Counts steps that were taken."""
+        self.step[...] += steps
+
+
+def _evaluator(network: FlatMLP) -> NativeEvaluator:
+    return cast("NativeEvaluator", network.evaluator)
 
 
 def _is_fused(config: Config) -> bool:
@@ -217,22 +273,12 @@ def _loss_arguments(
     actor: GaussianActor | FlowActor, critics: Critics, obs: Tensor
 ) -> tuple[Any, ...]:
     """What the native losses have in common, the policy's zeroed gradient among it."""
+    policy, frozen = _evaluator(actor.network), _evaluator(critics)
     return (
         native_sampler(actor, 1 if isinstance(actor, FlowActor) else 0),
-        array(actor.network.flat),
+        policy.parameters,
         zeroed_gradient(actor.network).numpy(),
-        mlp_spec(critics),
-        array(critics.flat),
+        frozen.spec,
+        frozen.parameters,
         array(obs),
     )
-
-
-def _adam_options(step: int, group: dict[str, Any]) -> dict[str, Any]:
-    beta1, beta2 = group["betas"]
-    return {
-        "step": step,
-        "learning_rate": group["lr"],
-        "beta1": beta1,
-        "beta2": beta2,
-        "epsilon": group["eps"],
-    }

@@ -45,6 +45,11 @@ class NativeEvaluator:
         self.network, self.core = network, load_core()
         self.spec = mlp_spec(network)
 
+    @functools.cached_property
+    def parameters(self) -> NDArray[np.float32]:
+        """The flat buffer's memory, which stays where it is."""
+        return array(self.network.flat)
+
     def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
         """As `FlatMLP.forward`, differentiable once and by the parameters alone."""
         batch = np.broadcast_shapes(*(tuple(block.shape[:-1]) for block in blocks))
@@ -59,13 +64,12 @@ class NativeEvaluator:
                 self.network.flat, rows, self
             )
             return recorded
-        out = self.core.mlp_forward(self.spec, array(self.network.flat), array(rows))
+        out = self.core.mlp_forward(self.spec, self.parameters, array(rows))
         return torch.from_numpy(out)
 
     def q_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Qmin ``(B,)`` and its gradient with respect to the action ``(B, A)``."""
-        flat = array(self.network.flat)
-        q, gradient = self.core.q_gradient(self.spec, flat, array(obs), array(action))
+        q, gradient = self.core.q_gradient(self.spec, self.parameters, array(obs), array(action))
         return torch.from_numpy(q), torch.from_numpy(gradient)
 
     def meanflow_gradient(
@@ -75,7 +79,7 @@ class NativeEvaluator:
         gradient = torch.zeros_like(self.network.flat)
         loss = self.core.meanflow_step(
             self.spec,
-            array(self.network.flat),
+            self.parameters,
             gradient.numpy(),
             array(obs.contiguous()),
             array(z.contiguous()),
@@ -188,7 +192,10 @@ class NativeEvaluator:
         """
         critics = chooser(critics, noise.shape[1])
         if critics is None:
-            return self.sample_flow(obs, noise.squeeze(1), steps, flow).clamp_(-1, 1)
+            rows = (array(obs.contiguous()), array(noise.squeeze(1).contiguous()))
+            return torch.from_numpy(
+                flow_sampler(self.spec, steps, flow).sample(self.parameters, *rows)
+            )
         particles = self.sample_flow(obs.unsqueeze(1), noise, steps, flow).clamp_(-1, 1)
         return take_best(particles, type(self)(critics).candidates(obs, particles))
 
@@ -210,7 +217,7 @@ class NativeEvaluator:
         seed = draw_seed(generator)
         velocity, ess, _ = self.core.reweighted_velocity(
             self.spec,
-            array(self.network.flat),
+            self.parameters,
             array(obs.contiguous()),
             array(z.contiguous()),
             array(signal.reshape(-1).contiguous()),
@@ -224,8 +231,8 @@ class NativeEvaluator:
 
     def sample_gaussian(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions tanh(mean + std noise) for rows, without gradient."""
-        arrays = (array(x) for x in (self.network.flat, obs, noise.contiguous()))
-        return torch.from_numpy(gaussian_sampler(self.spec).sample(*arrays))
+        rows = (array(obs), array(noise.contiguous()))
+        return torch.from_numpy(gaussian_sampler(self.spec).sample(self.parameters, *rows))
 
     def tanh_gaussian(self, output: Tensor, noise: Tensor) -> LogProb:
         """As `reference.tanh_gaussian` for rows, differentiable once by the network's output."""
@@ -251,7 +258,7 @@ class NativeEvaluator:
         """What the density kernels take."""
         return (
             self.spec,
-            array(self.network.flat),
+            self.parameters,
             array(obs.contiguous()),
             array(noise.contiguous()),
             *flow_table(steps, flow),
@@ -259,9 +266,7 @@ class NativeEvaluator:
 
     def candidates(self, obs: Tensor, action: Tensor) -> Tensor:
         """As `Critics.candidate_q_min`: layer one's observation part once per state."""
-        q = self.core.twin_q(
-            self.spec, array(self.network.flat), array(obs), array(action.contiguous())
-        )
+        q = self.core.twin_q(self.spec, self.parameters, array(obs), array(action.contiguous()))
         return torch.from_numpy(q)
 
 

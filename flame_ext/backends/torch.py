@@ -96,7 +96,7 @@ class TorchBackend:
         )
 
     def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
-        """One Adam step of a network's flat buffer, or of the temperature."""
+        """One Adam step of a network's flat buffer."""
         optimizer.step()
 
     @torch.no_grad()

@@ -198,7 +198,7 @@ class FlowActor(Actor):
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """The collapsed MeanFlow loss on the reweighted velocity, and the mean ESS fraction."""
-        r, t = self.draw_times(obs, generator)
+        r, t = self.times(self.draw_time_uniforms(obs, generator))
         with torch.no_grad():
             if self.config.proposal == "policy":
                 z, reweighted = self._from_policy(obs, t, critics, alpha, generator)
@@ -211,9 +211,13 @@ class FlowActor(Actor):
             loss = meanflow_loss(self.network, z, r, t, obs, reweighted.velocity)
         return loss, reweighted.ess.mean() / self.config.num_candidates
 
-    def draw_times(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Times of the MeanFlow loss: some pairs r = t, some (0, 1), else r < t at random."""
-        draws = uniform_like(obs, (len(obs), 3), generator)
+    @staticmethod
+    def draw_time_uniforms(obs: Tensor, generator: torch.Generator) -> Tensor:
+        """What `times` takes, ``(B, 3)``."""
+        return uniform_like(obs, (obs.shape[0], 3), generator)
+
+    def times(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Times r, t of the MeanFlow loss: some r = t, some (0, 1), else r < t at random."""
         t = MIN_TIME + (1 - MIN_TIME) * draws[:, :1]
         r = t * draws[:, 2:]
         kind = draws[:, 1:2]
@@ -231,24 +235,24 @@ class FlowActor(Actor):
         alpha: Tensor,
         generator: torch.Generator,
     ) -> tuple[Tensor, Reweighted]:
-        z = self.draw_noised(obs, action, t, critics, alpha, generator)
+        source, noise = self.draw_ends(obs, action, critics, alpha, generator)
+        z = (1 - t) * source + t * noise
         k, sampling = self.config.num_candidates, self.config.candidate_sampling
         reweighted = reverse_reweighted(critics, obs, z, 1 - t, t, alpha, k, sampling, generator)
         return z, reweighted
 
     @torch.no_grad()
-    def draw_noised(
+    def draw_ends(
         self,
         obs: Tensor,
         action: Tensor,
-        t: Tensor,
         critics: Critics,
         alpha: Tensor,
         generator: torch.Generator,
-    ) -> Tensor:
-        """Z = (1 - t) a + t eps for actions of `Config.z_source`, ``(B, A)``."""
+    ) -> tuple[Tensor, Tensor]:
+        """Actions a of `Config.z_source` and noise eps of z = (1 - t) a + t eps, ``(B, A)``."""
         source = self._source_actions(obs, action, critics, alpha, generator)
-        return (1 - t) * source + t * normal_like(obs, (len(obs), self.action_dim), generator)
+        return source, normal_like(obs, (obs.shape[0], self.action_dim), generator)
 
     def _source_actions(
         self,
