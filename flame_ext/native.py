@@ -104,20 +104,19 @@ def _installed_version(package: str) -> str:
         return ""
 
 
-def auto_backend() -> tuple[BackendName, str]:
-    """Return the backend that ``"auto"`` stands for on this machine, and the reason.
+def auto_backend(device: str) -> tuple[BackendName, str]:
+    """What ``backend="auto"`` stands for, and the reason.
 
-    The order is cuda, cpu, torch: the first that this build and this machine have.
+    Args:
+        device: Type of the device that trains, ``"cpu"`` or ``"cuda"``.
     """
+    if device != "cpu":
+        return "torch", "the CUDA kernels, not yet measured, are for backend='cuda' only"
     try:
-        core = load_core()
+        load_core()
     except ImportError as error:
         return "torch", str(error)
-    if core.cuda_devices():
-        return "cuda", f"CUDA build and {core.cuda_devices()[0]}"
-    if core.build_info()["cuda_toolkit"]:
-        return "cpu", "native CPU kernels; the build has CUDA, but no device is visible"
-    return "cpu", "native CPU kernels; the build has no CUDA"
+    return "cpu", "native CPU kernels"
 
 
 def backend_info() -> BackendInfo:
@@ -128,10 +127,10 @@ def backend_info() -> BackendInfo:
     """
     version = _installed_version("flame_ext")
     torch_version = _installed_version("torch")
-    auto, reason = auto_backend()
     try:
         core = load_core()
     except ImportError as error:
+        auto, reason = auto_backend("cpu")
         return BackendInfo(
             version=version,
             native=False,
@@ -149,6 +148,8 @@ def backend_info() -> BackendInfo:
             auto_backend=auto,
             auto_reason=reason,
         )
+    devices = tuple(core.cuda_devices())
+    auto, reason = auto_backend("cuda" if devices else "cpu")
     build = core.build_info()
     sanitize = f" with {build['sanitize']} sanitizers" if build["sanitize"] else ""
     return BackendInfo(
@@ -163,7 +164,7 @@ def backend_info() -> BackendInfo:
         threads=core.num_threads(),
         cuda_archs=build["cuda_archs"],
         cuda_toolkit=build["cuda_toolkit"],
-        cuda_devices=tuple(core.cuda_devices()),
+        cuda_devices=devices,
         torch_version=torch_version,
         auto_backend=auto,
         auto_reason=reason,

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import flame_ext
 from flame_ext import _core, native
+from flame_ext.backends import make_backend
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -28,7 +30,8 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_native_module_is_the_one_in_use():
     info = flame_ext.backend_info()
     assert info.native
-    assert info.auto_backend in ("cpu", "cuda")
+    device = torch.device("cuda" if info.cuda_devices else "cpu")
+    assert make_backend("auto", device).name == info.auto_backend
     assert info.isa == _core.isa_active()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flame_ext.backends.torch import TorchBackend
 from flame_ext.errors import BackendUnavailableError, check_choice
-from flame_ext.native import load_core
+from flame_ext.native import auto_backend
 
 __all__ = ["BACKENDS", "Backend", "BackendName", "make_backend", "resolve_operator"]
 
@@ -30,7 +30,7 @@ def make_backend(name: str, device: pytorch.device) -> Backend:
     """
     check_choice("backend", name, BACKENDS)
     if name == "auto":
-        name = _auto(device)
+        name, _ = auto_backend(device.type)
     if name == "torch":
         return TorchBackend()
     if name == "cpu":
@@ -56,7 +56,7 @@ def resolve_operator(name: str, operator: str, tensors: Sequence[Tensor]) -> str
     wanted = "cpu" if name == "auto" else name
     fits = all(x.device.type == wanted and x.dtype == pytorch.float32 for x in tensors)
     if name == "auto":
-        return "cpu" if fits and _auto(pytorch.device("cpu")) == "cpu" else "torch"
+        return "cpu" if fits and auto_backend("cpu")[0] == "cpu" else "torch"
     _make_cpu_backend() if name == "cpu" else _make_cuda_backend()
     if not fits:
         kinds = sorted({f"{x.dtype} on {x.device}" for x in tensors})
@@ -65,17 +65,6 @@ def resolve_operator(name: str, operator: str, tensors: Sequence[Tensor]) -> str
             f"{', '.join(kinds)}"
         )
     return name
-
-
-def _auto(device: pytorch.device) -> str:
-    # The CUDA kernels are not measured on a device yet: on request only.
-    if device.type != "cpu":
-        return "torch"
-    try:
-        load_core()
-    except ImportError:
-        return "torch"
-    return "cpu"
 
 
 def _make_cpu_backend() -> Backend:
