@@ -32,7 +32,8 @@ py::tuple py_reweighted_velocity(const MlpSpec& spec, const py::array& parameter
     const bool given = uniform.has_value();
     check(!given || uniform->ndim() == 3, "uniform must be (states, candidates, action columns)");
     const int64_t candidates = given ? uniform->shape(1) : num_candidates;
-    check(candidates >= 1, "num_candidates is ", candidates, "; it must be at least 1");
+    check(candidates >= 1 && candidates <= INT32_MAX, "num_candidates is ", candidates,
+          "; it must be from 1 to ", INT32_MAX);
     const RowsView s =
         matrix(obs, "obs", states, critic_obs_dim(spec, static_cast<int>(action_dim)));
     const float* scales = dense(scale, "scale", {states});

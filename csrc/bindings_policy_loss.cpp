@@ -189,15 +189,26 @@ py::tuple py_flow_matching(const PolicySampler& policy, const py::array& paramet
           " time features; flow matching needs ", kTimeFeatures);
     check(alpha > 0, "alpha is ", alpha, "; it must be positive");
     check(num_candidates >= 1, "num_candidates is ", num_candidates, "; it must be at least 1");
-    check(min_time > 0 && min_time < 1, "min_time is ", min_time, "; it must be between 0 and 1");
+    const auto first_time = static_cast<float>(min_time);
+    check(first_time > 0 && first_time < 1, "min_time is ", min_time,
+          "; it must be between 0 and 1");
+    for (const double part : {instantaneous_fraction, acting_fraction}) {
+        check(part >= 0 && part <= 1, "a fraction of the rows is ", part,
+              "; it must be from 0 to 1");
+    }
     const LossCall call =
         loss_call(policy, parameters, gradients, critics, critic_parameters, obs, noise, alpha);
     const int64_t rows = call.inputs.rows;
     const RowsView a = matrix(action, "action", rows, policy.action_dim);
+    const float* uniforms = dense(uniform, "uniform", {rows, 3});
+    for (int64_t i = 0; i < 3 * rows; ++i) {
+        check(uniforms[i] >= 0 && uniforms[i] <= 1, "uniform holds ", uniforms[i],
+              "; it must be from 0 to 1");
+    }
     const FlowMatchingInputs draws{a.data,
                                    a.ld,
-                                   dense(uniform, "uniform", {rows, 3}),
-                                   static_cast<float>(min_time),
+                                   uniforms,
+                                   first_time,
                                    static_cast<float>(instantaneous_fraction),
                                    static_cast<float>(1 - acting_fraction),
                                    num_candidates,

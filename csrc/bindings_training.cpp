@@ -95,6 +95,7 @@ py::object py_twin_q(const MlpSpec& spec, const py::array& parameters, const py:
           "; it must be (states, candidates, action columns)");
     const int64_t states = actions.shape(0);
     const int64_t candidates = actions.shape(1);
+    check(candidates <= INT32_MAX, "actions hold ", candidates, " candidates; at most ", INT32_MAX);
     const int action_dim = static_cast<int>(actions.shape(2));
     const RowsView s = matrix(obs, "obs", states, critic_obs_dim(spec, action_dim));
     Array q_min({states, candidates});

@@ -36,11 +36,11 @@ struct LayerOffsets {
     size_t end;
 };
 
-inline bool has_norm(const MlpSpec& spec, int layer) {
+static inline bool has_norm(const MlpSpec& spec, int layer) {
     return spec.layer_norm && layer + 1 < spec.num_layers;
 }
 
-inline size_t aligned_size(size_t floats) { return round_up(floats, kParameterAlignment); }
+static inline size_t aligned_size(size_t floats) { return round_up(floats, kParameterAlignment); }
 
 static inline LayerOffsets layer_offsets(const MlpSpec& spec, int layer) {
     LayerOffsets o{};

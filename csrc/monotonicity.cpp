@@ -104,6 +104,12 @@ int smallest_eigenvalue(Matrices& m) {
 float matrix_gap(const float* transport, double margin, Matrices& m, float* gradient) {
     const int n = m.n;
     load_symmetric_part(transport, m);
+    double sum = 0.0;
+    for (int i = 0; i < n * n; ++i) sum += std::fabs(m.symmetric[i]);
+    if (!std::isfinite(sum)) {  // would end the sweeps and leave any number
+        std::fill_n(gradient, n * n, NAN);
+        return NAN;
+    }
     std::fill_n(gradient, n * n, 0.0f);
     if (all_above(margin, m)) return 0.0f;
     const int column = smallest_eigenvalue(m);

@@ -46,7 +46,7 @@ ReverseKl flow_reverse_kl(const PolicyLossInputs& inputs, const Walls& walls, do
 struct FlowMatchingInputs {
     const float* action;  // (rows, A), rows `action_ld` apart
     int64_t action_ld;
-    const float* uniform;  // (rows, 3) dense, in (0, 1): t, which kind of pair, r / t
+    const float* uniform;  // (rows, 3) dense, in [0, 1]: t, which kind of pair, r / t
     float min_time;
     float instantaneous_below;  // the second uniform of pairs r = t
     float acting_from;          // and of (0, 1)

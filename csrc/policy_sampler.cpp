@@ -31,6 +31,7 @@ void step_along_flow(const PolicySampler& p, const float* parameters, int64_t ro
 
 void sample_actions(const PolicySampler& p, const float* parameters, int64_t rows, const float* obs,
                     int64_t obs_ld, const float* noise, float* action, float* log_prob) {
+    if (rows == 0) return;
     Workspace workspace;
     const bool density = log_prob != nullptr;
     if (!density) log_prob = workspace.floats(rows);

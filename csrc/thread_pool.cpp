@@ -11,8 +11,14 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include "check.h"
 
@@ -56,11 +62,34 @@ int default_threads() {
     return std::clamp(n, 1, kMaxThreads);
 }
 
+// The calling thread's rounding and whether it flushes denormals to zero.
+uint64_t float_mode() {
+#if defined(__x86_64__)
+    return _mm_getcsr();
+#elif defined(__aarch64__)
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+#else
+    return 0;
+#endif
+}
+
+void set_float_mode([[maybe_unused]] uint64_t mode) {
+#if defined(__x86_64__)
+    _mm_setcsr(static_cast<unsigned>(mode));
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" ::"r"(mode));
+#endif
+}
+
 struct Job {
     ChunkFn fn = nullptr;
     void* context = nullptr;
     int64_t n = 0;
     uint32_t chunks = 0;
+    // Of the caller; otherwise bits would depend on which thread takes a chunk.
+    uint64_t mode = 0;
 
     void run(uint32_t chunk) const {
         const int64_t begin = n * chunk / chunks;
@@ -77,19 +106,19 @@ class Pool {
   public:
     explicit Pool(int workers) : shares_(static_cast<size_t>(workers) + 1) {
         threads_.reserve(static_cast<size_t>(workers));
-        for (int i = 0; i < workers; ++i) {
-            threads_.emplace_back([this, i] { work(static_cast<uint32_t>(i) + 1); });
+        try {
+            for (int i = 0; i < workers; ++i) {
+                threads_.emplace_back([this, i] { work(static_cast<uint32_t>(i) + 1); });
+            }
+        } catch (const std::system_error& error) {
+            stop();
+            throw std::runtime_error(concat("only ", threads_.size() + 1, " of ", workers + 1,
+                                            " threads can be started (", error.what(),
+                                            "); set FLAME_EXT_NUM_THREADS to fewer"));
         }
     }
 
-    ~Pool() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stop_.store(true);
-        }
-        wake_.notify_all();
-        for (auto& thread : threads_) thread.join();
-    }
+    ~Pool() { stop(); }
 
     int workers() const { return static_cast<int>(threads_.size()); }
 
@@ -114,6 +143,15 @@ class Pool {
     }
 
   private:
+    void stop() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_.store(true);
+        }
+        wake_.notify_all();
+        for (auto& thread : threads_) thread.join();
+    }
+
     static uint64_t ticket(uint32_t generation, uint32_t chunk) {
         return static_cast<uint64_t>(generation) << 32 | chunk;
     }
@@ -196,6 +234,7 @@ void Pool::work(uint32_t own) {
             seen = generation_.load();
             job = job_;
         }
+        set_float_mode(job.mode);
         take_chunks(job, seen, own);
     }
 }
@@ -261,7 +300,7 @@ void parallel_for_raw(int64_t n, int64_t grain, ChunkFn fn, void* context) {
         Nested() { inside_pool = true; }
         ~Nested() { inside_pool = false; }
     } nested;
-    s.pool->run({fn, context, n, static_cast<uint32_t>(chunks)});
+    s.pool->run({fn, context, n, static_cast<uint32_t>(chunks), float_mode()});
 }
 
 }  // namespace flame

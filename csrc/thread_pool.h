@@ -4,8 +4,8 @@
 // parallel_for cuts [0, n) into a few chunks per thread and runs body(begin, end) on each; threads,
 // the caller among them, take chunks as they become free. Results must not depend on the cut: write
 // only what belongs to the items of the chunk. A nested call, a call while another thread uses the
-// pool, and a call in a forked child before its pool is rebuilt simply run inline. An exception in
-// a chunk is rethrown in the caller after all chunks have ended.
+// pool simply run inline; a forked child starts threads of its own. An exception in a chunk is
+// rethrown in the caller after all chunks have ended.
 #pragma once
 
 #include <cstdint>

@@ -49,7 +49,7 @@ class BackendInfo:
         cuda_toolkit: Version of nvcc, empty without CUDA.
         cuda_devices: Devices that the native module sees.
         torch_version: Installed torch, or an empty string.
-        auto_backend: What ``backend="auto"`` picks.
+        auto_backend: What ``backend="auto"`` picks with ``device="cpu"``.
         auto_reason: Why.
     """
 
@@ -111,12 +111,12 @@ def auto_backend(device: str) -> tuple[BackendName, str]:
         device: Type of the device that trains, ``"cpu"`` or ``"cuda"``.
     """
     if device != "cpu":
-        return "torch", "the CUDA kernels, not yet measured, are for backend='cuda' only"
+        return "torch", "the CUDA kernels are not measured yet: only with backend='cuda'"
     try:
         load_core()
     except ImportError as error:
         return "torch", str(error)
-    return "cpu", "native CPU kernels"
+    return "cpu", "native CPU kernels; with device='cuda' it is torch"
 
 
 def backend_info() -> BackendInfo:
@@ -148,8 +148,7 @@ def backend_info() -> BackendInfo:
             auto_backend=auto,
             auto_reason=reason,
         )
-    devices = tuple(core.cuda_devices())
-    auto, reason = auto_backend("cuda" if devices else "cpu")
+    auto, reason = auto_backend("cpu")
     build = core.build_info()
     sanitize = f" with {build['sanitize']} sanitizers" if build["sanitize"] else ""
     return BackendInfo(
@@ -164,7 +163,7 @@ def backend_info() -> BackendInfo:
         threads=core.num_threads(),
         cuda_archs=build["cuda_archs"],
         cuda_toolkit=build["cuda_toolkit"],
-        cuda_devices=devices,
+        cuda_devices=tuple(core.cuda_devices()),
         torch_version=torch_version,
         auto_backend=auto,
         auto_reason=reason,

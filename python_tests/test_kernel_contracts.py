@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from kernel_inputs import Array, draw, make_critics, make_policy
 
 from flame_ext import _core
@@ -72,6 +73,66 @@ def test_results_are_the_same_bits_for_any_number_of_threads():
     for threads in (2, 3, 8):
         for a, b in zip(one, run_everything(threads), strict=True):
             assert np.array_equal(a, b)
+
+
+@each_isa
+def test_workers_flush_denormals_where_the_caller_does():
+    """Otherwise bits would depend on which thread takes which rows, from one call to the next."""
+    _core.set_num_threads(2)
+    n = 1 << 18
+    gradient = np.full(n, 1e-21, np.float32)
+    for flush in (False, True, False):
+        torch.set_flush_denormal(flush)
+        zeros = [np.zeros(n, np.float32) for _ in range(3)]
+        _core.adam(zeros[0], gradient, zeros[1], zeros[2], 1, 1e-3, 0.9, 0.999, 1e-8)
+        # 0.001 * 1e-42 is a denormal.
+        assert (zeros[2] == 0).all() == flush
+        assert (zeros[2] == 0).any() == flush
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_no_rows_are_no_work(steps):
+    net = make_policy(3, 2, (8,))
+    sampler = _core.PolicySampler.flow(mlp_spec(net), *flow_table(steps, "mean"))
+    assert sampler.sample(array(net.flat), draw(0, 3), draw(0, 2)).shape == (0, 2)
+
+
+def linear_critics(weight):
+    """Q = weight (a_1 + a_2), twice, for states of one number."""
+    spec = _core.MlpSpec((3, 1), members=2, activation="relu", layer_norm=False)
+    flat = np.zeros(spec.parameter_count, np.float32)
+    flat[:6] = [weight, weight, 0.0] * 2
+    return spec, flat
+
+
+def reweighted_uniform(critics, uniform):
+    """Candidates 2 u - 1 of one state, as at signal 0."""
+    zero, one = np.zeros((1, 1), np.float32), np.ones(1, np.float32)
+    inputs = zero, np.zeros((1, 2), np.float32), 0 * one, one
+    candidates = np.array(uniform, np.float32)[None, :, None].repeat(2, 2)
+    return _core.reweighted_velocity(*critics, *inputs, 1.0, uniform=candidates, resample=True)
+
+
+@each_target
+@pytest.mark.parametrize("uniform", [(0.01, 0.5, 0.5), (0.5, 0.01, 0.5), (0.5, 0.5, 0.01)])
+def test_a_candidate_of_infinitely_low_q_has_no_weight(uniform):
+    _, ess, _ = reweighted_uniform(linear_critics(3e38), uniform)
+    assert ess == pytest.approx(2)
+
+
+@each_target
+def test_candidates_that_do_not_compare_leave_the_first():
+    velocity, _, resampled = reweighted_uniform(linear_critics(np.nan), (0.25, 0.5, 0.75))
+    assert np.isnan(velocity).all()
+    np.testing.assert_allclose(resampled, -0.5, rtol=1e-6)
+
+
+def test_a_transport_that_is_not_finite_has_no_gap():
+    transport = np.array([[[2.0, np.nan], [0.0, 2.0]], [[2.0, 0.0], [0.0, 2.0]]], np.float32)
+    gap, gradient = _core.monotonicity_gap(transport, 0.1)
+    assert np.isnan(gap[0])
+    assert np.isnan(gradient[0]).all()
+    assert gap[1] == 0
 
 
 def test_refusals_say_what_to_do():

@@ -492,9 +492,17 @@ def test_bad_arguments_are_named():
             hidden=[2],
             activation="gelu",
         )
-    case.policy.tensors[0][0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="parameters hold nan in layer 0"):
-        case.pack()
+    for tensor, layer in ((-1, 2), (0, 0)):  # the output's bias, the first weight
+        case.policy.tensors[tensor].flat[0] = np.nan
+        with pytest.raises(ValueError, match=f"parameters hold nan in layer {layer}"):
+            case.pack()
+
+
+def test_a_nan_of_any_critic_shows(isa):
+    case = Case.random(23, 17, 6)
+    obs, noise = case.inputs(3)
+    case.critics.tensors[-2][1] = np.where(np.arange(48) % 2, 3e38, -3e38)  # inf - inf
+    assert np.isnan(case.pack().q_min(obs, noise[:, 0])).all()
 
 
 def test_best_of_n_needs_critics():

@@ -131,7 +131,8 @@ const CpuKernels& kernels() {
 }
 
 void replace_kernels(const CpuKernels* replacement) {
-    active_table.store(replacement != nullptr ? replacement : table(isa_active()),
+    const Isa isa = isa_active();  // chosen now if it was not: the replacement hides that
+    active_table.store(replacement != nullptr ? replacement : table(isa),
                        std::memory_order_release);
 }
 

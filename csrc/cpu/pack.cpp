@@ -105,16 +105,17 @@ PackedLayer pack_panels(const FlatLayer& from, int first, int count, bool half, 
     return layer;
 }
 
-const float* pack_vector(const float* from, int count, Writer& writer) {
+const float* pack_vector(const float* from, int count, int layer, Writer& writer) {
     float* to = writer.take(count);
-    if (to != nullptr && from != nullptr) std::memcpy(to, from, sizeof(float) * count);
+    if (to == nullptr || from == nullptr) return to;
+    for (int i = 0; i < count; ++i) put(to, i, from[i], false, layer);
     return to;
 }
 
 void pack_norm(const FlatLayer& from, PackedLayer& layer, Writer& writer) {
     if (from.gain == nullptr) return;
-    layer.gain = pack_vector(from.gain, from.outputs, writer);
-    layer.offset = pack_vector(from.offset, from.outputs, writer);
+    layer.gain = pack_vector(from.gain, from.outputs, from.number, writer);
+    layer.offset = pack_vector(from.offset, from.outputs, from.number, writer);
 }
 
 PackedLayer pack_output(const FlatLayer& from, bool half, Writer& writer) {
@@ -128,8 +129,8 @@ PackedLayer pack_output(const FlatLayer& from, bool half, Writer& writer) {
             }
         }
     }
-    return {from.inputs, from.outputs, weight, pack_vector(from.bias, from.outputs, writer),
-            nullptr,     nullptr};
+    const float* bias = pack_vector(from.bias, from.outputs, from.number, writer);
+    return {from.inputs, from.outputs, weight, bias, nullptr, nullptr};
 }
 
 // The first bias of each step: the constant time columns are folded in, summed in double.
@@ -161,14 +162,14 @@ PackedNet pack(const NetDesc& net, const PackShape& shape, int member, const flo
     const bool half = shape.half;
     const FlatLayer first = reader.next(inputs_of(shape), net.hidden[0], net.layer_norm);
     packed.obs = pack_panels(first, shape.action_dim, shape.obs_dim, half, writer);
-    packed.obs.bias = pack_vector(nullptr, first.outputs, writer);
+    packed.obs.bias = pack_vector(nullptr, first.outputs, first.number, writer);
     packed.first_bias = pack_first_bias(first, shape, features, steps, writer);
     packed.action = pack_panels(first, 0, shape.action_dim, half, writer);
     pack_norm(first, packed.action, writer);
     for (int i = 0; i < packed.num_hidden; ++i) {
         const FlatLayer layer = reader.next(net.hidden[i], net.hidden[i + 1], net.layer_norm);
         packed.hidden[i] = pack_panels(layer, 0, layer.inputs, half, writer);
-        packed.hidden[i].bias = pack_vector(layer.bias, layer.outputs, writer);
+        packed.hidden[i].bias = pack_vector(layer.bias, layer.outputs, layer.number, writer);
         pack_norm(layer, packed.hidden[i], writer);
     }
     packed.output = pack_output(reader.next(net.hidden.back(), shape.outputs, false), half, writer);

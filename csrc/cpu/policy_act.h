@@ -1,5 +1,5 @@
 // Acting: base noise and observations to actions, optionally the best of N by the smallest critic.
-// Plain data shared by policy_act.cpp (packing, checks, threads) and policy_act_kernel.cpp.
+// Plain data shared by packed_policy.cpp (checks, threads), pack.cpp and policy_act_kernel.cpp.
 #pragma once
 
 #include <stdint.h>

@@ -5,9 +5,7 @@
 // of the cache that holds the weights, and the panels lie in the order in which they are read. For
 // many rows it is bound by the FMA units: panels of 16 outputs stay in L1 while row tiles pass.
 //
-// Numerics: a row's result is the same for every way of cutting the rows into ranges. The only
-// other summation order is that of a single row (gemv_panel), which depends on the call, not the
-// cut.
+// Numerics: a row's result is the same for every way of cutting the rows into ranges.
 #include "cpu/policy_act_kernel.h"
 
 #include <math.h>
@@ -374,7 +372,10 @@ void critic_values(const ActTask& task, const Range& range, const Workspace& w,
         add_bias(net, 0, range.states, w);
         const Rows pre = state_rows(task, range, w);
         evaluate<false>(net, range.rows, action, task.action_dim, pre, w, w.out, 1);
-        for (int r = 0; r < range.rows; ++r) q[r] = c == 0 || w.out[r] < q[r] ? w.out[r] : q[r];
+        // A NaN of any critic must show: it neither compares less nor is it replaced.
+        for (int r = 0; r < range.rows; ++r) {
+            if (c == 0 || w.out[r] < q[r] || w.out[r] != w.out[r]) q[r] = w.out[r];
+        }
     }
 }
 

@@ -172,6 +172,7 @@ void clear_sums(const ReweightedArgs& a, const Group& group, const Scratch& s) {
 }
 
 void add_candidate(const ReweightedArgs& a, const Scratch& s, int position, double logit, int row) {
+    if (logit == -HUGE_VAL) return;  // no weight, and relative to it nothing has one
     SoftmaxSums& sums = s.sums[position];
     double* velocity = s.velocity + position * a.action_dim;
     const float* action = s.action + row * a.action_dim;
@@ -193,13 +194,13 @@ void add_candidate(const ReweightedArgs& a, const Scratch& s, int position, doub
     }
 }
 
-// Keeps the candidate with the largest Gumbel key.
+// Keeps the candidate with the largest Gumbel key, the first one where none compares.
 void offer_candidate(const ReweightedArgs& a, SoftmaxSums& sums, int64_t index, double logit,
                      const float* action, float* kept) {
     const uint64_t draw = static_cast<uint64_t>(index);
     const PhiloxBlock block = philox_block(a.seed, a.stream + 1, a.offset + draw / 4);
     const double key = gumbel_key(logit, block.v[draw % 4]);
-    if (key > sums.best_key) {
+    if (key > sums.best_key || index % a.candidates == 0) {
         sums.best_key = key;
         for (int j = 0; j < a.action_dim; ++j) kept[j] = action[j];
     }

@@ -91,6 +91,8 @@ Workspace::~Workspace() {
     arena_->used = used_;
 }
 
+float* Workspace::floats(size_t count) { return static_cast<float*>(bytes(count * sizeof(float))); }
+
 void* Workspace::bytes(size_t count) { return arena_->take(count); }
 
 Arena* borrow_arena() {

@@ -19,7 +19,7 @@ class Workspace {
     Workspace(const Workspace&) = delete;
     Workspace& operator=(const Workspace&) = delete;
 
-    float* floats(size_t count) { return static_cast<float*>(bytes(count * sizeof(float))); }
+    float* floats(size_t count);
     void* bytes(size_t count);
 
   private:

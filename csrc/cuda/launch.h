@@ -110,14 +110,14 @@ class Launcher {
         return value;
     }
 
-    // Bytes of that many floats, which `function` may use from now on.
+    // Bytes of that many floats. `function` may use all that a block can have: a limit of this
+    // launch would be another one between a second thread's setting and its launch.
     template <typename Function>
-    static size_t allow_shared(Function* function, size_t floats) {
-        const size_t bytes = floats * sizeof(float);
+    size_t allow_shared(Function* function, size_t floats) const {
         cuda_check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(bytes)),
+                                        static_cast<int>(shared_limit_ * sizeof(float))),
                    "cudaFuncSetAttribute");
-        return bytes;
+        return floats * sizeof(float);
     }
 
     cudaStream_t stream_;
