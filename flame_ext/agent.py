@@ -158,7 +158,8 @@ class Agent:
             self.backend.soft_update(averaged, self.actor.network.flat, self.config.policy_tau)
         metrics = {**result.metrics, "policy_loss": result.loss}
         log_prob = result.log_prob
-        alpha_due = (self.updates // self.config.policy_delay) % self.config.alpha_interval == 0
+        interval = self.config.alpha_interval
+        alpha_due = self.updates % interval < self.config.policy_delay
         if alpha_due and log_prob is None and self.actor.has_log_prob:
             log_prob = self._mean_log_prob(obs)
         if log_prob is not None:
@@ -214,6 +215,11 @@ class Agent:
             net.flat.copy_(saved)
         self.temperature.load_state_dict(state)
         self.updates = int(state["updates"])
+        if state["generator"].numel() != self.generator.get_state().numel():
+            raise ValueError(
+                f"the saved draws are of another kind of device than {self.device}: resume with "
+                "the run's"
+            )
         self.generator.set_state(state["generator"].cpu())
         for name, optimizer in self.optimizers.items():
             for slot, value in adam_moments(optimizer).items():

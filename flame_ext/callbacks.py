@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+
 from flame_ext.errors import check_choice
 from flame_ext.evaluate import Evaluation
 
@@ -13,6 +15,11 @@ if TYPE_CHECKING:  # For types only: the trainer imports this module.
     from flame_ext.trainer import RunResult, Trainer
 
 Event = Literal["start", "log", "evaluation", "end"]
+
+
+def says_stop(answer: object) -> bool:
+    """Whether a callback answered False, numpy's too; 0 or an empty list must not stop a run."""
+    return isinstance(answer, bool | np.bool_) and not answer
 
 
 class Callback:
@@ -113,6 +120,4 @@ class FunctionCallback(Callback):
     def _call(self, event: Event, *args: object) -> bool | None:
         if event != self.event:
             return None
-        answer = self.function(*args)
-        # Only False itself stops: 0 or an empty list from an unrelated function must not.
-        return False if answer is False else None
+        return False if says_stop(self.function(*args)) else None

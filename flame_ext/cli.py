@@ -8,11 +8,9 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -132,8 +130,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--preset", default="default", metavar="P", help=f"one of {', '.join(PRESETS)}")
     add("--seed", type=int, default=0, metavar="S", help="decides all randomness")
     add("--run-dir", type=Path, metavar="D", help="new directory (default: one below runs/)")
-    add("--backend", default="auto", metavar="B", help="one of auto, torch, cpu, cuda")
-    add("--device", default="auto", metavar="DEV", help="one of auto, cpu, cuda, cuda:N")
+    add("--backend", metavar="B", help="one of auto (default), torch, cpu, cuda")
+    add("--device", metavar="DEV", help="one of auto (default), cpu, cuda, cuda:N")
     add("--num-envs", type=_count, metavar="N", help="environments (default: the preset's)")
     add(
         "--set",
@@ -248,6 +246,10 @@ def _train(options: argparse.Namespace) -> None:
     overrides = parse_overrides(options.overrides)
     if options.num_envs is not None:
         overrides["num_envs"] = options.num_envs
+    if options.resume is not None:
+        _refuse_with_resume(options)
+    if options.steps is not None:
+        overrides["total_steps"] = options.steps
     config = make_config(options.algorithm, options.preset, overrides)
     if options.show_config:
         print(describe_config(config))
@@ -261,7 +263,6 @@ def _train(options: argparse.Namespace) -> None:
     from flame_ext.trainer import Trainer
 
     if options.resume is not None:
-        _refuse_with_resume(options)
         trainer = Trainer.resume(
             options.resume,
             env=options.env,
@@ -276,38 +277,19 @@ def _train(options: argparse.Namespace) -> None:
             options.env,
             algorithm=options.algorithm,
             config=config,
-            backend=options.backend,
-            device=options.device,
+            backend=options.backend or "auto",
+            device=options.device or "auto",
             run_dir=options.run_dir,
             seed=options.seed,
             callbacks=callbacks,
         )
     print(f"run directory  {trainer.run_dir}", file=sys.stderr)
     try:
-        with _terminate_as_interrupt():
-            result = trainer.run(options.steps)
+        result = trainer.run(options.steps)
     except KeyboardInterrupt:
-        print(
-            f"\nsaved; go on with: flame-ext train --resume {trainer.run_dir}"
-            + (f" --steps {options.steps}" if options.steps else ""),
-            file=sys.stderr,
-        )
+        print(f"\nsaved; go on with: flame-ext train --resume {trainer.run_dir}", file=sys.stderr)
         raise
     _report(result)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that a run ended by a job scheduler saves itself too."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _refuse_with_resume(options: argparse.Namespace) -> None:
@@ -319,6 +301,7 @@ def _refuse_with_resume(options: argparse.Namespace) -> None:
         "--preset": options.preset != "default",
         "--seed": options.seed != 0,
         "--run-dir": options.run_dir is not None,
+        "--show-config": options.show_config,
     }
     given = [name for name, present in fixed.items() if present]
     if given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -53,7 +54,8 @@ class Config:
         policy_delay: Critic updates per policy update.
         policy_batch_size: States per policy update, the first of the last critic update's batch;
             a smaller batch is taken whole.
-        initial_action_std: Standard deviation of a flow policy's first actions.
+        initial_action_std: Standard deviation of a flow policy's first actions; not used with
+            ``policy_layer_norm``.
         temperature: How alpha is set: ``entropy`` holds the policy's entropy at the target (SAC),
             ``ess`` holds the effective sample size of the importance weights, ``fixed`` keeps it.
         initial_alpha: Entropy temperature at the start [alpha].
@@ -163,7 +165,7 @@ class Config:
             check_choice(name, getattr(self, name), choices)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ValueError(f"{name}={value!r} is out of range; allowed: [{low}, {high}]")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             raise ValueError(f"hidden_sizes={self.hidden_sizes!r}: give at least one width >= 1")
@@ -176,11 +178,38 @@ class Config:
             raise ValueError(
                 f"buffer_size={self.buffer_size} does not hold one step of num_envs={self.num_envs}"
             )
-        if self.reverse_kl_weight > 0 and (self.sampling_steps, self.flow) != (1, "mean"):
+        if self.algorithm != "sac":
+            self._check_flow()
+        if self.temperature == "ess" and not self._draws_candidates:
+            raise ValueError("temperature='ess' needs candidates: reweighting_weight > 0, not sac")
+        if self.algorithm == "diffusion" and (
+            self.temperature == "entropy" or self.entropy_in_target
+        ):
+            raise ValueError(
+                "the diffusion policy has no density: temperature='entropy' and entropy_in_target "
+                "need one"
+            )
+
+    def _check_flow(self) -> None:
+        one_step = (self.sampling_steps, self.flow) == (1, "mean")
+        if self.reverse_kl_weight > 0 and not one_step:
             raise ValueError(
                 "reverse_kl_weight > 0 needs the one-step policy (sampling_steps=1, flow='mean'): "
                 "only there the exact density is one Jacobian"
             )
+        if self.proposal == "policy" and not one_step:
+            raise ValueError(
+                "proposal='policy' needs the one-step policy (sampling_steps=1, flow='mean'): its "
+                "density weighs its samples"
+            )
+        if self.reweighting_weight == self.reverse_kl_weight == 0:
+            raise ValueError(
+                "with reweighting_weight=0 and reverse_kl_weight=0 the policy learns nothing"
+            )
+
+    @property
+    def _draws_candidates(self) -> bool:
+        return self.algorithm != "sac" and self.reweighting_weight > 0
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy."""
@@ -210,10 +239,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "buffer_size": (1, _INF),
     "gamma": (0, 1),
     "tau": (0, 1),
-    "policy_tau": (0, 1),
+    "reward_scale": (1e-12, _INF),
+    "critic_learning_rate": (0, _INF),
+    "policy_learning_rate": (0, _INF),
+    "final_policy_learning_rate": (0, _INF),
+    "policy_tau": (1e-12, 1),
     "policy_delay": (1, _INF),
     "policy_batch_size": (1, _INF),
+    "initial_action_std": (0, 1),
     "initial_alpha": (1e-12, _INF),
+    "alpha_learning_rate": (0, _INF),
     "alpha_interval": (1, _INF),
     "target_ess": (0, 1),
     "entropy_steps": (1, _INF),
@@ -325,8 +360,9 @@ def make_config(
     Args:
         algorithm: One of `ALGORITHMS`.
         preset: One of `PRESETS`.
-        overrides: Options by name; a complete `Config` is returned as it is, except that it
-            must name the same algorithm.
+        overrides: Options by name; a complete `Config`, which must name the same algorithm, is
+            returned as it is. (`Config()` has the class's defaults, which are not those of every
+            algorithm: take it from here, then `dataclasses.replace`.)
 
     Raises:
         ValueError: For an unknown name (with the nearest known one) or a value out of range.
@@ -339,6 +375,10 @@ def make_config(
             raise ValueError(
                 f"algorithm={algorithm!r} but config.algorithm={overrides.algorithm!r}; "
                 "pass the same name to both"
+            )
+        if preset != "default":
+            raise ValueError(
+                f"preset={preset!r} was given with a complete Config, which decides all"
             )
         return overrides
     fields = {field.name: field for field in dataclasses.fields(Config)}
@@ -354,14 +394,16 @@ def make_config(
 def _coerce(name: str, value: Any, default: Any) -> Any:
     """Accepts what JSON and the command line hand over: lists for tuples, 1e6 for an int."""
     if name == "final_policy_learning_rate":
-        return None if value is None else float(value)
+        if value is None:
+            return None
+        default = 0.0
     if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-        return tuple(int(v) for v in value)
+        return tuple(_coerce(name, v, 0) for v in value)
     if isinstance(default, bool):
         good = isinstance(value, bool)
     elif isinstance(default, int):
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        good = good and value == int(value)
+        good = good and math.isfinite(value) and value == int(value)
     elif isinstance(default, float):
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import gymnasium
 import numpy as np
 from gymnasium import spaces, wrappers
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import iterate
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ class VectorEnvHandle:
         action_low: Lower action bounds in environment units (A,), float32.
         action_high: Upper action bounds in environment units (A,), float32.
         max_episode_steps: Time limit in steps, or None when there is none or it is not known.
-        spec_id: Registered id, or None.
+        spec_id: Registered id, or None where the id alone would make another environment.
     """
 
     def __init__(self, vector: VectorEnv[Any, Any, Any], *, seed: int) -> None:
@@ -76,7 +77,8 @@ class VectorEnvHandle:
         self.action_dim = int(np.prod(action_space.shape))
         self.action_low: FloatArray = action_space.low.ravel().astype(np.float32)
         self.action_high: FloatArray = action_space.high.ravel().astype(np.float32)
-        self.max_episode_steps, self.spec_id = describe(vector)
+        self.max_episode_steps, spec = describe(vector)
+        self.spec_id = _sufficient_id(spec)
         self._seed = seed
         self._action_space = action_space
         # Centre and half range, in float64: [-1, 1] boxes then pass through without rounding.
@@ -298,8 +300,8 @@ def check_action_space(space: spaces.Space[Any]) -> spaces.Box:
     return space
 
 
-def describe(vector: VectorEnv[Any, Any, Any]) -> tuple[int | None, str | None]:
-    """Time limit and id, from the first environment where it can be reached."""
+def describe(vector: VectorEnv[Any, Any, Any]) -> tuple[int | None, EnvSpec | None]:
+    """Time limit and spec, from the first environment where it can be reached."""
     base = vector.unwrapped
     spec = base.envs[0].spec if isinstance(base, SyncVectorEnv) else vector.spec
     if isinstance(base, AsyncVectorEnv) and spec is None:
@@ -310,4 +312,14 @@ def describe(vector: VectorEnv[Any, Any, Any]) -> tuple[int | None, str | None]:
         if isinstance(layer, wrappers.TimeLimit):
             limit = layer._max_episode_steps
         layer = layer.env
-    return limit, None if spec is None else spec.id
+    return limit, spec
+
+
+def _sufficient_id(spec: EnvSpec | None) -> str | None:
+    """The id of `spec` if nothing else is needed to make the same environment."""
+    registered = None if spec is None else gymnasium.registry.get(spec.id)
+    if spec is None or registered is None or spec.additional_wrappers:
+        return None
+    own, default = ({**s.kwargs, "render_mode": None} for s in (spec, registered))
+    same = own == default and spec.max_episode_steps == registered.max_episode_steps
+    return spec.id if same else None

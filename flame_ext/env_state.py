@@ -8,6 +8,7 @@ episodes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,20 +32,11 @@ _KNOWN_WRAPPERS = (
 
 # Attributes of a Gymnasium environment that no step changes, or that are handled by themselves.
 _CONSTANT_ATTRIBUTES = frozenset(
-    {
-        "_ezpickle_args",
-        "_ezpickle_kwargs",
-        "_np_random",
-        "action_space",
-        "data",
-        "fullpath",
-        "metadata",
-        "model",
-        "mujoco_renderer",
-        "observation_space",
-        "observation_structure",
-        "spec",
-    }
+    {"_ezpickle_args", "_ezpickle_kwargs", "_np_random", "metadata", "spec"}
+)
+# And of one that runs MuJoCo.
+_MUJOCO_ATTRIBUTES = frozenset(
+    {"data", "fullpath", "model", "mujoco_renderer", "observation_structure"}
 )
 
 # What MuJoCo derives in a step and environments read at the start of the next one, when it is
@@ -90,8 +82,9 @@ class EnvState:
 def capture_env(env: Environment) -> EnvState | None:
     """Copy everything that decides how ``env`` goes on, or return None if that cannot be known.
 
-    Known are MuJoCo environments and environments whose attributes are all numbers, texts, tuples
-    of those, arrays or spaces, inside wrappers without a memory.
+    Known are MuJoCo environments, whose model is taken to be constant, and environments whose
+    attributes are all numbers, texts, tuples of those, arrays or spaces, inside wrappers without a
+    memory.
     """
     state = EnvState()
     layer = env
@@ -120,6 +113,9 @@ def restore_env(env: Environment, state: EnvState) -> None:
     layer.np_random.bit_generator.state = state.meta["bit_generator"]
     for name, value in state.meta["attributes"].items():
         setattr(layer, name, tuple(value) if isinstance(value, list) else value)
+    for name, generators in state.meta.get("spaces", {}).items():
+        for space, generator in zip(_nested(getattr(layer, name)), generators, strict=True):
+            space.np_random.bit_generator.state = generator
     for name, array in state.arrays.items():
         kind, _, key = name.partition("/")
         if kind == "attribute":
@@ -132,8 +128,10 @@ def restore_env(env: Environment, state: EnvState) -> None:
 def _capture_attributes(env: Environment, state: EnvState) -> bool:
     """Store the plain attributes of ``env``; False if some attribute is not plain."""
     plain: dict[str, Any] = {}
+    generators: dict[str, list[Any]] = {}  # of spaces, which may be sampled from
+    known = _CONSTANT_ATTRIBUTES | (_MUJOCO_ATTRIBUTES if _is_mujoco(env) else frozenset())
     for name, value in vars(env).items():
-        if name in _CONSTANT_ATTRIBUTES:
+        if name in known:
             continue
         if isinstance(value, np.ndarray | np.generic):
             array = np.array(value)
@@ -142,10 +140,21 @@ def _capture_attributes(env: Environment, state: EnvState) -> bool:
             state.arrays[f"attribute/{name}"] = array
         elif _is_plain(value):
             plain[name] = value
-        elif not isinstance(value, gymnasium.Space):
+        elif isinstance(value, gymnasium.Space):
+            generators[name] = [s.np_random.bit_generator.state for s in _nested(value)]
+        else:
             return False
     state.meta["attributes"] = plain
+    state.meta["spaces"] = generators
     return True
+
+
+def _nested(space: Any) -> Iterator[gymnasium.Space[Any]]:
+    """The space and all that it consists of."""
+    yield space
+    parts = getattr(space, "spaces", ())
+    for part in parts.values() if isinstance(parts, Mapping) else parts:
+        yield from _nested(part)
 
 
 def _is_plain(value: object) -> bool:

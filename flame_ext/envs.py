@@ -198,18 +198,18 @@ def _check_vector(vector: VectorEnv[Any, Any, Any], num_envs: int | None, parall
         )
 
 
-def _single_of(vector: VectorEnv[Any, Any, Any]) -> Environment | str:
-    """One environment (or id) to build an evaluation twin of a user's vector environment."""
+def _single_of(vector: VectorEnv[Any, Any, Any]) -> Environment:
+    """One environment like those of a user's vector environment."""
     base = vector.unwrapped
     if isinstance(base, SyncVectorEnv):
         return base.envs[0]
-    _, spec_id = describe(vector)
-    if spec_id is None:
+    _, spec = describe(vector)
+    if spec is None:
         raise ValueError(
             f"No separate evaluation environment can be built from {vector}, which has no spec. "
             "Pass an id or a factory with num_envs instead."
         )
-    return spec_id
+    return gymnasium.make(spec)
 
 
 def _twins_of(env: Environment, count: int) -> list[Environment]:

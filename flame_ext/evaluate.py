@@ -20,7 +20,7 @@ class Evaluation:
 
     Attributes:
         step: Environment steps trained so far.
-        wall_time: Seconds since the run began, not counting earlier processes of a resumed run.
+        wall_time: Seconds of training so far, over all processes of a resumed run.
         returns: Undiscounted return of each episode.
         lengths: Steps of each episode.
     """

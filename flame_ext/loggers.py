@@ -232,7 +232,8 @@ def read_evaluations(run_dir: str | Path) -> dict[str, list[Any]]:
             "before the first evaluation."
         )
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        # A killed process may have cut the last line.
+        rows = [row for row in csv.DictReader(file) if row[EVALUATION_COLUMNS[-1]] is not None]
     table: dict[str, list[Any]] = {
         name: [float(row[name]) for row in rows] for name in EVALUATION_COLUMNS[:-1]
     }

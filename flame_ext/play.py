@@ -16,7 +16,7 @@ from flame_ext.envs import VectorEnvHandle, make_eval_env, make_vector_env
 from flame_ext.evaluate import run_episodes
 from flame_ext.policy import Policy, PolicySpec, make_engine
 
-_FRAMES_PER_SECOND = 30
+_FRAMES_PER_SECOND = 30  # of an environment that does not say
 # Observation and action sizes of the tasks that latency is quoted for.
 _TASK_SIZES = {"halfcheetah": (17, 6), "humanoid": (348, 17)}
 _BATCHES = (1, 256)
@@ -78,24 +78,27 @@ def film_episode(
         ValueError: If the environment gives no images, or the file's ending is unknown.
     """
     require_video_support(path)
-    import imageio
+    from imageio import v2 as imageio
 
     env = make_eval_env(env_id, seed=seed, render_mode="rgb_array")
     try:
         act = _unit_actions(policy, env, acting)
+        rate = env.vector.metadata.get("render_fps", _FRAMES_PER_SECOND)
+        # A GIF counts milliseconds per frame, a film frames per second.
+        timing = {"duration": 1000 / rate} if path.suffix.lower() == ".gif" else {"fps": rate}
         obs, done = env.reset(seed), False
-        frames: list[Any] = []
-        while not done:
-            frames.append(_render(env))
-            step = env.step(act(obs))
-            obs, done = step.obs, bool(step.terminated[0] or step.truncated[0])
+        frame = _render(env)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer: Any = imageio.get_writer(path, **timing)
+        with writer:
+            writer.append_data(frame)
+            while not done:
+                step = env.step(act(obs))
+                obs, done = step.obs, bool(step.terminated[0] or step.truncated[0])
+                if not done:  # the next episode has begun
+                    writer.append_data(_render(env))
     finally:
         env.close()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    gif = path.suffix.lower() == ".gif"
-    # A GIF counts milliseconds per frame, a film frames per second.
-    timing = {"duration": 1000 / _FRAMES_PER_SECOND} if gif else {"fps": _FRAMES_PER_SECOND}
-    imageio.mimwrite(path, frames, **timing)
 
 
 def _render(env: VectorEnvHandle) -> NDArray[np.uint8]:
@@ -138,12 +141,12 @@ def _unit_actions(
             f"the policy takes {sizes[0]} observations and gives {sizes[1]} actions; "
             f"{env.spec_id} has {env.obs_dim} and {env.action_dim}. Use the run's environment."
         )
-    low = np.asarray(policy.spec.action_low, dtype=np.float64)
-    high = np.asarray(policy.spec.action_high, dtype=np.float64)
+    middle, half = policy.spec.action_middle_and_half()
+    half = np.where(half > 0, half, 1.0)  # an action that cannot be chosen
 
     def act(obs: NDArray[np.float32]) -> NDArray[np.float64]:
         action = policy.act(obs, acting.num_particles, acting.deterministic)
-        return np.asarray((2.0 * action - high - low) / (high - low))
+        return np.asarray((action - middle) / half)
 
     return act
 

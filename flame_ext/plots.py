@@ -39,10 +39,11 @@ _DPI = 150
 
 @dataclass(frozen=True)
 class Curve:
-    """Evaluation returns of one algorithm over its runs.
+    """Evaluation returns of one algorithm, or variant of it, over its runs.
 
     Attributes:
         algorithm: Its name.
+        options: In what it differs from the algorithm's other runs, ``key=value``.
         x: Environment steps, or the mean over runs of the seconds that they took (T,).
         mean: Mean over runs of the mean return (T,).
         spread: Standard deviation (T,): over runs, or over episodes if there is one run only.
@@ -50,6 +51,7 @@ class Curve:
     """
 
     algorithm: str
+    options: str
     x: Array
     mean: Array
     spread: Array
@@ -109,23 +111,46 @@ def run_facts(run_dir: str | Path) -> tuple[str, str | None]:
 def aggregate_curves(run_dirs: Sequence[str | Path], axis: CurveAxis = "step") -> list[Curve]:
     """Average the evaluations of all runs of each algorithm, in the order of their appearance.
 
-    Runs are compared where all of the same algorithm have been evaluated; between their own
-    evaluations they are interpolated linearly.
+    Runs of an algorithm whose options differ are averaged apart. Runs are compared where all that
+    are averaged have been evaluated; between their own evaluations they are interpolated linearly.
 
     Raises:
-        ValueError: If no run is given, or runs of one algorithm have no steps in common.
+        ValueError: If no run is given, the runs are of several tasks, or those of one algorithm
+            have no steps in common.
         FileNotFoundError: If a run has no evaluations.
         RunDirectoryError: If a directory is not a run's.
     """
     if not run_dirs:
         raise ValueError("no run directory was given; give at least one.")
-    groups: dict[str, list[dict[str, list[Any]]]] = {}
-    for run_dir in run_dirs:
-        groups.setdefault(run_facts(run_dir)[0], []).append(read_evaluations(run_dir))
-    return [_average(algorithm, tables, axis) for algorithm, tables in groups.items()]
+    facts = [run_facts(run_dir) for run_dir in run_dirs]
+    tasks = sorted({task for _, task in facts if task})
+    if len(tasks) > 1:
+        raise ValueError(f"the runs are of several tasks, {', '.join(tasks)}: plot one at a time.")
+    groups: dict[tuple[str, str], list[dict[str, list[Any]]]] = {}
+    variants = _variants([Path(run_dir) for run_dir in run_dirs], [name for name, _ in facts])
+    for run_dir, (algorithm, _), options in zip(run_dirs, facts, variants, strict=True):
+        groups.setdefault((algorithm, options), []).append(read_evaluations(run_dir))
+    return [_average(*variant, tables, axis) for variant, tables in groups.items()]
 
 
-def _average(algorithm: str, tables: list[dict[str, list[Any]]], axis: CurveAxis) -> Curve:
+def _variants(run_dirs: list[Path], algorithms: list[str]) -> list[str]:
+    """Of each run, the options in which runs of its algorithm differ; those that all of them have.
+
+    (An option that only newer versions write says nothing about older runs.)
+    """
+    configs = [json.loads((run_dir / "config.json").read_text()) for run_dir in run_dirs]
+    names = []
+    for config, algorithm in zip(configs, algorithms, strict=True):
+        same = [c for c, a in zip(configs, algorithms, strict=True) if a == algorithm]
+        shared = set.intersection(*(set(c) for c in same)) - {"total_steps"}
+        keys = sorted(key for key in shared if any(c[key] != config[key] for c in same))
+        names.append(", ".join(f"{key}={config[key]}" for key in keys))
+    return names
+
+
+def _average(
+    algorithm: str, options: str, tables: list[dict[str, list[Any]]], axis: CurveAxis
+) -> Curve:
     first = max(table["step"][0] for table in tables)
     last = min(table["step"][-1] for table in tables)
     steps = np.unique([step for table in tables for step in table["step"]])
@@ -140,18 +165,19 @@ def _average(algorithm: str, tables: list[dict[str, list[Any]]], axis: CurveAxis
 
     returns = at_steps("mean_return")
     spread = returns.std(axis=0) if len(tables) > 1 else np.array(tables[0]["std_return"])
-    return Curve(algorithm, at_steps(axis).mean(axis=0), returns.mean(axis=0), spread, len(tables))
+    x = at_steps(axis).mean(axis=0)
+    return Curve(algorithm, options, x, returns.mean(axis=0), spread, len(tables))
 
 
 def plot_learning_curves(
     run_dirs: Sequence[str | Path], output: str | Path, axis: CurveAxis = "step"
 ) -> Path:
-    """Draw evaluation returns, one curve per algorithm.
+    """Draw evaluation returns, one curve per algorithm and variant.
 
     The band is one standard deviation: over runs, or over the episodes of a single run.
 
     Args:
-        run_dirs: Run directories; those of the same algorithm are averaged.
+        run_dirs: Run directories; those of the same algorithm and options are averaged.
         output: The picture; its ending decides the format (png, pdf, svg).
         axis: Against environment steps or against the time that training took.
 
@@ -169,8 +195,11 @@ def plot_learning_curves(
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for index, curve in enumerate(curves):
-        colour = _ALGORITHM_COLOURS.get(curve.algorithm, _COLOURS[index % len(_COLOURS)])
+        colour = _COLOURS[index % len(_COLOURS)]
+        if not curve.options:
+            colour = _ALGORITHM_COLOURS.get(curve.algorithm, colour)
         name = _ALGORITHM_NAMES.get(curve.algorithm, curve.algorithm)
+        name += f" ({curve.options})" if curve.options else ""
         runs = f"{name}, {curve.runs} seeds" if curve.runs > 1 else f"{name}, 1 seed"
         marker = "o" if len(curve.x) < 30 else None
         x = scale * curve.x

@@ -19,12 +19,11 @@ from flame_ext.errors import BackendUnavailableError, RunDirectoryError, check_c
 
 POLICY_FILE = "policy.safetensors"
 _FORMAT = 1
-_ALGORITHMS = ("flame", "flame-r", "sac", "diffusion")
 # The choices of flame_ext.config.Algorithm, which cannot be imported without torch.
 _ALGORITHMS = ("flame", "flame-r", "sac", "diffusion")
 _TENSORS = ("actor.flat", "critics.flat")
 # Where a run directory keeps policies, in the order `load` looks for them.
-_PLACES = ("", "checkpoint", "best")
+_PLACES = ("", "best")
 
 Array = NDArray[np.float32]
 Precision = Literal["fp32", "fp16"]
@@ -243,10 +242,6 @@ def load(
         for bound in ("action_low", "action_high"):
             header[bound] = tuple(header[bound])
         spec = PolicySpec(**header)
-        check_choice("algorithm", spec.algorithm, _ALGORITHMS)
-        missing = sorted({"actor.flat", "critics.flat"} - tensors.keys())
-        if missing:
-            raise RunDirectoryError(f"{file} lacks the weights {', '.join(missing)}")
         missing = [name for name in _TENSORS if name not in tensors]
         if missing:
             raise RunDirectoryError(f"{file} lacks the weights {', '.join(missing)}")
@@ -265,6 +260,6 @@ def _find(path: Path) -> Path:
         if (path / place / POLICY_FILE).is_file():
             return path / place / POLICY_FILE
     raise RunDirectoryError(
-        f"no policy in {path}: expected {POLICY_FILE} there or in its checkpoint/ or best/ folder. "
+        f"no policy in {path}: expected {POLICY_FILE} there or in its best/ folder. "
         "Was the run stopped before its first checkpoint?"
     )

@@ -6,7 +6,9 @@ import ctypes
 import dataclasses
 import json
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ import torch
 
 from flame_ext.agent import Agent
 from flame_ext.backends import make_backend
-from flame_ext.callbacks import Callback
+from flame_ext.callbacks import Callback, says_stop
 from flame_ext.checkpoint import (
     arrays_to_tensors,
     read_checkpoint,
@@ -31,7 +33,7 @@ from flame_ext.checkpoint import (
 )
 from flame_ext.config import Config, make_config
 from flame_ext.envs import EnvLike, EnvState, VectorEnvHandle, make_eval_env, make_vector_env
-from flame_ext.errors import BackendUnavailableError, RunDirectoryError
+from flame_ext.errors import BackendUnavailableError, EnvironmentDataError, RunDirectoryError
 from flame_ext.evaluate import Evaluation, run_episodes
 from flame_ext.loggers import EvaluationLog, MultiLogger, make_loggers
 from flame_ext.normalizer import ObservationNormalizer
@@ -90,6 +92,30 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
+@contextmanager
+def _interrupts_between_steps() -> Iterator[threading.Event]:
+    """Sets the event at Ctrl-C or SIGTERM; the second one interrupts at once, as usual.
+
+    A step that was cut in half cannot be resumed bit-equal. Outside the main thread, where signals
+    do not arrive, nothing changes.
+    """
+    wanted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield wanted
+        return
+
+    def note(number: int, _: object) -> None:
+        wanted.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield wanted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Trainer:
     """Trains one policy in one kind of environment.
 
@@ -100,7 +126,8 @@ class Trainer:
         preset: ``default`` or ``paper``.
         config: Options by name that differ from the preset, or a complete `Config`.
         backend: ``auto``, ``torch``, ``cpu`` or ``cuda``; only ``auto`` chooses by itself.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is ``cpu`` for that backend,
+            else ``cuda`` where PyTorch sees a device.
         run_dir: A new directory; None makes one below ``runs/``.
         seed: Decides weights, draws and the environments' randomness.
         callbacks: Called while the run goes on; may stop it.
@@ -129,8 +156,10 @@ class Trainer:
         self.seed, self.callbacks = seed, tuple(callbacks)
         # Evaluation and training episodes must not share seeds.
         self._eval_seed = seed + 1_000_003
-        self.device = _resolve_device(device)
+        self.device = _resolve_device(device, backend)
+        self._asked_for = {"backend": backend, "device": device}
         self.env = _make_training_env(env, self.config, seed)
+        self._env_id = env if isinstance(env, str) else self.env.spec_id
         self.eval_env = make_eval_env(
             env, num_envs=min(self.config.eval_episodes, _MAX_EVAL_ENVS), seed=self._eval_seed
         )
@@ -144,6 +173,7 @@ class Trainer:
             else None
         )
         self.global_step = 0
+        self._total_steps = self.config.total_steps
         self.evaluations: list[Evaluation] = []
         self._update_debt = 0.0
         self._obs: np.ndarray | None = None
@@ -154,7 +184,7 @@ class Trainer:
         if _resuming and run_dir is not None:
             self.run_dir = Path(run_dir)
         else:
-            self.run_dir = _new_run_dir(run_dir, self.env.spec_id, algorithm, seed)
+            self.run_dir = _new_run_dir(run_dir, self._env_id, algorithm, seed)
         config_json = json.dumps(self.config.to_dict(), indent=1)
         (self.run_dir / CONFIG_FILE).write_text(config_json + "\n")
 
@@ -164,8 +194,8 @@ class Trainer:
         run_dir: str | Path,
         *,
         env: EnvLike | None = None,
-        backend: str = "auto",
-        device: str = "auto",
+        backend: str | None = None,
+        device: str | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> Trainer:
         """Continues a run from its checkpoint, bit-equal to never having stopped.
@@ -175,8 +205,8 @@ class Trainer:
         Args:
             run_dir: Directory of the run.
             env: Needed only if the run was not started from an environment id.
-            backend: As in the constructor.
-            device: As in the constructor.
+            backend: As in the constructor; None takes the run's.
+            device: As in the constructor; None takes the run's.
             callbacks: As in the constructor; callbacks are not saved.
 
         Raises:
@@ -190,13 +220,19 @@ class Trainer:
                 f"the run in {run_dir} used an environment without an id; pass it again: "
                 "Trainer.resume(run_dir, env=...)"
             )
-        options = Config(**_from_json(manifest["config"]))
+        try:
+            options = Config(**_from_json(manifest["config"]))
+        except TypeError as error:
+            raise RunDirectoryError(
+                f"the run in {run_dir} is of another version of flame_ext: {error}"
+            ) from error
+        asked_for = manifest.get("asked_for", {})
         trainer = cls(
             env,
             algorithm=options.algorithm,
             config=options,
-            backend=backend,
-            device=device,
+            backend=backend or asked_for.get("backend", "auto"),
+            device=device or asked_for.get("device", "auto"),
             run_dir=run_dir,
             seed=manifest["seed"],
             callbacks=callbacks,
@@ -209,25 +245,34 @@ class Trainer:
     def run(self, total_steps: int | None = None) -> RunResult:
         """Trains until `total_steps` environment steps, then evaluates and saves.
 
-        An exception or Ctrl-C saves a checkpoint before it is passed on.
+        An exception, Ctrl-C or SIGTERM saves a checkpoint before it is passed on; the signals are
+        answered after the step in progress, a second one at once.
 
         Args:
-            total_steps: Counted from the run's very first step; None takes the configured one.
+            total_steps: Counted from the run's very first step; None takes that of the last call,
+                also of a resumed run, and at first the configured one.
         """
-        c = self.config
-        total = c.total_steps if total_steps is None else total_steps
+        if total_steps is not None:
+            self._total_steps = total_steps
+        self._stopped_by = None
         if self._obs is None:
             self._obs = self.env.reset(self.seed)
         self._start = time.perf_counter()
         log = make_loggers(self.run_dir)
         evaluation_log = EvaluationLog(self.run_dir)
-        progress = Progress(total, initial=self.global_step, algorithm=c.algorithm)
+        progress = Progress(
+            self._total_steps, initial=self.global_step, algorithm=self.config.algorithm
+        )
         self._call("on_start")
         try:
-            with self.backend.training():
-                self._train(total, log, evaluation_log, progress)
+            with self.backend.training(), _interrupts_between_steps() as interrupted:
+                self._train(interrupted, log, evaluation_log, progress)
+        except EnvironmentDataError:
+            self._obs = None  # what diverged must not be restored: new episodes instead
+            raise
         finally:
             self.save()
+            self._earlier_wall_time, self._start = self.wall_time, time.perf_counter()
             progress.close()
             log.close()
         result = RunResult(
@@ -241,10 +286,16 @@ class Trainer:
         return result
 
     def _train(
-        self, total: int, log: MultiLogger, evaluation_log: EvaluationLog, progress: Progress
+        self,
+        interrupted: threading.Event,
+        log: MultiLogger,
+        evaluation_log: EvaluationLog,
+        progress: Progress,
     ) -> None:
-        c = self.config
+        c, total = self.config, self._total_steps
         while self.global_step < total and self._stopped_by is None:
+            if interrupted.is_set():
+                raise KeyboardInterrupt
             before = self.global_step
             self.agent.set_progress(before / total)
             self._collect()
@@ -345,7 +396,7 @@ class Trainer:
 
     def _call(self, event: str, *args: object) -> None:
         for callback in self.callbacks:
-            if getattr(callback, event)(self, *args) is False:
+            if says_stop(getattr(callback, event)(self, *args)):
                 self.stop(type(callback).__name__)
 
     def save(self) -> None:
@@ -359,7 +410,9 @@ class Trainer:
             tensors |= arrays_to_tensors("env", env_state.arrays)
         manifest = {
             "config": self.config.to_dict(),
-            "env_id": self.env.spec_id,
+            "env_id": self._env_id,
+            "asked_for": self._asked_for,
+            "total_steps": self._total_steps,
             "seed": self.seed,
             "global_step": self.global_step,
             "update_debt": self._update_debt,
@@ -371,12 +424,19 @@ class Trainer:
         self._save_policy(self.run_dir / POLICY_FILE)
 
     def _restore(self, tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> None:
-        self.agent.load_state_dict(strip_prefix("agent", tensors))
+        try:
+            self.agent.load_state_dict(strip_prefix("agent", tensors))
+        except KeyError as error:
+            raise RunDirectoryError(
+                f"the checkpoint in {self.run_dir} lacks {error}: it is of another version of "
+                "flame_ext"
+            ) from error
         self.replay.load_state_dict(strip_prefix("replay", tensors))
         if self.normalizer is not None:
             self.normalizer.load_state_dict(strip_prefix("normalizer", tensors))
         self.global_step = manifest["global_step"]
         self._update_debt = manifest["update_debt"]
+        self._total_steps = manifest.get("total_steps", self.config.total_steps)
         self._earlier_wall_time = manifest["wall_time"]
         self.evaluations = [Evaluation(**_from_json(e)) for e in manifest["evaluations"]]
         if manifest["env_state"] is None:
@@ -398,7 +458,7 @@ class Trainer:
             action_dim=self.env.action_dim,
             action_low=tuple(self.env.action_low.tolist()),
             action_high=tuple(self.env.action_high.tolist()),
-            env_id=self.env.spec_id,
+            env_id=self._env_id,
         )
         networks = {"actor": self.agent.averaged_actor.network, "critics": self.agent.critics}
         tensors = {
@@ -446,10 +506,14 @@ def _keep_freed_memory() -> None:
             libc.mallopt(trim_threshold, 1 << 30)
 
 
-def _resolve_device(device: str) -> torch.device:
+def _resolve_device(device: str, backend: str) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = torch.device(device)
+        on_cuda = backend != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda" if on_cuda else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: give auto, cpu, cuda or cuda:N") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
             f"device={device!r} was given but PyTorch sees no CUDA device; use device='cpu'"

@@ -48,7 +48,7 @@ def test_matrix_goes_on_from_its_results_alone(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "runs")
     third = run(tmp_path, "learning/matrix.py", matrix + "2")
     assert third.returncode != 0
-    assert "differ in gamma" in third.stderr
+    assert "differs from this command in gamma" in third.stderr
 
 
 def run(folder: Path, script: str, arguments: str) -> subprocess.CompletedProcess[str]:

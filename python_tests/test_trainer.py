@@ -1,6 +1,8 @@
 """The loop: files it leaves, resume, callbacks, errors, learning."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import gymnasium
@@ -86,6 +88,63 @@ def test_resuming_is_bit_equal_to_never_stopping(tmp_path: Path, task: str) -> N
     assert parts.evaluations[-1].returns == whole.evaluations[-1].returns
 
 
+def test_a_run_interrupted_in_the_middle_of_a_step_resumes_bit_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny(tmp_path / "whole")
+    whole.run(total_steps=120)
+    parts = tiny(tmp_path / "parts")
+    policy_step = parts.agent._policy_step
+
+    def interrupted(*args: torch.Tensor) -> dict[str, float]:
+        if parts.global_step == 80:
+            monkeypatch.setattr(parts.agent, "_policy_step", policy_step)
+            os.kill(os.getpid(), signal.SIGINT)
+        return policy_step(*args)
+
+    monkeypatch.setattr(parts.agent, "_policy_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        parts.run(total_steps=120)
+    assert parts.global_step == 80
+    assert signal.getsignal(signal.SIGINT) is before
+    resumed = Trainer.resume(tmp_path / "parts")
+    assert resumed.run().steps == 120, "the steps of the run are its own"
+    for name, network in whole.agent.networks().items():
+        assert torch.equal(network.flat, resumed.agent.networks()[name].flat), name
+
+
+def test_a_run_goes_on_after_it_was_stopped(tmp_path: Path) -> None:
+    stop = flame_ext.callbacks.FunctionCallback(lambda *_: np.bool_(False), event="log")
+    trainer = Trainer(TASK, config=TINY, run_dir=tmp_path / "run", callbacks=[stop])
+    first = trainer.run(total_steps=120)
+    assert (first.steps, first.stopped_by) == (40, "FunctionCallback")
+    trainer.callbacks = ()
+    second = trainer.run()
+    assert (second.steps, second.stopped_by) == (120, None)
+    times = [evaluation.wall_time for evaluation in second.evaluations]
+    assert times == sorted(times)
+
+
+def test_resuming_asks_for_what_an_id_alone_does_not_make(tmp_path: Path) -> None:
+    def factory() -> gymnasium.Env:  # type: ignore[type-arg]
+        return gymnasium.make(TASK, num_goals=2)
+
+    Trainer(factory, config=TINY, run_dir=tmp_path / "run").run(total_steps=40)
+    with pytest.raises(RunDirectoryError, match="pass it again"):
+        Trainer.resume(tmp_path / "run")
+    resumed = Trainer.resume(tmp_path / "run", env=factory)
+    goals = {len(env.unwrapped.goals) for env in resumed.eval_env.vector.unwrapped.envs}
+    assert goals == {2}
+
+
+def test_a_resumed_run_keeps_its_backend(tmp_path: Path) -> None:
+    config = {**TINY, "eval_interval": 0}
+    Trainer(TASK, config=config, backend="torch", run_dir=tmp_path / "run").run(total_steps=40)
+    assert Trainer.resume(tmp_path / "run").backend.name == "torch"
+    assert Trainer.resume(tmp_path / "run", backend="cpu").backend.name == "cpu"
+
+
 def test_same_seed_twice_is_bit_equal_and_another_seed_differs(tmp_path: Path) -> None:
     def parameters(name: str, seed: int) -> torch.Tensor:
         trainer = Trainer(TASK, config=TINY, run_dir=tmp_path / name, seed=seed)
@@ -153,6 +212,9 @@ def test_a_broken_environment_loses_nothing(tmp_path: Path) -> None:
     assert manifest["global_step"] == 59
     with pytest.raises(RunDirectoryError, match=r"pass it again: Trainer.resume\(run_dir, env="):
         Trainer.resume(tmp_path / "run")
+    with pytest.warns(UserWarning, match="starts new episodes"):
+        resumed = Trainer.resume(tmp_path / "run", env=Fragile)
+    assert resumed.run(total_steps=100).steps == 100
 
 
 def test_directories_are_never_overwritten(tmp_path: Path) -> None:

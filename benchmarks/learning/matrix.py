@@ -30,6 +30,8 @@ import numpy as np
 from aggregate import bootstrap, interquartile_mean, probability_of_improvement
 from provenance import provenance
 
+from flame_ext.cli import parse_overrides
+from flame_ext.config import make_config
 from flame_ext.loggers import read_evaluations
 from flame_ext.plots import plot_learning_curves
 
@@ -40,9 +42,10 @@ FLAME_EXT = str(Path(sysconfig.get_path("scripts")) / "flame-ext")
 RESULT_FILES = {"evaluations.csv": ".csv", "config.json": ".json"}
 # Options that committed runs are older than, with the values at which those runs were made.
 YOUNGER_OPTIONS = {"policy_tau": 1.0}
+_SEPARATE = "give other --runs and --results"
 
 Evaluations = dict[str, list[Any]]  # columns of one run's evaluations.csv
-Curves = dict[tuple[str, str], list[Evaluations]]  # by task and algorithm, one per seed
+Curves = dict[tuple[str, str], dict[int, Evaluations]]  # by task and algorithm, then by seed
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,13 @@ class Matrix:
         """Keeps the results of what is complete in `--runs` or, from elsewhere, in `--results`."""
         self._take_back()
         for run in self.runs:
-            if _last_step(self.directory(run)) >= self.arguments.steps:
+            steps = read_steps(self.directory(run))
+            if steps and steps[-1] >= self.arguments.steps:
+                check_request(run, self.directory(run), self.arguments)
+                if steps[-1] > self.arguments.steps:
+                    raise SystemExit(
+                        f"{self.directory(run)} has {steps[-1]:.0f} steps: {_SEPARATE}"
+                    )
                 self.keep(run)
 
     def keep(self, run: Run) -> None:
@@ -164,12 +173,13 @@ def _provenance(directory: Path) -> Path:
     return directory.with_suffix(".provenance.json")
 
 
-def _last_step(directory: Path) -> float:
+def read_steps(directory: Path) -> list[float]:
+    """Environment steps at which a run was evaluated."""
     try:
         steps: list[float] = read_evaluations(directory)["step"]
     except FileNotFoundError:
-        return 0
-    return steps[-1] if steps else 0
+        return []
+    return steps
 
 
 def report(matrix: Matrix) -> None:
@@ -185,10 +195,13 @@ def report(matrix: Matrix) -> None:
     curves: Curves = {}
     for run in finished:
         evaluations = read_evaluations(matrix.directory(run))
-        curves.setdefault((run.task, run.algorithm), []).append(evaluations)
+        curves.setdefault((run.task, run.algorithm), {})[run.seed] = evaluations
     lines = ["| task | algorithm | seeds | last | per seed | mean of last 10 % | best | minutes |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [_table_row(*cell, runs, matrix.arguments.steps) for cell, runs in curves.items()]
+    lines += [
+        _table_row(*cell, list(runs.values()), matrix.arguments.steps)
+        for cell, runs in curves.items()
+    ]
     lines += ["", *_comparison(curves, matrix.arguments)]
     (matrix.results / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
@@ -200,24 +213,39 @@ def check_settings(directories: dict[Run, Path]) -> None:
     for run, directory in directories.items():
         own = YOUNGER_OPTIONS | json.loads((directory / "config.json").read_text())
         first, others = settings.setdefault(run.algorithm, (run, own))
-        different = sorted(key for key in own | others if own.get(key) != others.get(key))
-        if different:
-            raise SystemExit(
-                f"{run.name} and {first.name} differ in {', '.join(different)}: "
-                "give other --results and --runs"
-            )
+        if different := _differences(own, others):
+            raise SystemExit(f"{run.name} and {first.name} differ in {different}: {_SEPARATE}")
+
+
+def check_request(run: Run, directory: Path, arguments: argparse.Namespace) -> None:
+    """A run that is taken as finished must be one that this command would make."""
+    if run.algorithm == "sb3-sac":
+        return  # its settings are the library's own
+    overrides = parse_overrides(arguments.set)
+    wanted = json.loads(
+        json.dumps(make_config(run.algorithm, arguments.preset, overrides).to_dict())
+    )
+    own = YOUNGER_OPTIONS | json.loads((directory / "config.json").read_text())
+    if different := _differences(own, wanted):
+        raise SystemExit(f"{directory} differs from this command in {different}: {_SEPARATE}")
+
+
+def _differences(own: dict[str, Any], other: dict[str, Any]) -> str:
+    # The harness itself sees to the steps; older runs do not record them.
+    keys = sorted((own.keys() | other.keys()) - {"total_steps"})
+    return ", ".join(key for key in keys if own.get(key) != other.get(key))
 
 
 def _comparison(curves: Curves, arguments: argparse.Namespace) -> list[str]:
     """Every algorithm against the baseline, pooled over tasks; the seeds that all of them have."""
     cells = [(task, a) for task in arguments.tasks for a in arguments.algorithms]
-    seeds = min(len(curves.get(cell, [])) for cell in cells)
-    if seeds == 0 or arguments.baseline not in arguments.algorithms:
+    seeds = sorted(set.intersection(*(set(curves.get(cell, {})) for cell in cells)))
+    if not seeds or arguments.baseline not in arguments.algorithms:
         return []
     last = {
         algorithm: np.array(
             [
-                [c["mean_return"][-1] for c in curves[task, algorithm][:seeds]]
+                [curves[task, algorithm][seed]["mean_return"][-1] for seed in seeds]
                 for task in arguments.tasks
             ]
         )
@@ -227,7 +255,8 @@ def _comparison(curves: Curves, arguments: argparse.Namespace) -> list[str]:
     if base.mean(1).min() <= 0:
         return []  # a ratio to a negative return says nothing
     lines = [
-        f"Last return divided by {arguments.baseline}'s mean on the task, {seeds} seeds; 95 % "
+        f"Last return divided by {arguments.baseline}'s mean on the task, seeds "
+        f"{', '.join(map(str, seeds))}; 95 % "
         "stratified bootstrap intervals.",
         "",
         "| algorithm | IQM | probability of improvement |",

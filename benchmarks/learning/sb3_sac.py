@@ -28,7 +28,7 @@ from flame_ext.evaluate import Evaluation, run_episodes
 from flame_ext.loggers import EvaluationLog
 
 SETTINGS = ("learning_rate", "batch_size", "buffer_size", "gamma", "tau", "learning_starts")
-SETTINGS += ("gradient_steps", "n_envs", "seed")
+SETTINGS += ("gradient_steps", "n_envs")
 
 
 class Evaluate(BaseCallback):

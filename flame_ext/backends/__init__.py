@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flame_ext.backends.torch import TorchBackend
 from flame_ext.errors import BackendUnavailableError, check_choice
-from flame_ext.native import auto_backend
+from flame_ext.native import auto_backend, load_core
 
 __all__ = ["BACKENDS", "Backend", "BackendName", "make_backend", "resolve_operator"]
 
@@ -36,8 +36,8 @@ def make_backend(name: str, device: pytorch.device) -> Backend:
     if name == "cpu":
         if device.type != "cpu":
             raise ValueError(f"backend='cpu' computes on the CPU, device={device} was given")
-        return _make_cpu_backend()
-    backend = _make_cuda_backend()
+        return _make_native(name)
+    backend = _make_native(name)
     if device.type != "cuda":
         raise ValueError(f"backend='cuda' computes on a CUDA device, device={device} was given")
     return backend
@@ -57,7 +57,7 @@ def resolve_operator(name: str, operator: str, tensors: Sequence[Tensor]) -> str
     fits = all(x.device.type == wanted and x.dtype == pytorch.float32 for x in tensors)
     if name == "auto":
         return "cpu" if fits and auto_backend("cpu")[0] == "cpu" else "torch"
-    _make_cpu_backend() if name == "cpu" else _make_cuda_backend()
+    _require(name)
     if not fits:
         kinds = sorted({f"{x.dtype} on {x.device}" for x in tensors})
         raise ValueError(
@@ -67,19 +67,24 @@ def resolve_operator(name: str, operator: str, tensors: Sequence[Tensor]) -> str
     return name
 
 
-def _make_cpu_backend() -> Backend:
+def _require(name: str) -> None:
+    """Raises unless this build and machine have the native backend."""
     try:
+        load_core()
+    except ImportError as error:
+        raise BackendUnavailableError(str(error)) from error
+    if name == "cuda":
+        from flame_ext.backends.cuda import require_cuda
+
+        require_cuda()
+
+
+def _make_native(name: str) -> Backend:
+    _require(name)
+    if name == "cpu":
         from flame_ext.backends.cpu import CpuBackend
 
         return CpuBackend()
-    except ImportError as error:
-        raise BackendUnavailableError(str(error)) from error
+    from flame_ext.backends.cuda import CudaBackend
 
-
-def _make_cuda_backend() -> Backend:
-    try:
-        from flame_ext.backends.cuda import CudaBackend
-
-        return CudaBackend()
-    except ImportError as error:
-        raise BackendUnavailableError(str(error)) from error
+    return CudaBackend()

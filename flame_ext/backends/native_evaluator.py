@@ -266,7 +266,9 @@ class NativeEvaluator:
 
     def candidates(self, obs: Tensor, action: Tensor) -> Tensor:
         """As `Critics.candidate_q_min`: layer one's observation part once per state."""
-        q = self.core.twin_q(self.spec, self.parameters, array(obs), array(action.contiguous()))
+        q = self.core.twin_q(
+            self.spec, self.parameters, array(obs.contiguous()), array(action.contiguous())
+        )
         return torch.from_numpy(q)
 
 
