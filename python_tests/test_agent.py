@@ -153,6 +153,18 @@ def test_policy_step_leaves_the_critics_without_gradient() -> None:
     assert agent.critics.flat.requires_grad
 
 
+@pytest.mark.parametrize("interval", [1, 4, 5])
+def test_the_temperature_moves_once_per_interval_of_critic_updates(
+    interval: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = make_agent("sac", policy_delay=2, alpha_interval=interval)
+    steps: list[int] = []
+    monkeypatch.setattr(agent.temperature, "step", lambda *_: steps.append(agent.updates))
+    for _ in range(40):
+        agent.update(make_batch())
+    assert len(steps) == 40 // max(interval, 2)
+
+
 def test_damped_logits_hold_the_effective_sample_size() -> None:
     logits = 100 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     weights = torch.softmax(damped_logits(logits, 0.5), dim=1)
@@ -202,8 +214,9 @@ def test_backends_do_not_fall_back() -> None:
 
 
 def test_diffusion_has_no_density() -> None:
+    actor = make_agent("diffusion").actor
     with pytest.raises(ValueError, match="no tractable log-density"):
-        make_agent("diffusion", entropy_in_target=True).update(make_batch())
+        actor.sample(torch.zeros(1, OBS), torch.zeros(1, ACT), torch.Generator())
 
 
 def native_candidates(
@@ -215,8 +228,9 @@ def native_candidates(
     return philox_candidates(draw_seed(generator), shape).to(z.dtype)
 
 
-@pytest.mark.parametrize("proposal", ["reverse", "policy"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "proposal"), [*((a, "reverse") for a in ALGORITHMS), ("flame", "policy")]
+)
 def test_ten_updates_agree_between_torch_and_native(
     algorithm: str, proposal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,14 @@ def test_overrides_win_over_the_preset() -> None:
         (("flame", "default", {"hidden_sizes": ()}), "at least one width"),
         (("flame", "default", {"buffer_size": 4}), "does not hold one step of num_envs=5"),
         (("sac", "default", Config(algorithm="flame")), "pass the same name to both"),
+        (("flame", "paper", Config()), "given with a complete Config"),
+        (("diffusion", "default", {"temperature": "entropy"}), "diffusion policy has no density"),
+        (("diffusion", "default", {"entropy_in_target": True}), "diffusion policy has no density"),
+        (("sac", "default", {"temperature": "ess"}), "temperature='ess' needs candidates"),
+        (("flame-r", "default", {"reweighting_weight": 0}), "the policy learns nothing"),
+        (("flame-r", "default", {"proposal": "policy"}), "proposal='policy' needs the one-step"),
+        (("flame", "default", {"policy_tau": 0}), "policy_tau=0.0 is out of range"),
+        (("flame", "default", {"reward_scale": float("nan")}), "reward_scale=nan is out of range"),
     ],
 )
 def test_bad_values_are_named(arguments: tuple[str, str, object], text: str) -> None:
@@ -51,3 +59,9 @@ def test_bad_values_are_named(arguments: tuple[str, str, object], text: str) -> 
 def test_wrong_types_are_named(value: object) -> None:
     with pytest.raises(TypeError, match=r"num_candidates=.* expected int"):
         make_config("flame", overrides={"num_candidates": value})
+
+
+@pytest.mark.parametrize("value", [[256.7], [True], "256"])
+def test_widths_are_whole_numbers(value: object) -> None:
+    with pytest.raises(TypeError, match="hidden_sizes="):
+        make_config("flame", overrides={"hidden_sizes": value})

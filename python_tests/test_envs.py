@@ -453,6 +453,30 @@ def wrapped_normaliser():
     return gymnasium.wrappers.NormalizeObservation(Counter())
 
 
+def test_a_space_that_is_sampled_from_is_restored():
+    class Sampling(Counter):
+        def _obs(self):
+            return self.observation_space.sample()
+
+    handles = [make_vector_env(Sampling, seed=seed) for seed in (3, 99)]
+    for handle in handles:
+        handle.reset()
+    handles[1].set_state(handles[0].get_state())
+    action = np.zeros((1, 2))
+    assert np.array_equal(*(handle.step(action).next_obs for handle in handles))
+
+
+def test_an_environment_with_state_of_its_own_kind_is_not_guessed():
+    class Hidden(Counter):
+        def reset(self, **kwargs):
+            self.data = [0.0]  # the name of MuJoCo's state
+            return super().reset(**kwargs)
+
+    handle = make_vector_env(Hidden)
+    handle.reset()
+    assert handle.get_state() is None
+
+
 def test_a_state_of_another_number_of_environments_is_refused():
     handle = make_vector_env(Counter, num_envs=2)
     handle.reset()

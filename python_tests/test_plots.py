@@ -72,6 +72,18 @@ def test_seeds_are_averaged_per_algorithm(tmp_path):
     assert sac.spread.tolist() == [2.0]
 
 
+def test_variants_are_averaged_apart_and_tasks_not_at_all(tmp_path):
+    runs = [write_run(tmp_path / name, "flame", [(10, [1.0])]) for name in "abc"]
+    for run, gamma in zip(runs, (0.9, 0.9, 0.8), strict=True):
+        config = {"algorithm": "flame", "gamma": gamma, "total_steps": int(100 * gamma)}
+        (run / "config.json").write_text(json.dumps(config))
+    curves = aggregate_curves(runs)
+    assert [(c.options, c.runs) for c in curves] == [("gamma=0.9", 2), ("gamma=0.8", 1)]
+    other = write_policy(write_run(tmp_path / "d", "flame", [(10, [7.0])]), "flame", "Hopper-v5")
+    with pytest.raises(ValueError, match="several tasks"):
+        aggregate_curves([write_policy(runs[0], "flame"), other])
+
+
 def test_runs_are_compared_where_all_have_been(tmp_path):
     runs = [
         write_run(tmp_path / "a", "flame", [(0, [0.0]), (20, [20.0]), (40, [40.0])]),
