@@ -293,9 +293,7 @@ class Trainer:
         progress: Progress,
     ) -> None:
         c, total = self.config, self._total_steps
-        while self.global_step < total and self._stopped_by is None:
-            if interrupted.is_set():
-                raise KeyboardInterrupt
+        while self.global_step < total and self._stopped_by is None and not interrupted.is_set():
             before = self.global_step
             self.agent.set_progress(before / total)
             self._collect()
@@ -307,7 +305,10 @@ class Trainer:
                 self._evaluate(log, evaluation_log, progress)
             if self._due(before, c.checkpoint_interval) and self.global_step < total:
                 self.save()
-        self._evaluate(log, evaluation_log, progress)
+        if not interrupted.is_set():
+            self._evaluate(log, evaluation_log, progress)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
 
     def stop(self, reason: str = "stop()") -> None:
         """Ends the run after the current step; it is evaluated and saved as usual."""

@@ -114,6 +114,14 @@ def test_a_run_interrupted_in_the_middle_of_a_step_resumes_bit_equal(
         assert torch.equal(network.flat, resumed.agent.networks()[name].flat), name
 
 
+def test_an_interrupt_in_the_last_evaluation_is_not_lost(tmp_path: Path) -> None:
+    interrupt = flame_ext.callbacks.FunctionCallback(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    trainer = Trainer(TASK, config=TINY, run_dir=tmp_path / "run", callbacks=[interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(total_steps=40)
+    assert [evaluation.step for evaluation in trainer.evaluations] == [40]
+
+
 def test_a_run_goes_on_after_it_was_stopped(tmp_path: Path) -> None:
     stop = flame_ext.callbacks.FunctionCallback(lambda *_: np.bool_(False), event="log")
     trainer = Trainer(TASK, config=TINY, run_dir=tmp_path / "run", callbacks=[stop])
