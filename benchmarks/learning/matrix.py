@@ -242,43 +242,44 @@ def _comparison(curves: Curves, arguments: argparse.Namespace) -> list[str]:
     seeds = sorted(set.intersection(*(set(curves.get(cell, {})) for cell in cells)))
     if not seeds or arguments.baseline not in arguments.algorithms:
         return []
-    last = {
+    tails = {
         algorithm: np.array(
             [
-                [curves[task, algorithm][seed]["mean_return"][-1] for seed in seeds]
+                [_tail_mean(curves[task, algorithm][seed], arguments.steps) for seed in seeds]
                 for task in arguments.tasks
             ]
         )
         for algorithm in arguments.algorithms
     }
-    base = last[arguments.baseline]
+    base = tails[arguments.baseline]
     if base.mean(1).min() <= 0:
         return []  # a ratio to a negative return says nothing
     lines = [
-        f"Last return divided by {arguments.baseline}'s mean on the task, seeds "
+        f"Mean return of the last 10 % divided by {arguments.baseline}'s on the task, seeds "
         f"{', '.join(map(str, seeds))}; 95 % "
         "stratified bootstrap intervals.",
         "",
         "| algorithm | IQM | probability of improvement |",
         "| --- | --- | --- |",
     ]
-    for algorithm, scores in last.items():
+    for algorithm, scores in tails.items():
         iqm = bootstrap(interquartile_mean, scores / base.mean(1, keepdims=True))
         better = bootstrap(probability_of_improvement, scores, base)
         lines.append(f"| {algorithm} | {iqm} | {better} |")
     return lines
 
 
+def _tail_mean(run: Evaluations, steps: int) -> float:
+    """Mean return over the evaluations of the last 10 %: one alone says little."""
+    returns = np.array(run["mean_return"])
+    return float(returns[np.array(run["step"]) > 0.9 * steps].mean())
+
+
 def _table_row(task: str, algorithm: str, runs: list[Evaluations], steps: int) -> str:
     minutes = np.array([run["wall_time"][-1] / 60 for run in runs])
     returns = [np.array(run["mean_return"]) for run in runs]
     last = np.array([r[-1] for r in returns])
-    tail = np.array(
-        [
-            r[np.array(run["step"]) > 0.9 * steps].mean()
-            for r, run in zip(returns, runs, strict=True)
-        ]
-    )
+    tail = np.array([_tail_mean(run, steps) for run in runs])
     best = np.array([r.max() for r in returns])
     cells = [
         task,
