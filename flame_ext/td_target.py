@@ -40,16 +40,10 @@ def td_target(
     """
     c = actor.config
     obs = batch.next_obs
-    if c.entropy_in_target:
-        # The density is the plain sample's: best-of-N has none in closed form.
-        sample = actor.sample(obs, noise[:, 0], generator)
-        candidates = sample.action.clamp(-1, 1).unsqueeze(1)
-        if c.target_particles > 1:
-            others = actor.action(obs.unsqueeze(1), noise[:, 1:])
-            candidates = torch.cat([candidates, others], dim=1)
-    else:
-        candidates = actor.action(obs.unsqueeze(1), noise)
+    candidates = actor.action(obs.unsqueeze(1), noise)
     value = target_critics.candidate_q_min(obs, candidates).amax(1)
     if c.entropy_in_target:
-        value = value - alpha * sample.log_prob
+        # The density is the plain sample's, since best-of-N has none in closed form. Its estimator
+        # may take other steps than the policy that acts: FLAME's decoupled one.
+        value = value - alpha * actor.sample(obs, noise[:, 0], generator).log_prob
     return c.reward_scale * batch.reward + c.gamma * (1 - batch.terminated) * value

@@ -132,6 +132,20 @@ def test_td_target_of_sac(entropy_in_target: bool) -> None:
     torch.testing.assert_close(target, batch.reward + 0.99 * value, rtol=1e-4, atol=1e-4)
 
 
+def test_the_targets_action_is_the_policys_whatever_estimates_its_density() -> None:
+    options = {"entropy_estimator": "multi_step", "entropy_steps": 3, "reverse_kl_weight": 0.0}
+    agent, batch = make_agent(entropy_in_target=True, **options), make_batch()
+    state = agent.generator.get_state()
+    target = target_of(agent, batch)
+    agent.generator.set_state(state)
+    noise = target_noise(agent.actor, batch, agent.generator)[:, 0]
+    with torch.no_grad():
+        action = agent.actor.action(batch.next_obs, noise)
+        log_prob = agent.actor.sample(batch.next_obs, noise, agent.generator).log_prob
+        value = agent.target_critics.q_min(batch.next_obs, action) - agent.alpha * log_prob
+    torch.testing.assert_close(target, batch.reward + 0.99 * value)
+
+
 def test_critic_step_is_the_gradient_of_the_summed_squared_errors() -> None:
     agent, batch = make_agent(), make_batch()
     target = torch.randn(32)
