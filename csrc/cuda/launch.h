@@ -160,9 +160,10 @@ class Launcher {
     };
     using SharedMemory = std::vector<Vector>;
 
-    // Starts as NaN: a value that no thread wrote shows in the results.
+    // Starts as NaN: a value that no thread wrote shows in the results. Never empty, as a pointer to
+    // it is taken for kernels that use none.
     static SharedMemory undefined(size_t floats) {
-        return SharedMemory((floats + 3) / 4, Vector{{NAN, NAN, NAN, NAN}});
+        return SharedMemory(floats / 4 + 1, Vector{{NAN, NAN, NAN, NAN}});
     }
     int64_t ordered(int64_t i, int64_t count) const { return falling_ ? count - 1 - i : i; }
 
