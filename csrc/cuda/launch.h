@@ -160,8 +160,8 @@ class Launcher {
     };
     using SharedMemory = std::vector<Vector>;
 
-    // Starts as NaN: a value that no thread wrote shows in the results. Never empty, as a pointer to
-    // it is taken for kernels that use none.
+    // Starts as NaN: a value that no thread wrote shows in the results. Never empty, as a pointer
+    // to it is taken for kernels that use none.
     static SharedMemory undefined(size_t floats) {
         return SharedMemory(floats / 4 + 1, Vector{{NAN, NAN, NAN, NAN}});
     }
