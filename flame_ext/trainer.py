@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import re
-import signal
-import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +31,12 @@ from flame_ext.config import Config, make_config
 from flame_ext.envs import EnvLike, EnvState, VectorEnvHandle, make_eval_env, make_vector_env
 from flame_ext.errors import BackendUnavailableError, EnvironmentDataError, RunDirectoryError
 from flame_ext.evaluate import Evaluation, run_episodes
+from flame_ext.interrupts import interrupts_between_steps
 from flame_ext.loggers import EvaluationLog, MultiLogger, make_loggers
 from flame_ext.normalizer import ObservationNormalizer
 from flame_ext.policies.base import uniform_like
 from flame_ext.policy import POLICY_FILE, PolicySpec, fixed_noise, save_policy
+from flame_ext.process_settings import denormals_flushed, keep_freed_memory
 from flame_ext.progress import Progress
 from flame_ext.replay import Batch, ReplayBuffer
 
@@ -79,41 +77,6 @@ class RunResult:
     def policy_path(self) -> Path:
         """The final policy, for `flame_ext.load`."""
         return self.run_dir / POLICY_FILE
-
-
-@contextmanager
-def _denormals_flushed() -> Iterator[None]:
-    """Adam's moments of parameters that rarely move become denormals, slow on every CPU."""
-    before = float(torch.full((), 1e-40) * 1) == 0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-
-@contextmanager
-def _interrupts_between_steps() -> Iterator[threading.Event]:
-    """Sets the event at Ctrl-C or SIGTERM; the second one interrupts at once, as usual.
-
-    A step that was cut in half cannot be resumed bit-equal. Outside the main thread, where signals
-    do not arrive, nothing changes.
-    """
-    wanted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield wanted
-        return
-
-    def note(number: int, _: object) -> None:
-        wanted.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield wanted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -177,7 +140,7 @@ class Trainer:
         self.evaluations: list[Evaluation] = []
         self._update_debt = 0.0
         self._obs: np.ndarray | None = None
-        _keep_freed_memory()
+        keep_freed_memory()
         self._earlier_wall_time, self._start = 0.0, time.perf_counter()
         self._stopped_by: str | None = None
         self._tally = _Tally()
@@ -241,7 +204,7 @@ class Trainer:
         trainer._restore(tensors, manifest)
         return trainer
 
-    @_denormals_flushed()
+    @denormals_flushed()
     def run(self, total_steps: int | None = None) -> RunResult:
         """Trains until `total_steps` environment steps, then evaluates and saves.
 
@@ -265,7 +228,7 @@ class Trainer:
         )
         self._call("on_start")
         try:
-            with self.backend.training(), _interrupts_between_steps() as interrupted:
+            with self.backend.training(), interrupts_between_steps() as interrupted:
                 self._train(interrupted, log, evaluation_log, progress)
         except EnvironmentDataError:
             self._obs = None  # what diverged must not be restored: new episodes instead
@@ -495,16 +458,6 @@ def _make_training_env(env: EnvLike, config: Config, seed: int) -> VectorEnvHand
     """An id or a factory is run `num_envs` times; objects are taken as they are."""
     is_object = isinstance(env, (gymnasium.Env, gymnasium.vector.VectorEnv))
     return make_vector_env(env, num_envs=None if is_object else config.num_envs, seed=seed)
-
-
-def _keep_freed_memory() -> None:
-    """Stops glibc from handing large temporaries back, only to fault them in at the next update."""
-    if sys.platform == "linux":
-        mmap_threshold, trim_threshold = -3, -1
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc; musl has none
-            libc.mallopt(mmap_threshold, 1 << 30)
-            libc.mallopt(trim_threshold, 1 << 30)
 
 
 def _resolve_device(device: str, backend: str) -> torch.device:

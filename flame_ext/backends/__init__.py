@@ -33,14 +33,16 @@ def make_backend(name: str, device: pytorch.device) -> Backend:
         name, _ = auto_backend(device.type)
     if name == "torch":
         return TorchBackend()
+    _require(name)
+    if device.type != name:
+        raise ValueError(f"backend={name!r} computes on a {name.upper()} device; got {device=!s}")
     if name == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f"backend='cpu' computes on the CPU, device={device} was given")
-        return _make_native(name)
-    backend = _make_native(name)
-    if device.type != "cuda":
-        raise ValueError(f"backend='cuda' computes on a CUDA device, device={device} was given")
-    return backend
+        from flame_ext.backends.cpu import CpuBackend
+
+        return CpuBackend()
+    from flame_ext.backends.cuda import CudaBackend
+
+    return CudaBackend()
 
 
 def resolve_operator(name: str, operator: str, tensors: Sequence[Tensor]) -> str:
@@ -77,14 +79,3 @@ def _require(name: str) -> None:
         from flame_ext.backends.cuda import require_cuda
 
         require_cuda()
-
-
-def _make_native(name: str) -> Backend:
-    _require(name)
-    if name == "cpu":
-        from flame_ext.backends.cpu import CpuBackend
-
-        return CpuBackend()
-    from flame_ext.backends.cuda import CudaBackend
-
-    return CudaBackend()

@@ -56,7 +56,6 @@ class CudaBackend(TorchBackend):
     name = "cuda"
 
     def __init__(self) -> None:
-        require_cuda()
         self._core = load_core()
         self._schedules: dict[Tensor, tuple[float, Tensor]] = {}
 
