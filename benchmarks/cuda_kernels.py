@@ -26,7 +26,8 @@ from torch import Tensor
 
 from flame_ext import reference
 from flame_ext.backends.cuda import CudaBackend, CudaEvaluator
-from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import MeanVelocityNet
 
 B, K, OBS, ACT, HIDDEN = 256, 100, 17, 6, (256, 256, 256)
 ROUNDS = 30

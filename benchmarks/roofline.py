@@ -28,7 +28,8 @@ from flame_ext import _core
 from flame_ext.backends.cpu import CpuBackend
 from flame_ext.backends.native_evaluator import NativeEvaluator, array, mlp_spec
 from flame_ext.backends.torch import adam_moments
-from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import MeanVelocityNet
 from flame_ext.play import untrained_policy
 
 FLOAT = 4  # bytes

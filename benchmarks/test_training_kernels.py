@@ -22,7 +22,8 @@ from flame_ext import _core, ops
 from flame_ext.agent import Agent
 from flame_ext.backends import TorchBackend, make_backend
 from flame_ext.config import make_config
-from flame_ext.networks import ACTIVATIONS, Critics, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import ACTIVATIONS, MeanVelocityNet
 from flame_ext.replay import Batch
 
 B, K, OBS, ACT, HIDDEN = 256, 64, 17, 6, (256, 256, 256)

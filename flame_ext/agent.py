@@ -9,9 +9,10 @@ from torch import Tensor
 
 from flame_ext.backends import Backend
 from flame_ext.backends.torch import adam_moments
+from flame_ext.build import make_actor, make_critics, make_encoder
 from flame_ext.config import Config
-from flame_ext.networks import Critics, FlatMLP
-from flame_ext.policies import make_actor
+from flame_ext.embeddings import StateActionEncoder
+from flame_ext.networks import FlatMLP
 from flame_ext.policies.base import normal_like
 from flame_ext.replay import Batch
 from flame_ext.temperature import Temperature
@@ -45,28 +46,29 @@ class Agent:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         initial = torch.Generator().manual_seed(seed)
         self.actor = make_actor(config, obs_dim, action_dim, initial)
-        self.critics = Critics(
-            obs_dim,
-            action_dim,
-            config.hidden_sizes,
-            activation=config.critic_activation,
-            layer_norm=config.critic_layer_norm,
-            generator=initial,
-        )
-        self.actor.network.to(self.device)
-        self.critics.to(self.device)
+        sizes = obs_dim, action_dim
+        self.encoder = make_encoder(config, *sizes, initial)
+        # The critics see the features of a while ago: those in training move too fast.
+        self.fixed_encoder = copy.deepcopy(self.encoder)
+        self.critics = make_critics(config, *sizes, self.fixed_encoder, initial)
+        self.target_critics = copy.deepcopy(self.critics)
+        self.target_critics.encoder = self.fixed_encoder
         self.averaged_actor = self.actor
         if config.policy_tau < 1:
             self.averaged_actor = copy.deepcopy(self.actor)
-            self.averaged_actor.network.requires_grad_(False)
-        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        for network in self.networks().values():
+        trained = ("actor", "critics", "state_encoder", "pair_encoder")
+        for name, network in self.networks().items():
+            network.to(self.device)
+            network.requires_grad_(name in trained)
             backend.accelerate(network)
         self.temperature = Temperature(config, action_dim)
         self.optimizers = {
             "critics": _adam(self.critics.flat, config.critic_learning_rate),
             "actor": _adam(self.actor.network.flat, config.policy_learning_rate),
         }
+        if self.encoder is not None:
+            for name, network in self.encoder.networks().items():
+                self.optimizers[name] = _adam(network.flat, config.embedding_learning_rate)
         self.updates = 0
 
     @property
@@ -141,12 +143,28 @@ class Agent:
             updates,
         )
         self.updates += updates
+        if self.encoder is not None:
+            metrics |= self._encoder_updates(self.encoder, batch, updates)
         if self.updates % c.policy_delay == 0:
             rows = len(batch)
             first = rows - rows // updates
             last = slice(first, min(first + c.policy_batch_size, rows))
             metrics |= self._policy_step(batch.obs[last], batch.action[last])
         return metrics
+
+    def _encoder_updates(
+        self, encoder: StateActionEncoder, batch: Batch, updates: int
+    ) -> dict[str, float]:
+        """As many as the critics had, who see the result at the interval's next multiple."""
+        loss = 0.0
+        for part in batch.split(updates):
+            loss += self.backend.encoder_step(encoder, part.obs, part.action, part.next_obs)
+            for name in encoder.networks():
+                self.backend.optimizer_step(self.optimizers[name])
+        interval = self.config.embedding_interval
+        if self.fixed_encoder and self.updates // interval > (self.updates - updates) // interval:
+            self.fixed_encoder.copy_from(encoder)
+        return {"encoder_loss": loss / updates}
 
     def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
         result = self.backend.actor_step(
@@ -185,6 +203,9 @@ class Agent:
         }
         if self.averaged_actor is not self.actor:
             networks["averaged_actor"] = self.averaged_actor.network
+        if self.encoder is not None and self.fixed_encoder is not None:
+            networks |= self.encoder.networks()
+            networks |= {f"fixed_{n}": x for n, x in self.fixed_encoder.networks().items()}
         return networks
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -45,6 +45,11 @@ class Config:
             so that relu is a poor choice there.
         critic_activation: Hidden activation of the critics.
         critic_layer_norm: LayerNorm in the critics.
+        embedding_dim: Length of the learned embeddings of states and of state-action pairs that
+            the critics see beside the plain ones (`flame_ext.embeddings`); 0 learns none.
+        embedding_learning_rate: Adam step of their encoder.
+        embedding_interval: Critic updates from one time that the critics take over the encoder's
+            weights to the next.
         policy_layer_norm: LayerNorm in the policy.
         critic_learning_rate: Adam step of the critics.
         policy_learning_rate: Adam step of the policy.
@@ -120,6 +125,9 @@ class Config:
     policy_activation: Activation = "silu"
     critic_activation: Activation = "relu"
     critic_layer_norm: bool = True
+    embedding_dim: int = 0
+    embedding_learning_rate: float = 1e-3
+    embedding_interval: int = 250
     policy_layer_norm: bool = False
     critic_learning_rate: float = 1e-3
     policy_learning_rate: float = 1e-3
@@ -241,6 +249,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "tau": (0, 1),
     "reward_scale": (1e-12, _INF),
     "critic_learning_rate": (0, _INF),
+    "embedding_dim": (0, _INF),
+    "embedding_learning_rate": (0, _INF),
+    "embedding_interval": (1, _INF),
     "policy_learning_rate": (0, _INF),
     "final_policy_learning_rate": (0, _INF),
     "policy_tau": (1e-12, 1),

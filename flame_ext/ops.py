@@ -21,7 +21,8 @@ from flame_ext import reference
 from flame_ext.backends import BackendName, resolve_operator
 from flame_ext.backends.cuda import CudaEvaluator
 from flame_ext.backends.native_evaluator import NativeEvaluator
-from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.policies.reweighting import candidate_uniforms
 from flame_ext.reference import Estimator, LogProb, Reweighted, Trace
 from flame_ext.sampling import CandidateSampling, Flow

@@ -183,19 +183,13 @@ def untrained_policy(
     algorithm: str, obs_dim: int, action_dim: int, preset: str = "default"
 ) -> Policy:
     """A policy with fresh weights and the preset options of ``algorithm``."""
+    from flame_ext.build import deployed_networks, make_actor, make_critics, make_encoder
     from flame_ext.config import make_config
-    from flame_ext.networks import Critics
-    from flame_ext.policies import make_actor
 
     config = make_config(algorithm, preset)
-    critics = Critics(
-        obs_dim,
-        action_dim,
-        config.hidden_sizes,
-        activation=config.critic_activation,
-        layer_norm=config.critic_layer_norm,
-    )
-    networks = {"actor": make_actor(config, obs_dim, action_dim).network, "critics": critics}
+    sizes = obs_dim, action_dim
+    critics = make_critics(config, *sizes, make_encoder(config, *sizes))
+    networks = deployed_networks(make_actor(config, *sizes), critics)
     spec = PolicySpec(
         algorithm=algorithm,
         config=config.to_dict(),

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_ext.errors import BackendUnavailableError, RunDirectoryError, check_choice
+from flame_ext.sampling import OBSERVATION_CLIP
 
 POLICY_FILE = "policy.safetensors"
 _FORMAT = 1
 # The choices of flame_ext.config.Algorithm, which cannot be imported without torch.
 _ALGORITHMS = ("flame", "flame-r", "sac", "diffusion")
 _TENSORS = ("actor.flat", "critics.flat")
+_ENCODER_TENSORS = ("state_encoder.flat", "pair_encoder.flat")
 # Where a run directory keeps policies, in the order `load` looks for them.
 _PLACES = ("", "best")
 
@@ -149,6 +151,15 @@ def observation_rows(obs: NDArray[Any], obs_dim: int) -> NDArray[Any]:
     return rows
 
 
+def network_observations(obs: NDArray[Any], tensors: Mapping[str, Array]) -> Array:
+    """Observations ``(B, O)`` as the networks take them: standardised if in training they were."""
+    rows = np.asarray(obs, np.float32)
+    if "normalizer.shift" not in tensors:
+        return rows
+    rows = (rows - tensors["normalizer.shift"]) * tensors["normalizer.scale"]
+    return np.clip(rows, -OBSERVATION_CLIP, OBSERVATION_CLIP)
+
+
 @functools.lru_cache(maxsize=32)
 def fixed_noise(num_particles: int, action_dim: int) -> Array:
     """Base noise of deterministic acting ``(N, A)``: zero, then fixed standard normal rows."""
@@ -170,8 +181,9 @@ def make_engine(
 
     Args:
         spec: What the policy is.
-        tensors: ``actor.flat``, ``critics.flat`` and, for normalised observations,
-            ``normalizer.shift`` and ``normalizer.scale``; float32.
+        tensors: ``actor.flat``, ``critics.flat``; for embeddings ``state_encoder.flat`` and
+            ``pair_encoder.flat``, for normalised observations ``normalizer.shift`` and
+            ``normalizer.scale``; float32.
         backend: ``cpu`` (native), ``torch``, or ``auto``: native where the module loads.
         precision: ``fp32`` or ``fp16`` weights; the latter native only.
         seed: Seeds the engine's own noise.
@@ -242,7 +254,8 @@ def load(
         for bound in ("action_low", "action_high"):
             header[bound] = tuple(header[bound])
         spec = PolicySpec(**header)
-        missing = [name for name in _TENSORS if name not in tensors]
+        wanted = _TENSORS + (_ENCODER_TENSORS if spec.config.get("embedding_dim") else ())
+        missing = [name for name in wanted if name not in tensors]
         if missing:
             raise RunDirectoryError(f"{file} lacks the weights {', '.join(missing)}")
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flame_ext.critics import Critics
 from flame_ext.errors import check_choice
-from flame_ext.networks import Critics, MeanVelocityNet, mean_and_std
+from flame_ext.networks import MeanVelocityNet, mean_and_std
 from flame_ext.sampling import Flow, SamplerStep, flow_steps
 
 Estimator = Literal["exact", "multi_step", "one_step_trace"]

@@ -25,6 +25,9 @@ LOG_STD_RANGE = LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 # Standardised observations beyond this say more about an untrained estimate than about the state.
 OBSERVATION_CLIP = 10.0
 
+# Guards the division by an embedding's mean absolute value.
+EMBEDDING_MIN_SCALE = 1e-8
+
 # The cosine schedule's offset (Nichol and Dhariwal 2021), and the least signal it leaves at t = 1.
 _OFFSET = 0.008
 _MIN_SIGNAL = 0.02

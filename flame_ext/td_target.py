@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flame_ext.networks import Critics
+from flame_ext.critics import Critics
 from flame_ext.policies.base import Actor, normal_like
 from flame_ext.replay import Batch
 

@@ -19,6 +19,7 @@ import torch
 
 from flame_ext.agent import Agent
 from flame_ext.backends import make_backend
+from flame_ext.build import deployed_networks
 from flame_ext.callbacks import Callback, says_stop
 from flame_ext.checkpoint import (
     arrays_to_tensors,
@@ -424,7 +425,7 @@ class Trainer:
             action_high=tuple(self.env.action_high.tolist()),
             env_id=self._env_id,
         )
-        networks = {"actor": self.agent.averaged_actor.network, "critics": self.agent.critics}
+        networks = deployed_networks(self.agent.averaged_actor, self.agent.critics)
         tensors = {
             f"{name}.flat": network.flat.detach().cpu().numpy()
             for name, network in networks.items()

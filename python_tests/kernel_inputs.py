@@ -11,7 +11,8 @@ import torch
 from flame_ext import _core
 from flame_ext.agent import Agent
 from flame_ext.backends.native_evaluator import array
-from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.reference import stratify
 from flame_ext.replay import Batch
 

@@ -243,14 +243,19 @@ def native_candidates(
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "proposal"), [*((a, "reverse") for a in ALGORITHMS), ("flame", "policy")]
+    ("algorithm", "proposal", "embedding_dim"),
+    [
+        *((algorithm, "reverse", z) for algorithm in ALGORITHMS for z in (0, 12)),
+        ("flame", "policy", 0),
+    ],
 )
 def test_ten_updates_agree_between_torch_and_native(
-    algorithm: str, proposal: str, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, proposal: str, embedding_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss by loss, from the same weights and draws; then the parameters."""
     monkeypatch.setattr(reweighting, "candidate_uniforms", native_candidates)
-    options = {"hidden_sizes": (32, 24), "proposal": proposal}
+    options = {"hidden_sizes": (32, 24), "proposal": proposal, "embedding_dim": embedding_dim}
+    options |= {"embedding_interval": 3}
     config = make_config(algorithm, overrides={**SMALL, **options})
     agents = [
         Agent(config, OBS, ACT, make_backend(name, torch.device("cpu")), seed=0)

@@ -22,7 +22,8 @@ from flame_ext.backends import make_backend
 from flame_ext.backends.cuda import CudaBackend, CudaEvaluator
 from flame_ext.backends.torch import TorchBackend
 from flame_ext.config import make_config
-from flame_ext.networks import Critics, FlatMLP, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.replay import ReplayBuffer
 
 pytestmark = pytest.mark.gpu

@@ -25,7 +25,8 @@ from kernel_inputs import (
 
 from flame_ext import _core, reference
 from flame_ext.backends.native_evaluator import array, flow_table, mlp_spec
-from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import MeanVelocityNet
 from flame_ext.sampling import Flow
 
 ORDERS = pytest.mark.parametrize("falling", [False, True])

@@ -14,7 +14,8 @@ from kernel_inputs import ACTIVATIONS, EPS, Array, assert_as_accurate, draw, mak
 
 from flame_ext import _core
 from flame_ext.backends.native_evaluator import NativeEvaluator, array, mlp_spec
-from flame_ext.networks import Critics, FlatMLP
+from flame_ext.critics import Critics
+from flame_ext.networks import FlatMLP
 
 each_isa = pytest.mark.usefixtures("isa")
 each_target = pytest.mark.usefixtures("kernels")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from flame_ext.critics import Critics
 from flame_ext.networks import (
     ACTIVATIONS,
     ALIGNMENT,
     TIME_FEATURES,
-    Critics,
     FlatMLP,
     GaussianPolicyNet,
     MeanVelocityNet,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flame_ext import ops
-from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import MeanVelocityNet
 from flame_ext.sampling import CandidateSampling
 
 B, K, OBS, ACT = 21, 5, 7, 3

@@ -6,19 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from flame_ext.build import make_actor
 from flame_ext.config import make_config
+from flame_ext.critics import Critics
 from flame_ext.errors import RunDirectoryError
 from flame_ext.evaluate import Evaluation
 from flame_ext.loggers import EvaluationLog
 from flame_ext.multigoal import ENV_ID
-from flame_ext.networks import Critics
 from flame_ext.plots import (
     aggregate_curves,
     plot_learning_curves,
     plot_multigoal,
     rollout_goals,
 )
-from flame_ext.policies import make_actor
 from flame_ext.policy import POLICY_FILE, PolicySpec, save_policy
 
 matplotlib_image = pytest.importorskip("matplotlib.image")

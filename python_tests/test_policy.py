@@ -11,6 +11,7 @@ import torch
 
 from flame_ext.agent import Agent
 from flame_ext.backends import TorchBackend
+from flame_ext.build import deployed_networks
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.errors import RunDirectoryError
 from flame_ext.policy import _ALGORITHMS, Policy, PolicySpec, fixed_noise, load, save_policy
@@ -20,15 +21,18 @@ LOW, HIGH = (-1.0, 0.0, -2.0), (1.0, 4.0, 3.0)
 
 
 def make_policy(
-    path: Path, algorithm: str, normalized: bool = False, backend: str = "auto"
+    path: Path,
+    algorithm: str,
+    normalized: bool = False,
+    backend: str = "auto",
+    embedding_dim: int = 0,
 ) -> tuple[Policy, Agent]:
-    config = make_config(algorithm, overrides={"hidden_sizes": (16, 16)})
+    options = {"hidden_sizes": (16, 16), "embedding_dim": embedding_dim}
+    config = make_config(algorithm, overrides=options)
     agent = Agent(config, OBS, ACT, TorchBackend(), seed=3)
     spec = PolicySpec(algorithm, config.to_dict(), OBS, ACT, LOW, HIGH, "Task-v0")
-    tensors = {
-        "actor.flat": agent.actor.network.flat.detach().numpy(),
-        "critics.flat": agent.critics.flat.detach().numpy(),
-    }
+    networks = deployed_networks(agent.actor, agent.critics)
+    tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
     if normalized:
         tensors["normalizer.shift"] = np.full(OBS, 2, np.float32)
         tensors["normalizer.scale"] = np.full(OBS, 0.5, np.float32)
@@ -37,12 +41,12 @@ def make_policy(
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("particles", [1, 5])
+@pytest.mark.parametrize(("particles", "embedding_dim"), [(1, 0), (5, 0), (1, 8), (5, 8)])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_acts_as_the_agent_in_environment_units(
-    tmp_path: Path, algorithm: str, particles: int, backend: str
+    tmp_path: Path, algorithm: str, particles: int, embedding_dim: int, backend: str
 ) -> None:
-    policy, agent = make_policy(tmp_path, algorithm, backend=backend)
+    policy, agent = make_policy(tmp_path, algorithm, backend=backend, embedding_dim=embedding_dim)
     assert policy.backend == backend
     obs = np.random.default_rng(0).normal(size=(7, OBS)).astype(np.float32)
     noise = torch.tensor(fixed_noise(particles, ACT)).expand(7, -1, -1)
@@ -95,16 +99,23 @@ def test_stochastic_actions_vary_and_follow_the_seed(tmp_path: Path) -> None:
     assert np.array_equal(policy.act(obs, deterministic=True), again.act(obs, deterministic=True))
 
 
-def test_normalisation_travels_with_the_policy(tmp_path: Path) -> None:
-    plain, _ = make_policy(tmp_path / "a", "flame")
-    normalized, _ = make_policy(tmp_path / "b", "flame", normalized=True)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("particles", "embedding_dim"), [(1, 0), (5, 0), (5, 8)])
+def test_normalisation_travels_with_the_policy(
+    tmp_path: Path, backend: str, particles: int, embedding_dim: int
+) -> None:
+    plain, normalized = (
+        make_policy(tmp_path / str(n), "flame", n, backend, embedding_dim)[0] for n in (False, True)
+    )
     obs = np.linspace(-1, 1, OBS).astype(np.float32)
-    expected = plain.act((obs - 2) * 0.5, deterministic=True)
-    np.testing.assert_allclose(normalized.act(obs, deterministic=True), expected, atol=1e-6)
+    expected = plain.act((obs - 2) * 0.5, particles, deterministic=True)
+    np.testing.assert_allclose(normalized.act(obs, particles, True), expected, atol=1e-6)
 
 
-def test_q_value_takes_environment_units(tmp_path: Path) -> None:
-    policy, agent = make_policy(tmp_path, "sac")
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("embedding_dim", [0, 8])
+def test_q_value_takes_environment_units(tmp_path: Path, backend: str, embedding_dim: int) -> None:
+    policy, agent = make_policy(tmp_path, "sac", backend=backend, embedding_dim=embedding_dim)
     obs = np.zeros((2, OBS), np.float32)
     q = policy.q_value(obs, np.array([LOW, HIGH]))
     corners = torch.tensor([[-1.0] * ACT, [1.0] * ACT])
@@ -136,6 +147,10 @@ def test_other_algorithms_and_missing_weights_are_refused(tmp_path: Path, backen
         load(file, backend=backend)
     save_policy(file, policy.spec, {"actor.flat": flat})
     with pytest.raises(RunDirectoryError, match=r"lacks the weights critics\.flat"):
+        load(file, backend=backend)
+    embedded = dataclasses.replace(policy.spec, config={**policy.spec.config, "embedding_dim": 8})
+    save_policy(file, embedded, {"actor.flat": flat, "critics.flat": flat})
+    with pytest.raises(RunDirectoryError, match=r"lacks the weights state_encoder\.flat, pair"):
         load(file, backend=backend)
 
 

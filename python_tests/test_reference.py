@@ -8,7 +8,8 @@ import torch
 from scipy.stats import truncnorm
 from torch import Tensor
 
-from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import MeanVelocityNet
 from flame_ext.reference import (
     best_of,
     log_prob,

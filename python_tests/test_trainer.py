@@ -71,10 +71,13 @@ def test_pytorch_leaves_the_cores_to_the_native_kernels(
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("task", [TASK, "InvertedPendulum-v5"])
-def test_resuming_is_bit_equal_to_never_stopping(tmp_path: Path, task: str) -> None:
-    """Stopped in the middle of episodes and of an update's debt."""
+@pytest.mark.parametrize(("task", "embedding_dim"), [(TASK, 0), ("InvertedPendulum-v5", 8)])
+def test_resuming_is_bit_equal_to_never_stopping(
+    tmp_path: Path, task: str, embedding_dim: int
+) -> None:
+    """Stopped in the middle of episodes, of an update's debt and of the encoder's interval."""
     options = {**TINY, "updates_per_step": 0.7, "normalize_observations": True}
+    options |= {"embedding_dim": embedding_dim, "embedding_interval": 5}
     whole = Trainer(task, config=options, run_dir=tmp_path / "whole")
     whole.run(total_steps=200)
     Trainer(task, config=options, run_dir=tmp_path / "parts").run(total_steps=94)

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flame_ext.build import deployed_networks, make_actor, make_critics, make_encoder
 from flame_ext.config import make_config
-from flame_ext.networks import Critics, FlatMLP
-from flame_ext.policies import make_actor
-from flame_ext.policy import Array, PolicySpec, observation_rows
-from flame_ext.sampling import OBSERVATION_CLIP
+from flame_ext.networks import FlatMLP
+from flame_ext.policy import Array, PolicySpec, network_observations, observation_rows
 
 
 class TorchActingEngine:
@@ -24,16 +23,11 @@ class TorchActingEngine:
     def __init__(self, spec: PolicySpec, tensors: Mapping[str, Array], *, seed: int) -> None:
         config = make_config(spec.algorithm, overrides=spec.config)
         self._actor = make_actor(config, spec.obs_dim, spec.action_dim)
-        self._critics = Critics(
-            spec.obs_dim,
-            spec.action_dim,
-            config.hidden_sizes,
-            activation=config.critic_activation,
-            layer_norm=config.critic_layer_norm,
-        )
-        _load(self._actor.network, tensors["actor.flat"])
-        _load(self._critics, tensors["critics.flat"])
-        self._shift, self._scale = (tensors.get(f"normalizer.{n}") for n in ("shift", "scale"))
+        encoder = make_encoder(config, spec.obs_dim, spec.action_dim)
+        self._critics = make_critics(config, spec.obs_dim, spec.action_dim, encoder)
+        for name, network in deployed_networks(self._actor, self._critics).items():
+            _load(network, tensors[f"{name}.flat"])
+        self._tensors = tensors
         self._middle, self._half = spec.action_middle_and_half()
         self._seed = seed
 
@@ -47,23 +41,16 @@ class TorchActingEngine:
             rng = np.random.default_rng((self._seed, draw))
             noise = rng.standard_normal(shape, np.float32)
         base = torch.tensor(noise).view(shape)
-        unit = self._actor.best_action(self._critics, self._normalize(rows), base).numpy()
+        states = torch.tensor(network_observations(rows, self._tensors))
+        unit = self._actor.best_action(self._critics, states, base).numpy()
         action: NDArray[np.float32] = (self._middle + self._half * unit).astype(np.float32)
         return action[0] if np.ndim(obs) == 1 else action
 
     @torch.no_grad()
     def q_min(self, obs: NDArray[Any], action: Array) -> NDArray[np.float32]:
-        q: NDArray[np.float32] = self._critics.q_min(
-            self._normalize(obs), torch.tensor(action)
-        ).numpy()
+        states = torch.tensor(network_observations(obs, self._tensors))
+        q: NDArray[np.float32] = self._critics.q_min(states, torch.tensor(action)).numpy()
         return q
-
-    def _normalize(self, obs: NDArray[Any]) -> torch.Tensor:
-        rows = np.asarray(obs, np.float32)
-        if self._shift is not None and self._scale is not None:
-            rows = (rows - self._shift) * self._scale
-            rows = np.clip(rows, -OBSERVATION_CLIP, OBSERVATION_CLIP)
-        return torch.tensor(rows)
 
 
 def _load(network: FlatMLP, flat: Array) -> None:

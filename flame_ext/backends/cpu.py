@@ -17,8 +17,9 @@ from flame_ext.backends.native_evaluator import NativeEvaluator, array, draw_see
 from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.config import Config
+from flame_ext.critics import Critics
 from flame_ext.native import load_core
-from flame_ext.networks import Critics, FlatMLP
+from flame_ext.networks import FlatMLP
 from flame_ext.policies.base import Actor, PolicyStep, normal_like
 from flame_ext.policies.flow import MIN_TIME, WALL_SCALE, FlowActor
 from flame_ext.policies.gaussian import GaussianActor
@@ -29,9 +30,9 @@ from flame_ext.td_target import target_noise
 class CpuBackend(TorchBackend):
     """Critic updates, policy loss with gradient and Adam as one native call each.
 
-    Options without a fused form (several particles in the TD target, ``proposal="policy"``, the
-    diffusion policy) are built by autograd from native evaluations; PyTorch still differentiates a
-    reverse-KL term through ``multi_step`` or ``one_step_trace``.
+    Options without a fused form (several particles in the TD target, ``proposal="policy"``,
+    embeddings, the diffusion policy) are built by autograd from native evaluations; PyTorch still
+    differentiates a reverse-KL term through ``multi_step`` or ``one_step_trace``.
     """
 
     name = "cpu"
@@ -73,7 +74,7 @@ class CpuBackend(TorchBackend):
     ) -> dict[str, float]:
         c = actor.config
         steps = next_action_steps(actor)
-        if steps is None:
+        if steps is None or critics.encoder is not None:
             return super().critic_updates(
                 actor, critics, target_critics, optimizer, batch, alpha, generator, updates
             )
@@ -104,6 +105,7 @@ class CpuBackend(TorchBackend):
         self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
     ) -> dict[str, float]:
         gradient, trained = zeroed_gradient(critics), _evaluator(critics)
+        obs, action = critics.inputs(obs, action)
         losses, means, _ = self._core.critic_step(
             trained.spec,
             trained.parameters,
@@ -143,6 +145,8 @@ class CpuBackend(TorchBackend):
         alpha: Tensor,
         generator: torch.Generator,
     ) -> PolicyStep:
+        if critics.encoder is not None:
+            return super().actor_step(actor, obs, action, critics, alpha, generator)
         if isinstance(actor, GaussianActor):
             return self._gaussian_step(actor, obs, critics, alpha, generator)
         if isinstance(actor, FlowActor) and _is_fused(actor.config):

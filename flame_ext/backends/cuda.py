@@ -22,9 +22,10 @@ from flame_ext.backends.native_evaluator import (
 )
 from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
+from flame_ext.critics import Critics
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.native import load_core
-from flame_ext.networks import Critics, FlatMLP
+from flame_ext.networks import FlatMLP
 from flame_ext.policies.base import Actor
 from flame_ext.reference import monotonicity_gap, tanh_gaussian
 from flame_ext.replay import Batch
@@ -75,7 +76,8 @@ class CudaBackend(TorchBackend):
     ) -> dict[str, float]:
         c = actor.config
         steps = next_action_steps(actor)
-        if not steps:  # the Gaussian's own formulas are PyTorch's here
+        # The Gaussian's own formulas and the embeddings are PyTorch's here.
+        if not steps or critics.encoder is not None:
             return super().critic_updates(
                 actor, critics, target_critics, optimizer, batch, alpha, generator, updates
             )
@@ -126,7 +128,8 @@ class CudaBackend(TorchBackend):
     ) -> dict[str, float]:
         gradient = zeroed_gradient(critics)
         sums = gradient.new_empty((2, critics.members), dtype=torch.float64)
-        flat, rows, columns = critics.flat, len(obs), critics.action_dim
+        obs, action = critics.inputs(obs, action)
+        flat, rows, columns = critics.flat, len(obs), action.shape[1]
         run_with_workspace(
             self._core.cuda_critic_step,
             flat,
@@ -135,7 +138,7 @@ class CudaBackend(TorchBackend):
             pointer(gradient),
             rows,
             columns,
-            pointer(obs, (rows, critics.obs_dim), flat),
+            pointer(obs, (rows, obs.shape[1]), flat),
             pointer(action, (rows, columns), flat),
             pointer(target, (rows,), flat),
             sums[0].data_ptr(),

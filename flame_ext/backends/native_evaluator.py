@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flame_ext.critics import Critics
 from flame_ext.native import load_core
-from flame_ext.networks import Critics, FlatMLP
+from flame_ext.networks import FlatMLP
 from flame_ext.reference import (
     Estimator,
     LogProb,

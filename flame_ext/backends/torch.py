@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flame_ext.networks import Critics, FlatMLP
+from flame_ext.critics import Critics
+from flame_ext.embeddings import StateActionEncoder
+from flame_ext.networks import FlatMLP
 from flame_ext.policies.base import Actor, PolicyStep
 from flame_ext.replay import Batch
 from flame_ext.td_target import target_noise, td_target
@@ -73,6 +75,16 @@ class TorchBackend:
         loss = F.mse_loss(q, target.expand_as(q), reduction="none").mean(1).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return {"critic_loss": loss.item(), "q_mean": q.detach().mean().item()}
+
+    def encoder_step(
+        self, encoder: StateActionEncoder, obs: Tensor, action: Tensor, next_obs: Tensor
+    ) -> float:
+        """Gradients of the encoder's prediction loss, which is returned."""
+        for network in encoder.networks().values():
+            network.flat.grad = None
+        loss = encoder.prediction_loss(obs, action, next_obs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
 
     def actor_step(
         self,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flame_ext.config import Config
-from flame_ext.networks import Critics, FlatMLP
+from flame_ext.critics import Critics
+from flame_ext.networks import FlatMLP
 from flame_ext.reference import LogProb, best_of
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flame_ext.config import Config
-from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import MeanVelocityNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, uniform_like
 from flame_ext.policies.reweighting import reverse_reweighted
 from flame_ext.reference import LogProb, times_like

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flame_ext.config import Config
-from flame_ext.networks import Critics, MeanVelocityNet
+from flame_ext.critics import Critics
+from flame_ext.networks import MeanVelocityNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl, uniform_like
 from flame_ext.policies.reweighting import damped_logits, resample, reverse_reweighted
 from flame_ext.reference import (
@@ -104,7 +105,8 @@ class FlowActor(Actor):
 
     def best_action(self, critics: Critics, obs: Tensor, noise: Tensor) -> Tensor:
         c, native = self.config, self._native()
-        if native is not None and not torch.is_grad_enabled():
+        plain = critics.encoder is None or noise.shape[1] == 1
+        if native is not None and plain and not torch.is_grad_enabled():
             return native.best_action(obs, noise, critics, c.sampling_steps, c.flow)
         return super().best_action(critics, obs, noise)
 

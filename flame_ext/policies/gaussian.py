@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flame_ext.config import Config
-from flame_ext.networks import Critics, GaussianPolicyNet
+from flame_ext.critics import Critics
+from flame_ext.networks import GaussianPolicyNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl
 from flame_ext.reference import LogProb, tanh_gaussian
 

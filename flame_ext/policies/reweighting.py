@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flame_ext.networks import Critics
+from flame_ext.critics import Critics
 from flame_ext.policies.base import uniform_like
 from flame_ext.reference import (
     Reweighted,
@@ -41,7 +41,7 @@ def reverse_reweighted(
         sampling: `Config.candidate_sampling`.
         generator: Source of the uniform draws.
     """
-    if critics.evaluator is not None:
+    if critics.evaluator is not None and critics.encoder is None:
         velocity, ess = critics.evaluator.reweighted_velocity(
             obs, z, signal, scale, float(alpha), num_candidates, sampling, generator
         )

@@ -1,0 +1,112 @@
+"""State-action embeddings: the encoder, the critics that see it, its part in an update."""
+
+import pytest
+import torch
+
+from flame_ext.agent import Agent
+from flame_ext.backends import TorchBackend, make_backend
+from flame_ext.config import make_config
+from flame_ext.critics import Critics
+from flame_ext.embeddings import StateActionEncoder
+from flame_ext.replay import Batch
+
+OBS, ACT, Z = 5, 3, 8
+CPU = torch.device("cpu")
+
+
+def make_encoder(seed: int = 0) -> StateActionEncoder:
+    generator = torch.Generator().manual_seed(seed)
+    return StateActionEncoder(OBS, ACT, Z, (16, 12), generator=generator)
+
+
+def make_batch(rows: int = 16) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    return Batch(
+        obs=torch.randn(rows, OBS, generator=g),
+        action=2 * torch.rand(rows, ACT, generator=g) - 1,
+        reward=torch.randn(rows, generator=g),
+        terminated=torch.zeros(rows),
+        next_obs=torch.randn(rows, OBS, generator=g),
+    )
+
+
+def test_a_states_embedding_has_a_mean_absolute_value_of_one() -> None:
+    encoder, obs = make_encoder(), torch.randn(7, OBS)
+    plain = encoder.state_network(obs)[0]
+    state = encoder.state(obs)
+    torch.testing.assert_close(state.abs().mean(-1), torch.ones(7))
+    torch.testing.assert_close(state * plain.abs().mean(-1, keepdim=True), plain)
+    encoder.state_network.requires_grad_(False).flat.zero_()
+    assert torch.equal(encoder.state(obs), torch.zeros(7, Z))
+
+
+def test_the_loss_is_the_prediction_of_a_constant_next_state() -> None:
+    encoder, b = make_encoder(), make_batch()
+    target = encoder.state(b.next_obs).detach()
+    prediction = encoder.pair_network(b.action, encoder.state(b.obs))[0]
+    expected = (prediction - target).square().mean()
+    loss = encoder.prediction_loss(b.obs, b.action, b.next_obs)
+    torch.testing.assert_close(loss, expected)
+    flats = [network.flat for network in encoder.networks().values()]
+    ours, wanted = (torch.autograd.grad(x, flats) for x in (loss, expected))
+    for gradient, other in zip(ours, wanted, strict=True):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_critics_see_state_and_action_with_their_embeddings(backend: str) -> None:
+    encoder = make_encoder()
+    critics = Critics(OBS, ACT, (16,), encoder=encoder)
+    plain = Critics(OBS + Z, ACT + Z, (16,))
+    networks = [critics, *encoder.networks().values()]
+    for network in networks:
+        network.requires_grad_(False)
+        make_backend(backend, CPU).accelerate(network)
+    plain.requires_grad_(False).flat.copy_(critics.flat)
+    obs, actions = torch.randn(6, OBS), torch.randn(6, 4, ACT)
+    state = encoder.state(obs)
+    for k in range(4):
+        action = actions[:, k].clone().requires_grad_()
+        wide = torch.cat([action, encoder.pair(state, action)], 1)
+        expected = plain.q_min(torch.cat([obs, state], 1), wide)
+        q = critics.q_min(obs, action)
+        torch.testing.assert_close(q, expected, rtol=1e-5, atol=1e-6)
+        gradient, wanted = (torch.autograd.grad(x.sum(), action)[0] for x in (q, expected))
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            among = critics.candidate_q_min(obs, actions)[:, k]
+        torch.testing.assert_close(among, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 4])
+def test_critics_take_over_the_encoder_once_per_interval(updates: int) -> None:
+    options = {
+        "hidden_sizes": (16, 16),
+        "policy_delay": 4,
+        "embedding_dim": Z,
+        "embedding_interval": 8,
+    }
+    agent = Agent(make_config("sac", overrides=options), OBS, ACT, TorchBackend())
+    assert agent.encoder is not None
+    assert agent.fixed_encoder is not None
+    assert agent.critics.encoder is agent.target_critics.encoder is agent.fixed_encoder
+
+    def weights(encoder: StateActionEncoder) -> torch.Tensor:
+        flats = [network.flat.detach() for network in encoder.networks().values()]
+        return torch.cat(flats).clone()
+
+    taken = weights(agent.encoder)
+    for _ in range(24 // updates):
+        agent.update(make_batch(updates * 16), updates)
+        if agent.updates % 8 == 0:
+            taken = weights(agent.encoder)
+        assert torch.equal(weights(agent.fixed_encoder), taken)
+        assert agent.updates % 8 == 0 or not torch.equal(weights(agent.encoder), taken)
+
+
+def test_no_embedding_no_encoder() -> None:
+    agent = Agent(make_config("sac", overrides={"embedding_dim": 0}), OBS, ACT, TorchBackend())
+    assert agent.encoder is None
+    assert agent.critics.layer_sizes[0] == OBS + ACT
+    assert agent.networks().keys() == {"actor", "critics", "target_critics"}
