@@ -1,6 +1,7 @@
 // Python entry points of the training kernels: check every argument, release the GIL, call.
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -66,21 +67,28 @@ Array py_mlp_forward(const MlpSpec& spec, const py::array& parameters, const py:
 
 class RecordedMlp {
   public:
-    RecordedMlp(const MlpSpec& spec, const py::array& parameters, const py::array& input) {
-        const MlpForwardArgs args = forward_args(spec, parameters, input, output_);
-        check(args.rows >= 1, "input has no rows; a recorded pass needs at least one");
+    RecordedMlp(const MlpSpec& spec, const py::array& parameters, const py::array& input,
+                int input_columns) {
+        const MlpRecordArgs args{forward_args(spec, parameters, input, output_), input_columns};
+        check(args.forward.rows >= 1, "input has no rows; a recorded pass needs at least one");
+        check(input_columns >= 0 && input_columns <= spec.sizes[0], "input_columns is ",
+              input_columns, "; it must be from 0 to ", spec.sizes[0]);
         const py::gil_scoped_release release;
         tape_ = kernels().mlp_record(args, *memory_);
     }
 
     const Array& output() const { return output_; }
 
-    void backward(const py::array& gradients, const py::array& d_output) const {
+    Array backward(const py::array& d_output, const std::optional<py::array>& gradients) const {
+        Array d_input({tape_->rows, static_cast<int64_t>(tape_->input_columns)});
         const MlpBackwardArgs args{
-            tape_, writable(gradients, "gradients", {tape_->parameter_count}),
-            dense(d_output, "d_output", {output_.shape(0), output_.shape(1), output_.shape(2)})};
+            tape_,
+            dense(d_output, "d_output", {output_.shape(0), output_.shape(1), output_.shape(2)}),
+            gradients ? writable(*gradients, "gradients", {tape_->parameter_count}) : nullptr,
+            tape_->input_columns > 0 ? d_input.mutable_data() : nullptr};
         const py::gil_scoped_release release;
         tape_->backward(args);
+        return d_input;
     }
 
   private:
@@ -216,10 +224,11 @@ void bind_training(py::module_& m) {
         .def_property_readonly("parameter_count", &count_of);
     m.def("mlp_forward", &py_mlp_forward, py::arg("spec"), py::arg("parameters"), py::arg("input"));
     py::class_<RecordedMlp>(m, "RecordedMlp")
-        .def(py::init<const MlpSpec&, const py::array&, const py::array&>(), py::arg("spec"),
-             py::arg("parameters"), py::arg("input"))
+        .def(py::init<const MlpSpec&, const py::array&, const py::array&, int>(), py::arg("spec"),
+             py::arg("parameters"), py::arg("input"), py::arg("input_columns") = 0)
         .def_property_readonly("output", &RecordedMlp::output)
-        .def("backward", &RecordedMlp::backward, py::arg("gradients"), py::arg("d_output"));
+        .def("backward", &RecordedMlp::backward, py::arg("d_output"),
+             py::arg("gradients") = py::none());
     m.def("twin_q", &py_twin_q, py::arg("spec"), py::arg("parameters"), py::arg("obs"),
           py::arg("actions"), py::arg("each") = false);
     m.def("critic_step", &py_critic_step, py::arg("spec"), py::arg("parameters"),

@@ -102,8 +102,8 @@ ReverseKl gaussian_loss(const PolicyLossInputs& in, float* gradients) {
     RecordMemory memory;
     Workspace workspace;
     float* output = workspace.floats(2 * action_count(in));
-    MlpTape* tape =
-        kernels().mlp_record({p.spec, in.parameters, in.rows, in.obs, in.obs_ld, output}, *memory);
+    MlpTape* tape = kernels().mlp_record(
+        {{p.spec, in.parameters, in.rows, in.obs, in.obs_ld, output}, 0}, *memory);
     const TanhGaussian gaussian{in.rows,  p.action_dim,  output,
                                 in.noise, p.log_std_min, p.log_std_max};
     float* action = workspace.floats(action_count(in));
@@ -117,7 +117,7 @@ ReverseKl gaussian_loss(const PolicyLossInputs& in, float* gradients) {
     std::fill_n(d_log_prob, in.rows, static_cast<float>(in.alpha / rows));
     float* d_output = workspace.floats(2 * action_count(in));
     tanh_gaussian_gradient(gaussian, q.gradient, d_log_prob, d_output);
-    tape->backward({tape, gradients, d_output});
+    tape->backward({tape, d_output, gradients, nullptr});
     const double mean_log_prob = sum_of(log_prob, in.rows) / rows;
     return {in.alpha * mean_log_prob - q.sum / rows, mean_log_prob, 0.0};
 }

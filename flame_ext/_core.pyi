@@ -129,10 +129,18 @@ def mlp_forward(
 ) -> _Array: ...
 
 class RecordedMlp:
-    def __init__(self, spec: MlpSpec, parameters: _Array, input: _Array) -> None: ...  # noqa: A002
+    def __init__(
+        self,
+        spec: MlpSpec,
+        parameters: _Array,
+        input: _Array,  # noqa: A002
+        input_columns: int = 0,
+    ) -> None: ...
     @property
     def output(self) -> NDArray[np.float32]: ...
-    def backward(self, gradients: _Array, d_output: _Array) -> None: ...
+    def backward(
+        self, d_output: _Array, gradients: _Array | None = None
+    ) -> NDArray[np.float32]: ...
 
 @overload
 def twin_q(

@@ -48,11 +48,9 @@ class Agent:
         self.actor = make_actor(config, obs_dim, action_dim, initial)
         sizes = obs_dim, action_dim
         self.encoder = make_encoder(config, *sizes, initial)
-        # The critics see the features of a while ago: those in training move too fast.
-        self.fixed_encoder = copy.deepcopy(self.encoder)
-        self.critics = make_critics(config, *sizes, self.fixed_encoder, initial)
+        # The critics see features that stay as they are for a while, their targets those before.
+        self.critics = make_critics(config, *sizes, copy.deepcopy(self.encoder), initial)
         self.target_critics = copy.deepcopy(self.critics)
-        self.target_critics.encoder = self.fixed_encoder
         self.averaged_actor = self.actor
         if config.policy_tau < 1:
             self.averaged_actor = copy.deepcopy(self.actor)
@@ -155,16 +153,28 @@ class Agent:
     def _encoder_updates(
         self, encoder: StateActionEncoder, batch: Batch, updates: int
     ) -> dict[str, float]:
-        """As many as the critics had, who see the result at the interval's next multiple."""
+        """As many as the critics had, and what is due at a multiple of the interval."""
         loss = 0.0
         for part in batch.split(updates):
             loss += self.backend.encoder_step(encoder, part.obs, part.action, part.next_obs)
             for name in encoder.networks():
                 self.backend.optimizer_step(self.optimizers[name])
         interval = self.config.embedding_interval
-        if self.fixed_encoder and self.updates // interval > (self.updates - updates) // interval:
-            self.fixed_encoder.copy_from(encoder)
+        if self.updates // interval > (self.updates - updates) // interval:
+            self._shift_features(encoder)
         return {"encoder_loss": loss / updates}
+
+    @torch.no_grad()
+    def _shift_features(self, encoder: StateActionEncoder) -> None:
+        """Targets become the critics with the features they learned on, and those get new ones.
+
+        (SALE, Sec. 4.2: a target must never see features that its weights were not trained for.)
+        """
+        assert self.critics.encoder is not None
+        assert self.target_critics.encoder is not None
+        self.target_critics.flat.copy_(self.critics.flat)
+        self.target_critics.encoder.copy_from(self.critics.encoder)
+        self.critics.encoder.copy_from(encoder)
 
     def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
         result = self.backend.actor_step(
@@ -203,9 +213,11 @@ class Agent:
         }
         if self.averaged_actor is not self.actor:
             networks["averaged_actor"] = self.averaged_actor.network
-        if self.encoder is not None and self.fixed_encoder is not None:
-            networks |= self.encoder.networks()
-            networks |= {f"fixed_{n}": x for n, x in self.fixed_encoder.networks().items()}
+        encoders = {"": self.encoder, "critics_": self.critics.encoder}
+        encoders["target_critics_"] = self.target_critics.encoder
+        for owner, encoder in encoders.items():
+            if encoder is not None:
+                networks |= {f"{owner}{name}": net for name, net in encoder.networks().items()}
         return networks
 
     def state_dict(self) -> dict[str, Tensor]:

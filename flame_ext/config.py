@@ -48,8 +48,9 @@ class Config:
         embedding_dim: Length of the learned embeddings of states and of state-action pairs that
             the critics see beside the plain ones (`flame_ext.embeddings`); 0 learns none.
         embedding_learning_rate: Adam step of their encoder.
-        embedding_interval: Critic updates from one time that the critics take over the encoder's
-            weights to the next.
+        embedding_interval: Critic updates for which the critics see the same embeddings; then their
+            targets take over both weights and embeddings, in the place of the average of step
+            `tau`, and they go on with the encoder's newest.
         policy_layer_norm: LayerNorm in the policy.
         critic_learning_rate: Adam step of the critics.
         policy_learning_rate: Adam step of the policy.

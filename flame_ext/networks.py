@@ -69,13 +69,13 @@ class Evaluator(Protocol):
     """Evaluates a network faster than PyTorch does; only critics are asked for Q.
 
     Attributes:
-        differentiates_forward: Whether `forward` records a gradient by the parameters.
+        differentiates_forward: Whether `forward` records a gradient.
     """
 
     differentiates_forward: bool
 
     def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
-        """As `FlatMLP.forward`, at most once differentiable and not by the blocks."""
+        """As `FlatMLP.forward`, at most once differentiable."""
 
     def candidates(self, obs: Tensor, action: Tensor) -> Tensor:
         """As `Critics.candidate_q_min`, without gradient."""
@@ -194,22 +194,15 @@ class FlatMLP(nn.Module):
         Returns:
             ``(members, ..., output_size)``.
         """
-        if self.evaluator is not None and self._evaluator_suffices(self.evaluator, blocks):
-            return self.evaluator.forward(blocks)
+        native = self.evaluator
+        if native is not None and (native.differentiates_forward or not torch.is_grad_enabled()):
+            return native.forward(blocks)
         layers = self.layers()
         activation = ACTIVATIONS[self.activation][0]
         h = self._first_layer(layers[0], blocks)
         for previous, layer in itertools.pairwise(layers):
             h = _affine(activation(_normalise(h, previous)), layer)
         return h
-
-    @staticmethod
-    def _evaluator_suffices(evaluator: Evaluator, blocks: Sequence[Tensor]) -> bool:
-        """Whether `evaluator` gives every gradient that will be asked for."""
-        if not torch.is_grad_enabled():
-            return True
-        by_blocks = any(block.requires_grad for block in blocks)
-        return evaluator.differentiates_forward and not by_blocks
 
     def forward_with_tangents(
         self, blocks: Sequence[Tensor], tangents: Sequence[Tensor | None]

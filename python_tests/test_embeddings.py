@@ -8,6 +8,7 @@ from flame_ext.backends import TorchBackend, make_backend
 from flame_ext.config import make_config
 from flame_ext.critics import Critics
 from flame_ext.embeddings import StateActionEncoder
+from flame_ext.networks import FlatMLP
 from flame_ext.replay import Batch
 
 OBS, ACT, Z = 5, 3, 8
@@ -80,7 +81,7 @@ def test_critics_see_state_and_action_with_their_embeddings(backend: str) -> Non
 
 
 @pytest.mark.parametrize("updates", [1, 2, 4])
-def test_critics_take_over_the_encoder_once_per_interval(updates: int) -> None:
+def test_targets_take_over_weights_and_features_once_per_interval(updates: int) -> None:
     options = {
         "hidden_sizes": (16, 16),
         "policy_delay": 4,
@@ -88,21 +89,26 @@ def test_critics_take_over_the_encoder_once_per_interval(updates: int) -> None:
         "embedding_interval": 8,
     }
     agent = Agent(make_config("sac", overrides=options), OBS, ACT, TorchBackend())
-    assert agent.encoder is not None
-    assert agent.fixed_encoder is not None
-    assert agent.critics.encoder is agent.target_critics.encoder is agent.fixed_encoder
 
-    def weights(encoder: StateActionEncoder) -> torch.Tensor:
-        flats = [network.flat.detach() for network in encoder.networks().values()]
-        return torch.cat(flats).clone()
+    def weights(*networks: FlatMLP) -> torch.Tensor:
+        return torch.cat([network.flat.detach() for network in networks]).clone()
 
-    taken = weights(agent.encoder)
+    def features(encoder: StateActionEncoder | None) -> torch.Tensor:
+        assert encoder is not None
+        return weights(*encoder.networks().values())
+
+    new, seen = features(agent.encoder), features(agent.critics.encoder)
+    targets = seen, weights(agent.target_critics)
+    assert torch.equal(new, seen)
     for _ in range(24 // updates):
         agent.update(make_batch(updates * 16), updates)
+        assert not torch.equal(features(agent.encoder), new)
+        new = features(agent.encoder)
         if agent.updates % 8 == 0:
-            taken = weights(agent.encoder)
-        assert torch.equal(weights(agent.fixed_encoder), taken)
-        assert agent.updates % 8 == 0 or not torch.equal(weights(agent.encoder), taken)
+            targets, seen = (seen, weights(agent.critics)), new
+        assert torch.equal(features(agent.critics.encoder), seen)
+        assert torch.equal(features(agent.target_critics.encoder), targets[0])
+        assert torch.equal(weights(agent.target_critics), targets[1])
 
 
 def test_no_embedding_no_encoder() -> None:

@@ -89,9 +89,9 @@ def test_activations_at_extreme_inputs(activation):
 )
 @each_isa
 def test_recorded_mlp(rows, sizes, members, layer_norm):
-    """Through autograd, as the losses use it: output and gradient, twice from one recording."""
+    """Through autograd, as the losses use it: output and gradients, twice from one recording."""
     net = FlatMLP(
-        (sizes[0],),
+        (2, sizes[0] - 2),
         sizes[1:-1],
         sizes[-1],
         members=members,
@@ -100,26 +100,36 @@ def test_recorded_mlp(rows, sizes, members, layer_norm):
         generator=torch.Generator().manual_seed(3),
     )
     shaken(net)
-    x = torch.from_numpy(draw(rows, sizes[0], scale=2.0))
+    x = torch.from_numpy(draw(rows, 2, scale=2.0)).requires_grad_()
+    constant = torch.from_numpy(draw(rows, sizes[0] - 2, scale=2.0))
     weight = torch.from_numpy(draw(members, rows, sizes[-1]))
 
     def gradient(network, dtype):
-        output = network(x.to(dtype))
-        (by_flat,) = torch.autograd.grad((output * weight.to(dtype)).sum(), network.flat)
-        return output, by_flat
+        output = network(x.to(dtype), constant.to(dtype))
+        loss = (output * weight.to(dtype)).sum()
+        return output, *torch.autograd.grad(loss, (network.flat, x))
 
     single = gradient(net, torch.float32)
     exact = gradient(copy.deepcopy(net).double(), torch.float64)
     net.evaluator = NativeEvaluator(net)
-    recorded = net(x)
-    assert recorded.grad_fn is not None
+    recorded = net(x, constant)
     for ours, theirs, truth in zip(gradient(net, torch.float32), single, exact, strict=True):
         assert_as_accurate(ours.detach().numpy(), theirs, truth)
-    twice = [
-        torch.autograd.grad((recorded * weight).sum(), net.flat, retain_graph=True)[0]
-        for _ in range(2)
-    ]
-    assert torch.equal(*twice)
+    inputs = (net.flat, x)
+    first, second = (
+        torch.autograd.grad((recorded * weight).sum(), inputs, retain_graph=True) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+    # Of a frozen network only the inputs have a gradient, whichever block asks for it.
+    net.requires_grad_(False)
+    frozen = torch.autograd.grad((net(x, constant) * weight).sum(), x)[0]
+    assert torch.equal(frozen, first[1])
+    assert not net(x.detach(), constant).requires_grad
+    constant.requires_grad_()
+    ours = torch.autograd.grad((net(x.detach(), constant) * weight).sum(), constant)[0]
+    net.evaluator = None
+    theirs = torch.autograd.grad((net(x.detach(), constant) * weight).sum(), constant)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])

@@ -26,7 +26,7 @@ struct CpuKernels {
     float (*read_stream)(const float* data, int64_t floats);
     float (*multiply_add)(int64_t rounds);
     void (*mlp_forward)(const MlpForwardArgs& args);
-    MlpTape* (*mlp_record)(const MlpForwardArgs& args, Workspace& memory);
+    MlpTape* (*mlp_record)(const MlpRecordArgs& args, Workspace& memory);
     void (*twin_q)(const TwinQArgs& args);
     void (*critic_step)(const CriticStepArgs& args);
     void (*q_gradient)(const QGradientArgs& args);

@@ -20,17 +20,25 @@ struct MlpForwardArgs {
     float* output;  // (members, rows, out)
 };
 
-// Adds the gradient of sum_mb d_output[m, b] . output[m, b] to `gradients`. Every instruction set's
-// MlpTape starts with its own backward, which knows its layouts.
+// A forward pass that can be differentiated by its parameters and first inputs.
+struct MlpRecordArgs {
+    MlpForwardArgs forward;
+    int32_t input_columns;  // leading inputs with a gradient, 0 for none
+};
+
+// The gradient of sum_mb d_output[m, b] . output[m, b]. Every instruction set's MlpTape starts with
+// its own backward, which knows its layouts.
 struct MlpTape;
 struct MlpBackwardArgs {
     MlpTape* tape;
-    float* gradients;
     const float* d_output;  // (members, rows, out)
+    float* gradients;       // what is added to, or null
+    float* d_input;         // (rows, input_columns), overwritten, or null
 };
 struct MlpTape {
     void (*backward)(const MlpBackwardArgs& args);
     int64_t rows;
+    int32_t input_columns;
     int64_t parameter_count;
 };
 

@@ -8,7 +8,7 @@
 namespace flame::FLAME_ISA {
 
 void mlp_forward(const MlpForwardArgs& args);
-MlpTape* mlp_record(const MlpForwardArgs& args, Workspace& memory);
+MlpTape* mlp_record(const MlpRecordArgs& args, Workspace& memory);
 void twin_q(const TwinQArgs& args);
 void critic_step(const CriticStepArgs& args);
 void q_gradient(const QGradientArgs& args);

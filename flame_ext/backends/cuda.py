@@ -220,7 +220,8 @@ class CudaEvaluator(NativeEvaluator):
         self.tensor_cores = torch.cuda.get_device_capability(network.flat.device) in FAST_TF32
         self._tables: dict[tuple[int, Flow], tuple[Tensor, Tensor]] = {}
 
-    def forward_rows(self, rows: Tensor) -> Tensor:
+    def forward_rows(self, rows: Tensor, columns: int = 0) -> Tensor:
+        """Without gradient, so that `columns` is always 0."""
         flat, rows = self.network.flat, rows.contiguous()
         sizes = self.network.layer_sizes
         out = rows.new_empty((self.network.members, len(rows), sizes[-1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -52,17 +53,22 @@ class NativeEvaluator:
         return array(self.network.flat)
 
     def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
-        """As `FlatMLP.forward`, differentiable once and by the parameters alone."""
+        """As `FlatMLP.forward`, differentiable once."""
         batch = np.broadcast_shapes(*(tuple(block.shape[:-1]) for block in blocks))
         rows = torch.cat([block.expand(*batch, -1) for block in blocks], dim=-1)
-        out = self.forward_rows(rows.reshape(-1, rows.shape[-1]))
+        ends = itertools.accumulate(block.shape[-1] for block in blocks)
+        columns = [end for block, end in zip(blocks, ends, strict=True) if block.requires_grad]
+        out = self.forward_rows(rows.reshape(-1, rows.shape[-1]), max(columns, default=0))
         return out.view(self.network.members, *batch, out.shape[-1])
 
-    def forward_rows(self, rows: Tensor) -> Tensor:
-        """Outputs ``(members, B, out)`` of concatenated inputs ``(B, in)``."""
-        if torch.is_grad_enabled() and self.network.flat.requires_grad:
+    def forward_rows(self, rows: Tensor, columns: int = 0) -> Tensor:
+        """Outputs ``(members, B, out)`` of concatenated inputs ``(B, in)``.
+
+        Differentiable by the parameters and by the first `columns` inputs.
+        """
+        if torch.is_grad_enabled() and (columns > 0 or self.network.flat.requires_grad):
             recorded: Tensor = _Forward.apply(  # type: ignore[no-untyped-call]
-                self.network.flat, rows, self
+                self.network.flat, rows, self, columns
             )
             return recorded
         out = self.core.mlp_forward(self.spec, self.parameters, array(rows))
@@ -274,20 +280,26 @@ class NativeEvaluator:
 
 
 class _Forward(torch.autograd.Function):
-    """A network's output, with its gradient by the parameters."""
+    """A network's output, with its gradient by the parameters and the first inputs."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, rows: Tensor, evaluator: NativeEvaluator) -> Tensor:
-        recorded = evaluator.core.RecordedMlp(evaluator.spec, array(flat), array(rows))
-        ctx.recorded, ctx.size = recorded, flat.numel()
+    def forward(
+        ctx: Any, flat: Tensor, rows: Tensor, evaluator: NativeEvaluator, columns: int
+    ) -> Tensor:
+        recorded = evaluator.core.RecordedMlp(evaluator.spec, array(flat), array(rows), columns)
+        ctx.recorded, ctx.size, ctx.shape = recorded, flat.numel(), rows.shape
         return torch.from_numpy(recorded.output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None, None]:
-        gradient = torch.zeros(ctx.size)
-        ctx.recorded.backward(gradient.numpy(), array(d_output.contiguous()))
-        return gradient, None, None
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = torch.zeros(ctx.size) if ctx.needs_input_grad[0] else None
+        leading = ctx.recorded.backward(
+            array(d_output.contiguous()), None if gradient is None else gradient.numpy()
+        )
+        d_rows = torch.zeros(ctx.shape)
+        d_rows[:, : leading.shape[1]] = torch.from_numpy(leading)
+        return gradient, d_rows, None, None
 
 
 class _QMin(torch.autograd.Function):
