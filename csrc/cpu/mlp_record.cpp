@@ -1,4 +1,4 @@
-// An ensemble's forward pass that can be differentiated later, by its parameters and its inputs, for
+// An ensemble's forward pass that can be differentiated later by its parameters and inputs, for
 // losses that are computed elsewhere.
 #include "cpu/mlp_input.h"
 #include "cpu/mlp_tape.h"
