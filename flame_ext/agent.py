@@ -45,15 +45,18 @@ class Agent:
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         initial = torch.Generator().manual_seed(seed)
-        self.actor = make_actor(config, obs_dim, action_dim, initial)
         sizes = obs_dim, action_dim
         self.encoder = make_encoder(config, *sizes, initial)
-        # The critics see features that stay as they are for a while, their targets those before.
-        self.critics = make_critics(config, *sizes, copy.deepcopy(self.encoder), initial)
+        # Policy and critics see features that stay as they are for a while, the targets those
+        # before.
+        seen = copy.deepcopy(self.encoder)
+        self.actor = make_actor(config, *sizes, seen, initial)
+        self.critics = make_critics(config, *sizes, seen, initial)
         self.target_critics = copy.deepcopy(self.critics)
         self.averaged_actor = self.actor
         if config.policy_tau < 1:
             self.averaged_actor = copy.deepcopy(self.actor)
+            self.averaged_actor.encoder = seen
         trained = ("actor", "critics", "state_encoder", "pair_encoder")
         for name, network in self.networks().items():
             network.to(self.device)
@@ -213,8 +216,8 @@ class Agent:
         }
         if self.averaged_actor is not self.actor:
             networks["averaged_actor"] = self.averaged_actor.network
-        encoders = {"": self.encoder, "critics_": self.critics.encoder}
-        encoders["target_critics_"] = self.target_critics.encoder
+        encoders = {"": self.encoder, "seen_": self.critics.encoder}
+        encoders["target_"] = self.target_critics.encoder
         for owner, encoder in encoders.items():
             if encoder is not None:
                 networks |= {f"{owner}{name}": net for name, net in encoder.networks().items()}

@@ -24,10 +24,14 @@ _ACTORS: dict[str, Callable[..., Actor]] = {
 
 
 def make_actor(
-    config: Config, obs_dim: int, action_dim: int, generator: torch.Generator | None = None
+    config: Config,
+    obs_dim: int,
+    action_dim: int,
+    encoder: StateActionEncoder | None,
+    generator: torch.Generator | None = None,
 ) -> Actor:
-    """Builds the actor of `config.algorithm` with freshly drawn weights."""
-    return _ACTORS[config.algorithm](config, obs_dim, action_dim, generator)
+    """Builds the actor of `config.algorithm`, which sees the embeddings of `encoder`."""
+    return _ACTORS[config.algorithm](config, obs_dim, action_dim, encoder, generator)
 
 
 def make_critics(

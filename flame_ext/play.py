@@ -188,8 +188,10 @@ def untrained_policy(
 
     config = make_config(algorithm, preset)
     sizes = obs_dim, action_dim
-    critics = make_critics(config, *sizes, make_encoder(config, *sizes))
-    networks = deployed_networks(make_actor(config, *sizes), critics)
+    encoder = make_encoder(config, *sizes)
+    networks = deployed_networks(
+        make_actor(config, *sizes, encoder), make_critics(config, *sizes, encoder)
+    )
     spec = PolicySpec(
         algorithm=algorithm,
         config=config.to_dict(),

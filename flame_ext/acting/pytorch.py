@@ -22,9 +22,10 @@ class TorchActingEngine:
 
     def __init__(self, spec: PolicySpec, tensors: Mapping[str, Array], *, seed: int) -> None:
         config = make_config(spec.algorithm, overrides=spec.config)
-        self._actor = make_actor(config, spec.obs_dim, spec.action_dim)
-        encoder = make_encoder(config, spec.obs_dim, spec.action_dim)
-        self._critics = make_critics(config, spec.obs_dim, spec.action_dim, encoder)
+        sizes = spec.obs_dim, spec.action_dim
+        encoder = make_encoder(config, *sizes)
+        self._actor = make_actor(config, *sizes, encoder)
+        self._critics = make_critics(config, *sizes, encoder)
         for name, network in deployed_networks(self._actor, self._critics).items():
             _load(network, tensors[f"{name}.flat"])
         self._tensors = tensors

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flame_ext.config import Config
 from flame_ext.critics import Critics
+from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import MeanVelocityNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, uniform_like
 from flame_ext.policies.reweighting import reverse_reweighted
@@ -31,11 +32,12 @@ class DiffusionActor(Actor):
         config: Config,
         obs_dim: int,
         action_dim: int,
+        encoder: StateActionEncoder | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(config, obs_dim, action_dim)
+        super().__init__(config, obs_dim, action_dim, encoder)
         self.network = MeanVelocityNet(
-            obs_dim,
+            self.input_obs_dim,
             action_dim,
             config.hidden_sizes,
             activation=config.policy_activation,
@@ -44,7 +46,7 @@ class DiffusionActor(Actor):
         )
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        z = noise
+        obs, z = self.inputs(obs), noise
         for step in ddim_steps(self.config.sampling_steps):
             eps = self.network.velocity(z, *times_like(z, step), obs)
             z = step.m * (step.p * z + step.q * eps).clamp(-1, 1) + step.n * z
@@ -86,6 +88,6 @@ class DiffusionActor(Actor):
             )
             # E[noise] from E[noise - action] and z = signal E[action] + scale E[noise].
             target = (z + signal * reweighted.velocity) / (signal + scale)
-        loss = (self.network.velocity(z, t, t, obs) - target).square().sum(-1).mean()
+        loss = (self.network.velocity(z, t, t, self.inputs(obs)) - target).square().sum(-1).mean()
         ess = reweighted.ess.mean() / self.config.num_candidates
         return ActorLoss(loss, None, ess, {"reweighted_loss": loss.detach()})

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flame_ext.config import Config
 from flame_ext.critics import Critics
+from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import GaussianPolicyNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl
 from flame_ext.reference import LogProb, tanh_gaussian
@@ -35,11 +36,12 @@ class GaussianActor(Actor):
         config: Config,
         obs_dim: int,
         action_dim: int,
+        encoder: StateActionEncoder | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(config, obs_dim, action_dim)
+        super().__init__(config, obs_dim, action_dim, encoder)
         self.network = GaussianPolicyNet(
-            obs_dim,
+            self.input_obs_dim,
             action_dim,
             config.hidden_sizes,
             activation=config.policy_activation,
@@ -48,14 +50,14 @@ class GaussianActor(Actor):
         )
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        native = self._native()
+        obs, native = self.inputs(obs), self._native()
         if native is not None and obs.dim() == noise.dim() == 2 and not torch.is_grad_enabled():
             return native.sample_gaussian(obs, noise)
         mean, std = self.network.distribution(obs)
         return torch.tanh(mean + std * noise)
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
-        output: Tensor = self.network(obs)[0]
+        output: Tensor = self.network(self.inputs(obs))[0]
         native = self._native()
         evaluate = tanh_gaussian if native is None else native.tanh_gaussian
         return evaluate(output, noise)
