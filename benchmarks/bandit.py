@@ -63,7 +63,7 @@ OPTIONS = {
 def fit(seed: int, updates: int, **options: object) -> FlowActor:
     """A one-step policy fitted to the bandit by `flame`'s own loss, Adam 1e-3 decaying to zero."""
     config = make_config("flame", overrides={**OPTIONS, **options})
-    actor = FlowActor(config, 0, 2, generator=torch.Generator().manual_seed(seed))
+    actor = FlowActor(config, 0, 2, torch.Generator().manual_seed(seed))
     optimizer = torch.optim.Adam([actor.network.flat], lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     generator = torch.Generator().manual_seed(seed)

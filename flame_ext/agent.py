@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -47,16 +48,14 @@ class Agent:
         initial = torch.Generator().manual_seed(seed)
         sizes = obs_dim, action_dim
         self.encoder = make_encoder(config, *sizes, initial)
-        # Policy and critics see features that stay as they are for a while, the targets those
+        self.actor = make_actor(config, *sizes, initial)
+        # Policy and critics see embeddings that stay as they are for a while, the targets those
         # before.
-        seen = copy.deepcopy(self.encoder)
-        self.actor = make_actor(config, *sizes, seen, initial)
-        self.critics = make_critics(config, *sizes, seen, initial)
+        self.critics = make_critics(config, *sizes, copy.deepcopy(self.encoder), initial)
         self.target_critics = copy.deepcopy(self.critics)
         self.averaged_actor = self.actor
         if config.policy_tau < 1:
             self.averaged_actor = copy.deepcopy(self.actor)
-            self.averaged_actor.encoder = seen
         trained = ("actor", "critics", "state_encoder", "pair_encoder")
         for name, network in self.networks().items():
             network.to(self.device)
@@ -96,14 +95,14 @@ class Agent:
         Returns:
             Actions ``(B, A)`` in [-1, 1].
         """
-        return self.averaged_actor.best_action(self.critics, obs, noise)
+        return self.averaged_actor.best_action(self.critics, self.critics.observe(obs), noise)
 
     @torch.no_grad()
     def explore(self, obs: Tensor) -> Tensor:
         """Actions for collecting data: ``(B, O)`` -> ``(B, A)``."""
         shape = (len(obs), self.config.train_particles, self.action_dim)
         noise = normal_like(obs, shape, self.generator)
-        action = self.actor.best_action(self.critics, obs, noise)
+        action = self.actor.best_action(self.critics, self.critics.observe(obs), noise)
         if self.config.exploration_noise > 0:
             disturbance = normal_like(obs, tuple(action.shape), self.generator)
             action = (action + self.config.exploration_noise * disturbance).clamp(-1, 1)
@@ -133,24 +132,27 @@ class Agent:
             raise ValueError(
                 f"updates={updates}; the policy's step is due after {self.updates_to_policy_step}"
             )
+        with torch.no_grad():
+            states = self.critics.observe(batch.obs), self.critics.observe(batch.next_obs)
+        observed = dataclasses.replace(batch, obs=states[0], next_obs=states[1])
         metrics = self.backend.critic_updates(
             self.actor,
             self.critics,
             self.target_critics,
             self.optimizers["critics"],
-            batch,
+            observed,
             self.alpha,
             self.generator,
             updates,
         )
         self.updates += updates
-        if self.encoder is not None:
-            metrics |= self._encoder_updates(self.encoder, batch, updates)
         if self.updates % c.policy_delay == 0:
             rows = len(batch)
             first = rows - rows // updates
             last = slice(first, min(first + c.policy_batch_size, rows))
-            metrics |= self._policy_step(batch.obs[last], batch.action[last])
+            metrics |= self._policy_step(observed.obs[last], batch.action[last])
+        if self.encoder is not None:
+            metrics |= self._encoder_updates(self.encoder, batch, updates)
         return metrics
 
     def _encoder_updates(
@@ -164,14 +166,14 @@ class Agent:
                 self.backend.optimizer_step(self.optimizers[name])
         interval = self.config.embedding_interval
         if self.updates // interval > (self.updates - updates) // interval:
-            self._shift_features(encoder)
+            self._shift_embeddings(encoder)
         return {"encoder_loss": loss / updates}
 
     @torch.no_grad()
-    def _shift_features(self, encoder: StateActionEncoder) -> None:
-        """Targets become the critics with the features they learned on, and those get new ones.
+    def _shift_embeddings(self, encoder: StateActionEncoder) -> None:
+        """Targets become the critics with the embeddings they saw, and those get the newest.
 
-        (SALE, Sec. 4.2: a target must never see features that its weights were not trained for.)
+        (SALE, Sec. 4.2: a target never sees embeddings that its weights were not trained for.)
         """
         assert self.critics.encoder is not None
         assert self.target_critics.encoder is not None

@@ -24,14 +24,14 @@ _ACTORS: dict[str, Callable[..., Actor]] = {
 
 
 def make_actor(
-    config: Config,
-    obs_dim: int,
-    action_dim: int,
-    encoder: StateActionEncoder | None,
-    generator: torch.Generator | None = None,
+    config: Config, obs_dim: int, action_dim: int, generator: torch.Generator | None = None
 ) -> Actor:
-    """Builds the actor of `config.algorithm`, which sees the embeddings of `encoder`."""
-    return _ACTORS[config.algorithm](config, obs_dim, action_dim, encoder, generator)
+    """Builds the actor of `config.algorithm`, which takes what `StateActionEncoder.observe` gives.
+
+    Without embeddings that is the plain observation.
+    """
+    observed = obs_dim + config.embedding_dim
+    return _ACTORS[config.algorithm](config, observed, action_dim, generator)
 
 
 def make_critics(
@@ -41,7 +41,7 @@ def make_critics(
     encoder: StateActionEncoder | None,
     generator: torch.Generator | None = None,
 ) -> Critics:
-    """Builds the critics, which see the embeddings of `encoder`."""
+    """Builds the critics, which take what `encoder` observes, if there is one."""
     return Critics(
         obs_dim,
         action_dim,

@@ -22,7 +22,8 @@ class Critics(FlatMLP):
         layer_norm: Normalise hidden pre-activations.
         members: Q functions.
         encoder: Where given, the input columns are [action, zsa] (A + Z) and [observation, zs]
-            (O + Z); it is not trained with the critics.
+            (O + Z), and observations are what `observe` returns. It is not trained
+            with the critics.
         generator: Source of the initial weights.
     """
 
@@ -52,24 +53,30 @@ class Critics(FlatMLP):
         self.encoder = encoder
 
     def inputs(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Observation and action as the network takes them, with their embeddings if it has any.
+        """Observation and action as the network takes them: actions with their embeddings.
 
         Args:
-            obs: ``(..., O)``.
+            obs: ``(..., O)``, with an encoder ``(..., O + Z)``.
             action: ``(..., A)``, broadcastable.
 
         Returns:
-            ``(..., O or O + Z)`` and ``(..., A or A + Z)``.
+            `obs`, and ``(..., A)``, with an encoder ``(..., A + Z)``.
         """
         if self.encoder is None:
             return obs, action
-        state = self.encoder.state(obs)
-        pair = self.encoder.pair(state, action)
-        action = action.expand(*pair.shape[:-1], -1)
-        return torch.cat([obs, state], dim=-1), torch.cat([action, pair], dim=-1)
+        pair = self.encoder.pair(obs[..., self.obs_dim :], action)
+        return obs, torch.cat([action.expand(*pair.shape[:-1], -1), pair], dim=-1)
+
+    def observe(self, obs: Tensor) -> Tensor:
+        """States as these critics take them: plain, or with their own encoder's embedding.
+
+        Args:
+            obs: ``(..., O)``, or what other critics observe, ``(..., O + Z)``.
+        """
+        return obs if self.encoder is None else self.encoder.observe(obs[..., : self.obs_dim])
 
     def q_values(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Every member's value: obs ``(..., O)``, action ``(..., A)`` -> ``(members, ...)``."""
+        """Every member's value: obs and action as in `inputs` -> ``(members, ...)``."""
         obs, action = self.inputs(obs, action)
         output: Tensor = self(action, obs)
         return output.squeeze(-1)
@@ -82,7 +89,7 @@ class Critics(FlatMLP):
         return self.q_values(obs, action).amin(0)
 
     def candidate_q_min(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Qmin of K actions per state: obs ``(B, O)``, action ``(B, K, A)`` -> ``(B, K)``."""
+        """Qmin of K actions ``(B, K, A)`` in each of the states of `inputs` -> ``(B, K)``."""
         states = obs.unsqueeze(1)
         if self.evaluator is not None and not torch.is_grad_enabled():
             states, action = self.inputs(states, action)

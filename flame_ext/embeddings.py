@@ -1,9 +1,8 @@
 """Learned embeddings of states and actions, which make the critics' regression easier.
 
 State-action learned embeddings (SALE; Fujimoto et al. 2023, arXiv 2306.02451, Sec. 4): a reward
-says little about the dynamics, the next state says all of it. Two networks learn to predict it, and
-the critics see their features beside the plain state and action. The policy does not: it still acts
-in one evaluation of one network.
+says little about the dynamics, the next state says all of it. Two networks learn to predict it;
+policy and critics see their features beside the plain state and action.
 """
 
 from __future__ import annotations
@@ -58,6 +57,10 @@ class StateActionEncoder:
         """Zs: obs ``(..., O)`` -> ``(..., Z)``, divided by its mean absolute value (Eq. 3)."""
         features: Tensor = self.state_network(obs)[0]
         return features / features.abs().mean(-1, keepdim=True).clamp(min=EMBEDDING_MIN_SCALE)
+
+    def observe(self, obs: Tensor) -> Tensor:
+        """What policy and critics see: obs ``(..., O)`` -> ``(..., O + Z)``."""
+        return torch.cat([obs, self.state(obs)], dim=-1)
 
     def pair(self, state: Tensor, action: Tensor) -> Tensor:
         """Zsa: zs ``(..., Z)``, action ``(..., A)`` -> ``(..., Z)``."""

@@ -188,10 +188,8 @@ def untrained_policy(
 
     config = make_config(algorithm, preset)
     sizes = obs_dim, action_dim
-    encoder = make_encoder(config, *sizes)
-    networks = deployed_networks(
-        make_actor(config, *sizes, encoder), make_critics(config, *sizes, encoder)
-    )
+    critics = make_critics(config, *sizes, make_encoder(config, *sizes))
+    networks = deployed_networks(make_actor(config, *sizes), critics)
     spec = PolicySpec(
         algorithm=algorithm,
         config=config.to_dict(),

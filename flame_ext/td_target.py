@@ -33,7 +33,7 @@ def td_target(
     Args:
         actor: The policy that acts in s'.
         target_critics: Q'.
-        batch: B transitions.
+        batch: B transitions, their observations as the policy takes them.
         noise: Base samples of a' ``(B, target_particles, A)``, see `target_noise`.
         alpha: Temperature, a scalar.
         generator: Draws the probes of an entropy estimator that takes them.
@@ -41,7 +41,8 @@ def td_target(
     c = actor.config
     obs = batch.next_obs
     candidates = actor.action(obs.unsqueeze(1), noise)
-    value = target_critics.candidate_q_min(obs, candidates).amax(1)
+    states = target_critics.observe(obs)
+    value = target_critics.candidate_q_min(states, candidates).amax(1)
     if c.entropy_in_target:
         # The density is the plain sample's, since best-of-N has none in closed form. Its estimator
         # may take other steps than the policy that acts: FLAME's decoupled one.

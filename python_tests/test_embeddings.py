@@ -71,12 +71,12 @@ def test_critics_see_state_and_action_with_their_embeddings(backend: str) -> Non
         action = actions[:, k].clone().requires_grad_()
         wide = torch.cat([action, encoder.pair(state, action)], 1)
         expected = plain.q_min(torch.cat([obs, state], 1), wide)
-        q = critics.q_min(obs, action)
+        q = critics.q_min(encoder.observe(obs), action)
         torch.testing.assert_close(q, expected, rtol=1e-5, atol=1e-6)
         gradient, wanted = (torch.autograd.grad(x.sum(), action)[0] for x in (q, expected))
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
         with torch.no_grad():
-            among = critics.candidate_q_min(obs, actions)[:, k]
+            among = critics.candidate_q_min(encoder.observe(obs), actions)[:, k]
         torch.testing.assert_close(among, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -109,6 +109,14 @@ def test_targets_take_over_weights_and_features_once_per_interval(updates: int) 
         assert torch.equal(features(agent.critics.encoder), seen)
         assert torch.equal(features(agent.target_critics.encoder), targets[0])
         assert torch.equal(weights(agent.target_critics), targets[1])
+
+
+def test_targets_put_their_own_embedding_in_the_place_of_the_critics() -> None:
+    first, second = make_encoder(0), make_encoder(1)
+    obs = torch.randn(6, OBS)
+    critics = Critics(OBS, ACT, (16,), encoder=second)
+    assert torch.equal(critics.observe(first.observe(obs)), second.observe(obs))
+    assert torch.equal(Critics(OBS, ACT, (16,)).observe(obs), obs)
 
 
 def test_no_embedding_no_encoder() -> None:

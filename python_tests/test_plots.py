@@ -45,7 +45,7 @@ def write_policy(run_dir, algorithm, env_id=ENV_ID):
         layer_norm=config.critic_layer_norm,
     )
     spec = PolicySpec(algorithm, config.to_dict(), 2, 2, (-1.0, -1.0), (1.0, 1.0), env_id)
-    networks = {"actor": make_actor(config, 2, 2, None).network, "critics": critics}
+    networks = {"actor": make_actor(config, 2, 2).network, "critics": critics}
     tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
     save_policy(run_dir / POLICY_FILE, spec, tensors)
     (run_dir / "config.json").write_text(json.dumps({"algorithm": algorithm}))

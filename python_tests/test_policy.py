@@ -120,7 +120,8 @@ def test_q_value_takes_environment_units(tmp_path: Path, backend: str, embedding
     q = policy.q_value(obs, np.array([LOW, HIGH]))
     corners = torch.tensor([[-1.0] * ACT, [1.0] * ACT])
     with torch.no_grad():
-        expected = agent.critics.q_min(torch.zeros(2, OBS), corners).numpy()
+        states = agent.critics.observe(torch.zeros(2, OBS))
+        expected = agent.critics.q_min(states, corners).numpy()
     np.testing.assert_allclose(q, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -23,9 +23,9 @@ class TorchActingEngine:
     def __init__(self, spec: PolicySpec, tensors: Mapping[str, Array], *, seed: int) -> None:
         config = make_config(spec.algorithm, overrides=spec.config)
         sizes = spec.obs_dim, spec.action_dim
-        encoder = make_encoder(config, *sizes)
-        self._actor = make_actor(config, *sizes, encoder)
-        self._critics = make_critics(config, *sizes, encoder)
+        self._obs_dim = spec.obs_dim
+        self._actor = make_actor(config, *sizes)
+        self._critics = make_critics(config, *sizes, make_encoder(config, *sizes))
         for name, network in deployed_networks(self._actor, self._critics).items():
             _load(network, tensors[f"{name}.flat"])
         self._tensors = tensors
@@ -36,22 +36,25 @@ class TorchActingEngine:
     def act(
         self, obs: NDArray[Any], noise: Array | None, num_particles: int, draw: int
     ) -> NDArray[np.float32]:
-        rows = observation_rows(obs, self._actor.obs_dim)
+        rows = observation_rows(obs, self._obs_dim)
         shape = (len(rows), num_particles, self._actor.action_dim)
         if noise is None:
             rng = np.random.default_rng((self._seed, draw))
             noise = rng.standard_normal(shape, np.float32)
         base = torch.tensor(noise).view(shape)
-        states = torch.tensor(network_observations(rows, self._tensors))
-        unit = self._actor.best_action(self._critics, states, base).numpy()
+        unit = self._actor.best_action(self._critics, self._observe(rows), base).numpy()
         action: NDArray[np.float32] = (self._middle + self._half * unit).astype(np.float32)
         return action[0] if np.ndim(obs) == 1 else action
 
     @torch.no_grad()
     def q_min(self, obs: NDArray[Any], action: Array) -> NDArray[np.float32]:
-        states = torch.tensor(network_observations(obs, self._tensors))
-        q: NDArray[np.float32] = self._critics.q_min(states, torch.tensor(action)).numpy()
+        q: NDArray[np.float32] = self._critics.q_min(
+            self._observe(obs), torch.tensor(action)
+        ).numpy()
         return q
+
+    def _observe(self, obs: NDArray[Any]) -> torch.Tensor:
+        return self._critics.observe(torch.tensor(network_observations(obs, self._tensors)))
 
 
 def _load(network: FlatMLP, flat: Array) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flame_ext.config import Config
 from flame_ext.critics import Critics
-from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import FlatMLP
 from flame_ext.reference import LogProb, best_of
 
@@ -45,13 +44,6 @@ class PolicyStep:
 class Actor(ABC):
     """A policy that turns one base-noise vector into one action.
 
-    Args:
-        config: Options of the algorithm.
-        obs_dim: O.
-        action_dim: A.
-        encoder: Where given, the network sees each state's embedding beside the state. The policy
-            does not train it.
-
     Attributes:
         network: Its only trainable parameters.
         has_log_prob: Whether `sample` can measure log pi.
@@ -60,22 +52,9 @@ class Actor(ABC):
     network: FlatMLP
     has_log_prob: bool
 
-    def __init__(
-        self, config: Config, obs_dim: int, action_dim: int, encoder: StateActionEncoder | None
-    ) -> None:
-        self.config, self.encoder = config, encoder
+    def __init__(self, config: Config, obs_dim: int, action_dim: int) -> None:
+        self.config = config
         self.obs_dim, self.action_dim = obs_dim, action_dim
-
-    @property
-    def input_obs_dim(self) -> int:
-        """Columns of an observation as the network takes it."""
-        return self.obs_dim + (0 if self.encoder is None else self.encoder.embedding_dim)
-
-    def inputs(self, obs: Tensor) -> Tensor:
-        """Observations ``(..., O)`` as the network takes them."""
-        if self.encoder is None:
-            return obs
-        return torch.cat([obs, self.encoder.state(obs)], dim=-1)
 
     @abstractmethod
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from flame_ext.config import Config
 from flame_ext.critics import Critics
-from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import MeanVelocityNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, uniform_like
 from flame_ext.policies.reweighting import reverse_reweighted
@@ -32,12 +31,11 @@ class DiffusionActor(Actor):
         config: Config,
         obs_dim: int,
         action_dim: int,
-        encoder: StateActionEncoder | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(config, obs_dim, action_dim, encoder)
+        super().__init__(config, obs_dim, action_dim)
         self.network = MeanVelocityNet(
-            self.input_obs_dim,
+            obs_dim,
             action_dim,
             config.hidden_sizes,
             activation=config.policy_activation,
@@ -46,7 +44,7 @@ class DiffusionActor(Actor):
         )
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        obs, z = self.inputs(obs), noise
+        z = noise
         for step in ddim_steps(self.config.sampling_steps):
             eps = self.network.velocity(z, *times_like(z, step), obs)
             z = step.m * (step.p * z + step.q * eps).clamp(-1, 1) + step.n * z
@@ -88,6 +86,6 @@ class DiffusionActor(Actor):
             )
             # E[noise] from E[noise - action] and z = signal E[action] + scale E[noise].
             target = (z + signal * reweighted.velocity) / (signal + scale)
-        loss = (self.network.velocity(z, t, t, self.inputs(obs)) - target).square().sum(-1).mean()
+        loss = (self.network.velocity(z, t, t, obs) - target).square().sum(-1).mean()
         ess = reweighted.ess.mean() / self.config.num_candidates
         return ActorLoss(loss, None, ess, {"reweighted_loss": loss.detach()})

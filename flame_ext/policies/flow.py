@@ -11,7 +11,6 @@ from torch import Tensor
 
 from flame_ext.config import Config
 from flame_ext.critics import Critics
-from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import MeanVelocityNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl, uniform_like
 from flame_ext.policies.reweighting import damped_logits, resample, reverse_reweighted
@@ -83,12 +82,11 @@ class FlowActor(Actor):
         config: Config,
         obs_dim: int,
         action_dim: int,
-        encoder: StateActionEncoder | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(config, obs_dim, action_dim, encoder)
+        super().__init__(config, obs_dim, action_dim)
         self.network = MeanVelocityNet(
-            self.input_obs_dim,
+            obs_dim,
             action_dim,
             config.hidden_sizes,
             activation=config.policy_activation,
@@ -99,7 +97,7 @@ class FlowActor(Actor):
             self.network.start_as_contraction(config.initial_action_std)
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        c, obs = self.config, self.inputs(obs)
+        c = self.config
         native = self._native()
         if native is not None and not torch.is_grad_enabled():
             return native.sample_flow(obs, noise, c.sampling_steps, c.flow).clamp_(-1, 1)
@@ -109,7 +107,7 @@ class FlowActor(Actor):
         c, native = self.config, self._native()
         plain = critics.encoder is None or noise.shape[1] == 1
         if native is not None and plain and not torch.is_grad_enabled():
-            return native.best_action(self.inputs(obs), noise, critics, c.sampling_steps, c.flow)
+            return native.best_action(obs, noise, critics, c.sampling_steps, c.flow)
         return super().best_action(critics, obs, noise)
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
@@ -126,7 +124,7 @@ class FlowActor(Actor):
         ):
             evaluate = native.log_prob
         return evaluate(
-            self.inputs(obs),
+            obs,
             noise,
             estimator=c.entropy_estimator,
             steps=c.entropy_steps if c.entropy_estimator == "multi_step" else 1,
@@ -210,9 +208,9 @@ class FlowActor(Actor):
                 z, reweighted = self._from_reverse(obs, action, t, critics, alpha, generator)
         native = self._native()
         if native is not None:
-            loss = native.meanflow_loss(z, r, t, self.inputs(obs), reweighted.velocity)
+            loss = native.meanflow_loss(z, r, t, obs, reweighted.velocity)
         else:
-            loss = meanflow_loss(self.network, z, r, t, self.inputs(obs), reweighted.velocity)
+            loss = meanflow_loss(self.network, z, r, t, obs, reweighted.velocity)
         return loss, reweighted.ess.mean() / self.config.num_candidates
 
     @staticmethod
@@ -289,7 +287,7 @@ class FlowActor(Actor):
         """Candidates from the policy itself, weighted towards the target by a damped step."""
         k = self.config.num_candidates
         noise = normal_like(obs, (len(obs), k, self.action_dim), generator)
-        native, states = self._native(), self.inputs(obs.unsqueeze(1))
+        native, states = self._native(), obs.unsqueeze(1)
         own = native.log_prob(states, noise) if native else log_prob(self.network, states, noise)
         action = own.action.clamp(-1, 1)
         q_min = critics.candidate_q_min(obs, action)

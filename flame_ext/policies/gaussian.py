@@ -9,7 +9,6 @@ from torch import Tensor
 
 from flame_ext.config import Config
 from flame_ext.critics import Critics
-from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import GaussianPolicyNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl
 from flame_ext.reference import LogProb, tanh_gaussian
@@ -36,12 +35,11 @@ class GaussianActor(Actor):
         config: Config,
         obs_dim: int,
         action_dim: int,
-        encoder: StateActionEncoder | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(config, obs_dim, action_dim, encoder)
+        super().__init__(config, obs_dim, action_dim)
         self.network = GaussianPolicyNet(
-            self.input_obs_dim,
+            obs_dim,
             action_dim,
             config.hidden_sizes,
             activation=config.policy_activation,
@@ -50,14 +48,14 @@ class GaussianActor(Actor):
         )
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        obs, native = self.inputs(obs), self._native()
+        native = self._native()
         if native is not None and obs.dim() == noise.dim() == 2 and not torch.is_grad_enabled():
             return native.sample_gaussian(obs, noise)
         mean, std = self.network.distribution(obs)
         return torch.tanh(mean + std * noise)
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
-        output: Tensor = self.network(self.inputs(obs))[0]
+        output: Tensor = self.network(obs)[0]
         native = self._native()
         evaluate = tanh_gaussian if native is None else native.tanh_gaussian
         return evaluate(output, noise)
