@@ -46,11 +46,11 @@ class Config:
         critic_activation: Hidden activation of the critics.
         critic_layer_norm: LayerNorm in the critics.
         embedding_dim: Length of the learned embeddings of states and of state-action pairs that
-            the critics see beside the plain ones (`flame_ext.embeddings`); 0 learns none.
+            policy and critics see beside the plain ones (`flame_ext.embeddings`); 0 learns none.
         embedding_learning_rate: Adam step of their encoder.
-        embedding_interval: Critic updates for which the critics see the same embeddings; then their
-            targets take over both weights and embeddings, in the place of the average of step
-            `tau`, and they go on with the encoder's newest.
+        embedding_interval: Critic updates for which policy and critics see the same embeddings;
+            then the target critics take over the critics' weights and embeddings, in the place of
+            the average of step `tau`, and the critics go on with the encoder's newest.
         policy_layer_norm: LayerNorm in the policy.
         critic_learning_rate: Adam step of the critics.
         policy_learning_rate: Adam step of the policy.

@@ -246,7 +246,7 @@ def native_candidates(
     ("algorithm", "proposal", "embedding_dim"),
     [
         *((algorithm, "reverse", z) for algorithm in ALGORITHMS for z in (0, 12)),
-        ("flame", "policy", 0),
+        *(("flame", "policy", z) for z in (0, 12)),
     ],
 )
 def test_ten_updates_agree_between_torch_and_native(

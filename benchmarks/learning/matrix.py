@@ -41,7 +41,12 @@ FLAME_EXT = str(Path(sysconfig.get_path("scripts")) / "flame-ext")
 # Files of a run's directory that are kept, and the endings of their copies.
 RESULT_FILES = {"evaluations.csv": ".csv", "config.json": ".json"}
 # Options that committed runs are older than, with the values at which those runs were made.
-YOUNGER_OPTIONS = {"policy_tau": 1.0}
+YOUNGER_OPTIONS = {
+    "policy_tau": 1.0,
+    "embedding_dim": 0,
+    "embedding_learning_rate": 1e-3,
+    "embedding_interval": 250,
+}
 _SEPARATE = "give other --runs and --results"
 
 Evaluations = dict[str, list[Any]]  # columns of one run's evaluations.csv
