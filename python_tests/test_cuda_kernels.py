@@ -24,7 +24,7 @@ from flame_ext.backends.torch import TorchBackend
 from flame_ext.config import make_config
 from flame_ext.critics import Critics
 from flame_ext.networks import FlatMLP, MeanVelocityNet
-from flame_ext.replay import ReplayBuffer
+from flame_ext.replay import Batch, ReplayBuffer
 
 pytestmark = pytest.mark.gpu
 EPS = torch.finfo(torch.float32).eps
@@ -277,6 +277,20 @@ def test_critic_updates_in_one_call_follow_pytorchs_steps(entropy_in_target):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5)
     steps = [agent.optimizers["critics"].state_dict()["state"][0]["step"] for agent in agents]
     assert steps[0] == steps[1] == 5
+
+
+@pytest.mark.parametrize("algorithm", ["flame", "sac"])
+def test_updates_with_embeddings_follow_pytorchs(algorithm):
+    options = {"embedding_dim": 24, "embedding_interval": 2, "policy_delay": 1}
+    config = make_config(algorithm, overrides=options)
+    agents = [
+        Agent(config, 17, 6, backend, seed=0, device="cuda")
+        for backend in (TorchBackend(), CudaBackend())
+    ]
+    rows = draw(64, 17), draw(64, 6).tanh(), draw(64), draw(64).gt(1).float(), draw(64, 17)
+    for _ in range(5):
+        first, second = (agent.update(Batch(*rows)) for agent in agents)
+        assert second == pytest.approx(first, rel=2e-3, abs=2e-3)
 
 
 def update(backend: CudaBackend, critics: Critics, target: Critics, batch: list[Tensor]) -> None:

@@ -61,8 +61,9 @@ def test_acts_as_the_agent_in_environment_units(
     np.testing.assert_allclose(single, action[0], rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision_stays_close(tmp_path: Path) -> None:
-    policy, _ = make_policy(tmp_path, "flame")
+@pytest.mark.parametrize("embedding_dim", [0, 8])
+def test_half_precision_stays_close(tmp_path: Path, embedding_dim: int) -> None:
+    policy, _ = make_policy(tmp_path, "flame", embedding_dim=embedding_dim)
     half = load(tmp_path, precision="fp16")
     obs = np.random.default_rng(0).normal(size=(50, OBS))
     np.testing.assert_allclose(
@@ -70,9 +71,10 @@ def test_half_precision_stays_close(tmp_path: Path) -> None:
     )
 
 
-def test_acting_needs_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("embedding_dim", [0, 8])
+def test_acting_needs_no_torch(tmp_path: Path, embedding_dim: int) -> None:
     """In a fresh interpreter that cannot import torch, from several threads at once."""
-    make_policy(tmp_path, "flame")
+    make_policy(tmp_path, "flame", embedding_dim=embedding_dim)
     script = """
 import sys, threading
 sys.modules["torch"] = None
