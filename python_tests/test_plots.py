@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flame_ext.build import make_actor
+from flame_ext.build import deployed_networks, make_actor, make_critics
 from flame_ext.config import make_config
-from flame_ext.critics import Critics
 from flame_ext.errors import RunDirectoryError
 from flame_ext.evaluate import Evaluation
 from flame_ext.loggers import EvaluationLog
@@ -37,15 +36,8 @@ def write_run(run_dir, algorithm, rows, seconds_per_step=1.0):
 def write_policy(run_dir, algorithm, env_id=ENV_ID):
     """An untrained policy for a task of two observations and two actions."""
     config = make_config(algorithm, overrides={"hidden_sizes": (16,), "sampling_steps": 1})
-    critics = Critics(
-        2,
-        2,
-        config.hidden_sizes,
-        activation=config.critic_activation,
-        layer_norm=config.critic_layer_norm,
-    )
     spec = PolicySpec(algorithm, config.to_dict(), 2, 2, (-1.0, -1.0), (1.0, 1.0), env_id)
-    networks = {"actor": make_actor(config, 2, 2).network, "critics": critics}
+    networks = deployed_networks(make_actor(config, 2, 2), make_critics(config, 2, 2, None))
     tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
     save_policy(run_dir / POLICY_FILE, spec, tensors)
     (run_dir / "config.json").write_text(json.dumps({"algorithm": algorithm}))
