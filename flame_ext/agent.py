@@ -132,9 +132,7 @@ class Agent:
             raise ValueError(
                 f"updates={updates}; the policy's step is due after {self.updates_to_policy_step}"
             )
-        with torch.no_grad():
-            states = self.critics.observe(batch.obs), self.critics.observe(batch.next_obs)
-        observed = dataclasses.replace(batch, obs=states[0], next_obs=states[1])
+        observed = self._observed(batch)
         metrics = self.backend.critic_updates(
             self.actor,
             self.critics,
@@ -154,6 +152,14 @@ class Agent:
         if self.encoder is not None:
             metrics |= self._encoder_updates(self.encoder, batch, updates)
         return metrics
+
+    @torch.no_grad()
+    def _observed(self, batch: Batch) -> Batch:
+        """The batch as policy and critics take it."""
+        if self.encoder is None:
+            return batch
+        obs, next_obs = map(self.critics.observe, (batch.obs, batch.next_obs))
+        return dataclasses.replace(batch, obs=obs, next_obs=next_obs)
 
     def _encoder_updates(
         self, encoder: StateActionEncoder, batch: Batch, updates: int
@@ -218,8 +224,11 @@ class Agent:
         }
         if self.averaged_actor is not self.actor:
             networks["averaged_actor"] = self.averaged_actor.network
-        encoders = {"": self.encoder, "seen_": self.critics.encoder}
-        encoders["target_"] = self.target_critics.encoder
+        encoders = {
+            "": self.encoder,
+            "seen_": self.critics.encoder,
+            "target_": self.target_critics.encoder,
+        }
         for owner, encoder in encoders.items():
             if encoder is not None:
                 networks |= {f"{owner}{name}": net for name, net in encoder.networks().items()}

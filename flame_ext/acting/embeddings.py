@@ -8,27 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flame_ext.acting.native import pack_policy
+from flame_ext.acting.native import NativeActingEngine
 from flame_ext.native import load_core
 from flame_ext.policy import Array, PolicySpec, Precision, network_observations, observation_rows
 from flame_ext.sampling import EMBEDDING_MIN_SCALE
 
 
-class EmbeddedActingEngine:
-    """Implements `flame_ext.policy.ActingEngine`, as `NativeActingEngine` and without torch.
-
-    Args:
-        spec: What the policy is.
-        tensors: Its weights.
-        seed: Seeds the kernels' Philox draws.
-        precision: How the policy's weights are stored; encoder and critics keep float32.
-
-    Raises:
-        ImportError: If the native module does not load.
-        ValueError: If a weight is out of float16's range.
-    """
-
-    name = "cpu"
+class EmbeddedActingEngine(NativeActingEngine):
+    """The native engine of a policy with embeddings; encoder and critics keep float32."""
 
     def __init__(
         self,
@@ -38,8 +25,8 @@ class EmbeddedActingEngine:
         seed: int,
         precision: Precision = "fp32",
     ) -> None:
-        self._seed, self._obs_dim, self._tensors = seed, spec.obs_dim, tensors
-        self._packed = pack_policy(spec, tensors, precision)
+        super().__init__(spec, tensors, seed=seed, precision=precision)
+        self._obs_dim, self._tensors = spec.obs_dim, tensors
         self._middle, self._half = spec.action_middle_and_half()
         self._core = load_core()
         self._networks = _network_specs(spec, self._core)
@@ -51,7 +38,7 @@ class EmbeddedActingEngine:
         samples = np.repeat(states, num_particles, axis=0)
         if noise is not None:
             noise = noise.reshape(len(samples), 1, -1)
-        action: NDArray[np.float32] = self._packed.act(samples, noise, 1, self._seed, draw)
+        action = super().act(samples, noise, 1, draw)
         if num_particles > 1:
             unit = ((action - self._middle) / self._half).astype(np.float32)
             q = self._q_min(samples, unit).reshape(len(states), num_particles)

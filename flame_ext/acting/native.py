@@ -43,7 +43,7 @@ class NativeActingEngine:
         precision: Precision = "fp32",
     ) -> None:
         self._seed = seed
-        self._packed = pack_policy(spec, tensors, precision)
+        self._packed = _pack_policy(spec, tensors, precision)
 
     def act(
         self, obs: NDArray[Any], noise: Array | None, num_particles: int, draw: int
@@ -56,7 +56,7 @@ class NativeActingEngine:
         return q
 
 
-def pack_policy(spec: PolicySpec, tensors: Mapping[str, Array], precision: Precision) -> Any:
+def _pack_policy(spec: PolicySpec, tensors: Mapping[str, Array], precision: Precision) -> Any:
     """The kernels' form of a policy.
 
     With embeddings it takes observed states (`acting.embeddings`) and has no critics.

@@ -297,6 +297,8 @@ class _Forward(torch.autograd.Function):
         leading = ctx.recorded.backward(
             array(d_output.contiguous()), None if gradient is None else gradient.numpy()
         )
+        if leading.shape[1] == 0:
+            return gradient, None, None, None
         d_rows = torch.zeros(ctx.shape)
         d_rows[:, : leading.shape[1]] = torch.from_numpy(leading)
         return gradient, d_rows, None, None
