@@ -220,10 +220,16 @@ def test_whole_update(benchmark: Any, algorithm: str) -> None:
     )
 
 
+EMBEDDINGS = {"embedding_dim": 256, "updates_per_step": 1.0, "policy_delay": 1}
+
+
+@pytest.mark.parametrize("options", [{}, EMBEDDINGS], ids=["default", "embeddings"])
 @pytest.mark.parametrize("algorithm", ["flame", "sac"])
-def test_updates_of_one_environment_step(benchmark: Any, algorithm: str) -> None:
-    """What the default preset computes per environment step."""
-    native, plain = make_agents(algorithm)
+def test_updates_of_one_environment_step(
+    benchmark: Any, algorithm: str, options: dict[str, Any]
+) -> None:
+    """What the default preset computes per environment step, and learned embeddings at one update."""
+    native, plain = make_agents(algorithm, **options)
     config = native.config
     count, together = round(config.updates_per_step), config.policy_delay
     assert count % together == 0
@@ -236,7 +242,9 @@ def test_updates_of_one_environment_step(benchmark: Any, algorithm: str) -> None
     for agent in (native, plain):
         updates(agent)
     assert native.alpha == pytest.approx(float(plain.alpha), rel=1e-3)
-    name = f"{count} critic and {count // config.policy_delay} policy updates, {algorithm}"
+    name = (
+        f"{count} critic and {count // config.policy_delay} policy updates, {algorithm} {options}"
+    )
     compare(benchmark, name, lambda: updates(native), lambda: updates(plain))
 
 

@@ -212,6 +212,7 @@ PYBIND11_MODULE(_core, m) {
     bind_flow(m);
     bind_policy_loss(m);
     bind_critic_updates(m);
+    bind_embeddings(m);
     bind_cuda(m);
     bind_on_host(m);
 }

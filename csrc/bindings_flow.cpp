@@ -46,6 +46,7 @@ py::tuple py_reweighted_velocity(const MlpSpec& spec, const py::array& parameter
     const ReweightedArgs args{
         spec,
         dense(parameters, "parameters", {count_of(spec)}),
+        nullptr,
         states,
         static_cast<int32_t>(candidates),
         static_cast<int32_t>(action_dim),

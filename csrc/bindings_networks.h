@@ -1,9 +1,14 @@
 // What the bindings read from a network's shape and from names, with the checks that belong to it.
 #pragma once
 
-#include <cstdint>
-#include <string>
+#include <pybind11/numpy.h>
 
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "bindings_arrays.h"
 #include "check.h"
 #include "policy_sampler.h"
 
@@ -39,14 +44,36 @@ inline int policy_obs_dim(const PolicySampler& policy) {
     return policy.spec.sizes[0] - beside;
 }
 
-// The observation's size, on which a policy and its critics agree.
-inline int shared_obs_dim(const PolicySampler& policy, const MlpSpec& critics) {
-    const int obs_dim = critic_obs_dim(critics, policy.action_dim);
+// The observation's size, on which a policy and its critics agree; these see `features` columns of
+// embeddings beside the action.
+inline int shared_obs_dim(const PolicySampler& policy, const MlpSpec& critics, int features = 0) {
+    const int obs_dim = critic_obs_dim(critics, policy.action_dim + features);
     const int of_policy = policy_obs_dim(policy);
     check(of_policy == obs_dim, "the policy takes ", of_policy, " observations, the critics ",
           obs_dim);
     return obs_dim;
 }
+
+// Spec and parameters, as Python hands over networks that may be missing.
+using NetworkView = std::pair<MlpSpec, pybind11::array>;
+
+// What critics see beside the action, checked; must outlive the call that it is handed to.
+class PairArgument {
+  public:
+    PairArgument(const std::optional<NetworkView>& pair, int action_dim) {
+        if (!pair) return;
+        const MlpSpec& spec = pair->first;
+        encoder_ = {spec, dense(pair->second, "pair encoder's parameters", {count_of(spec)})};
+        check(spec.members == 1 && spec.sizes[0] == action_dim + outputs(spec),
+              "a pair encoder maps [action | zs] to as many features as zs has; with ", action_dim,
+              " actions this spec has ", spec.members, " members, ", spec.sizes[0], " inputs and ",
+              outputs(spec), " outputs");
+    }
+    const PairEncoder* get() const { return encoder_.parameters ? &encoder_ : nullptr; }
+
+  private:
+    PairEncoder encoder_{};
+};
 
 inline Candidates parse_candidates(const std::string& sampling) {
     if (sampling == "random") return Candidates::kRandom;

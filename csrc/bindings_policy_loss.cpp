@@ -2,6 +2,8 @@
 // losses take beside networks (the tanh Gaussian and the wall against folding).
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <tuple>
 #include <utility>
 
 #include "bindings.h"
@@ -123,34 +125,50 @@ Array py_sample(const PolicySampler& policy, const py::array& parameters, const 
 
 // --- Losses
 
+// Critics as the losses take them: spec, parameters, and the encoder of what they see beside the
+// action.
+using CriticsView = std::tuple<MlpSpec, py::array, std::optional<NetworkView>>;
+
 // What the losses have in common; `parameters` and `gradients` belong to the policy.
-struct LossCall {
-    PolicyLossInputs inputs;
-    float* gradients;
+class LossCall {
+  public:
+    LossCall(const PolicySampler& policy, const py::array& parameters, const py::array& gradients,
+             const CriticsView& critics, const py::array& obs, const py::array& noise, double alpha)
+        : pair_(std::get<2>(critics), policy.action_dim) {
+        check(noise.ndim() == 2 && noise.shape(0) >= 1, "noise has shape ", shape_text(noise),
+              "; it must be (rows, ", policy.action_dim, ") with at least one row");
+        const auto& [spec, critic_parameters, pair] = critics;
+        const int64_t rows = noise.shape(0);
+        const int obs_dim = shared_obs_dim(policy, spec, pair_columns(pair_.get()));
+        const RowsView s = matrix(obs, "obs", rows, obs_dim);
+        const int64_t count = count_of(policy.spec);
+        inputs = {&policy,
+                  dense(parameters, "parameters", {count}),
+                  spec,
+                  dense(critic_parameters, "critics' parameters", {count_of(spec)}),
+                  pair_.get(),
+                  rows,
+                  s.data,
+                  s.ld,
+                  dense(noise, "noise", {rows, policy.action_dim}),
+                  alpha};
+        this->gradients = writable(gradients, "gradients", {count});
+    }
+    LossCall(const LossCall&) = delete;
+    LossCall& operator=(const LossCall&) = delete;
+
+    PolicyLossInputs inputs{};
+    float* gradients = nullptr;
+
+  private:
+    PairArgument pair_;  // `inputs` points to it
 };
 
-LossCall loss_call(const PolicySampler& policy, const py::array& parameters,
-                   const py::array& gradients, const MlpSpec& critics,
-                   const py::array& critic_parameters, const py::array& obs, const py::array& noise,
-                   double alpha) {
-    check(noise.ndim() == 2 && noise.shape(0) >= 1, "noise has shape ", shape_text(noise),
-          "; it must be (rows, ", policy.action_dim, ") with at least one row");
-    const int64_t rows = noise.shape(0);
-    const RowsView s = matrix(obs, "obs", rows, shared_obs_dim(policy, critics));
-    const int64_t count = count_of(policy.spec);
-    return {{&policy, dense(parameters, "parameters", {count}), critics,
-             dense(critic_parameters, "critic_parameters", {count_of(critics)}), rows, s.data, s.ld,
-             dense(noise, "noise", {rows, policy.action_dim}), alpha},
-            writable(gradients, "gradients", {count})};
-}
-
 py::tuple py_gaussian_loss(const PolicySampler& policy, const py::array& parameters,
-                           const py::array& gradients, const MlpSpec& critics,
-                           const py::array& critic_parameters, const py::array& obs,
-                           const py::array& noise, double alpha) {
+                           const py::array& gradients, const CriticsView& critics,
+                           const py::array& obs, const py::array& noise, double alpha) {
     check(policy.steps == 0, "this policy is a flow; gaussian_loss takes a Gaussian");
-    const LossCall call =
-        loss_call(policy, parameters, gradients, critics, critic_parameters, obs, noise, alpha);
+    const LossCall call(policy, parameters, gradients, critics, obs, noise, alpha);
     ReverseKl result{};
     {
         const py::gil_scoped_release release;
@@ -160,14 +178,13 @@ py::tuple py_gaussian_loss(const PolicySampler& policy, const py::array& paramet
 }
 
 py::tuple py_flow_reverse_kl(const PolicySampler& policy, const py::array& parameters,
-                             const py::array& gradients, const MlpSpec& critics,
-                             const py::array& critic_parameters, const py::array& obs,
-                             const py::array& noise, double alpha, double weight,
-                             float boundary_width, float monotonicity_margin, float wall_scale) {
+                             const py::array& gradients, const CriticsView& critics,
+                             const py::array& obs, const py::array& noise, double alpha,
+                             double weight, float boundary_width, float monotonicity_margin,
+                             float wall_scale) {
     check(policy.steps == 1, "the policy takes ", policy.steps,
           " steps; the exact density has a gradient for one step along a flow");
-    const LossCall call =
-        loss_call(policy, parameters, gradients, critics, critic_parameters, obs, noise, alpha);
+    const LossCall call(policy, parameters, gradients, critics, obs, noise, alpha);
     ReverseKl result{};
     {
         const py::gil_scoped_release release;
@@ -178,9 +195,8 @@ py::tuple py_flow_reverse_kl(const PolicySampler& policy, const py::array& param
 }
 
 py::tuple py_flow_matching(const PolicySampler& policy, const py::array& parameters,
-                           const py::array& gradients, const MlpSpec& critics,
-                           const py::array& critic_parameters, const py::array& obs,
-                           const py::array& action, const py::array& noise,
+                           const py::array& gradients, const CriticsView& critics,
+                           const py::array& obs, const py::array& action, const py::array& noise,
                            const py::array& uniform, double alpha, double weight, double min_time,
                            double instantaneous_fraction, double acting_fraction,
                            int num_candidates, const std::string& sampling, uint64_t seed) {
@@ -196,8 +212,7 @@ py::tuple py_flow_matching(const PolicySampler& policy, const py::array& paramet
         check(part >= 0 && part <= 1, "a fraction of the rows is ", part,
               "; it must be from 0 to 1");
     }
-    const LossCall call =
-        loss_call(policy, parameters, gradients, critics, critic_parameters, obs, noise, alpha);
+    const LossCall call(policy, parameters, gradients, critics, obs, noise, alpha);
     const int64_t rows = call.inputs.rows;
     const RowsView a = matrix(action, "action", rows, policy.action_dim);
     const float* uniforms = dense(uniform, "uniform", {rows, 3});
@@ -230,18 +245,17 @@ void bind_policy_loss(py::module_& m) {
         .def_static("flow", &flow_sampler, py::arg("spec"), py::arg("time"), py::arg("scale"))
         .def("sample", &py_sample, py::arg("parameters"), py::arg("obs"), py::arg("noise"));
     m.def("gaussian_loss", &py_gaussian_loss, py::arg("policy"), py::arg("parameters"),
-          py::arg("gradients"), py::arg("critics"), py::arg("critic_parameters"), py::arg("obs"),
-          py::arg("noise"), py::arg("alpha"));
+          py::arg("gradients"), py::arg("critics"), py::arg("obs"), py::arg("noise"),
+          py::arg("alpha"));
     m.def("flow_reverse_kl", &py_flow_reverse_kl, py::arg("policy"), py::arg("parameters"),
-          py::arg("gradients"), py::arg("critics"), py::arg("critic_parameters"), py::arg("obs"),
-          py::arg("noise"), py::arg("alpha"), py::kw_only(), py::arg("weight"),
-          py::arg("boundary_width"), py::arg("monotonicity_margin"), py::arg("wall_scale"));
+          py::arg("gradients"), py::arg("critics"), py::arg("obs"), py::arg("noise"),
+          py::arg("alpha"), py::kw_only(), py::arg("weight"), py::arg("boundary_width"),
+          py::arg("monotonicity_margin"), py::arg("wall_scale"));
     m.def("flow_matching", &py_flow_matching, py::arg("policy"), py::arg("parameters"),
-          py::arg("gradients"), py::arg("critics"), py::arg("critic_parameters"), py::arg("obs"),
-          py::arg("action"), py::arg("noise"), py::arg("uniform"), py::arg("alpha"), py::kw_only(),
-          py::arg("weight"), py::arg("min_time"), py::arg("instantaneous_fraction"),
-          py::arg("acting_fraction"), py::arg("num_candidates"), py::arg("sampling"),
-          py::arg("seed"));
+          py::arg("gradients"), py::arg("critics"), py::arg("obs"), py::arg("action"),
+          py::arg("noise"), py::arg("uniform"), py::arg("alpha"), py::kw_only(), py::arg("weight"),
+          py::arg("min_time"), py::arg("instantaneous_fraction"), py::arg("acting_fraction"),
+          py::arg("num_candidates"), py::arg("sampling"), py::arg("seed"));
     m.def("tanh_gaussian", &py_tanh_gaussian, py::arg("output"), py::arg("noise"),
           py::arg("log_std_range"));
     m.def("tanh_gaussian_gradient", &py_tanh_gaussian_gradient, py::arg("output"), py::arg("noise"),

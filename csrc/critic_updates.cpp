@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/workspace.h"
+#include "embeddings.h"
 
 namespace flame {
 namespace {
@@ -22,15 +23,23 @@ NextActions next_actions(const CriticUpdates& u, Workspace& workspace) {
     return next;
 }
 
+int obs_columns(const CriticUpdates& u) {
+    return u.critics.sizes[0] - u.policy->action_dim - pair_columns(u.pair);
+}
+
 // y = reward + gamma (1 - terminated) (Qmin'(s', a') - alpha log pi(a' | s')) of transitions
 // [first, first + rows)
 void td_target(const CriticUpdates& u, const NextActions& next, int64_t first, int64_t rows,
                float* target, Workspace& workspace) {
     const int action_dim = u.policy->action_dim;
+    const float* obs = u.target_next_obs + first * u.target_next_obs_ld;
+    const SeenActions seen = seen_actions(u.target_pair,
+                                          {rows, action_dim, next.action + first * action_dim,
+                                           action_dim, obs_columns(u), obs, u.target_next_obs_ld},
+                                          workspace);
     float* q_min = workspace.floats(rows);
-    kernels().twin_q({u.critics, u.target_parameters, rows, 1, action_dim,
-                      u.next_obs + first * u.next_obs_ld, u.next_obs_ld,
-                      next.action + first * action_dim, q_min, nullptr});
+    kernels().twin_q({u.critics, u.target_parameters, rows, 1, seen.columns, obs,
+                      u.target_next_obs_ld, seen.data, q_min, nullptr});
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = first + i;
         const float entropy = next.log_prob ? -u.alpha * next.log_prob[at] : 0.0f;
@@ -52,12 +61,18 @@ void update_part(const CriticUpdates& u, const NextActions& next, int part,
     std::fill_n(gradients, u.parameter_count, 0.0f);
     double loss[kMaxMembers];
     double q_mean[kMaxMembers];
-    kernels().critic_step({u.critics, u.parameters, gradients, rows, u.policy->action_dim,
-                           u.obs + first * u.obs_ld, u.obs_ld, u.action + first * u.action_ld,
-                           u.action_ld, target, loss, q_mean, nullptr});
+    const float* obs = u.obs + first * u.obs_ld;
+    const SeenActions seen =
+        seen_actions(u.pair,
+                     {rows, u.policy->action_dim, u.action + first * u.action_ld, u.action_ld,
+                      obs_columns(u), obs, u.obs_ld},
+                     workspace);
+    kernels().critic_step({u.critics, u.parameters, gradients, rows, seen.columns, obs, u.obs_ld,
+                           seen.data, seen.ld, target, loss, q_mean, nullptr});
     kernels().adam({u.parameter_count, u.parameters, gradients, u.first_moment, u.second_moment,
                     u.step + part, u.learning_rate, u.beta1, u.beta2, u.epsilon});
-    kernels().soft_update({u.parameter_count, u.target_parameters, u.parameters, u.tau});
+    if (u.tau > 0)
+        kernels().soft_update({u.parameter_count, u.target_parameters, u.parameters, u.tau});
     for (int m = 0; m < u.critics.members; ++m) {
         result.loss += loss[m] / u.updates;
         result.q_mean += q_mean[m] / (u.critics.members * u.updates);

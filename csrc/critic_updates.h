@@ -13,6 +13,8 @@ struct CriticUpdates {
     const PolicySampler* policy;
     const float* policy_parameters;
     MlpSpec critics;
+    const PairEncoder* pair;         // what the critics see beside the action, or null
+    const PairEncoder* target_pair;  // what the targets see
     int64_t parameter_count;
     float* parameters;
     float* first_moment;
@@ -30,11 +32,13 @@ struct CriticUpdates {
     int64_t terminated_ld;
     const float* next_obs;  // (rows, O)
     int64_t next_obs_ld;
+    const float* target_next_obs;  // (rows, O), the next states as the targets see them
+    int64_t target_next_obs_ld;
     const float* noise;  // (rows, A) dense, of the next actions
     float reward_scale;
     float gamma;
-    float alpha;  // temperature of the target's entropy; 0 leaves the density out
-    float tau;
+    float alpha;   // temperature of the target's entropy; 0 leaves the density out
+    float tau;     // 0: the targets stay as they are
     int64_t step;  // of Adam in the first update, from 1
     double learning_rate;
     double beta1;

@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/record_memory.h"
+#include "embeddings.h"
 #include "monotonicity.h"
 #include "tanh_gaussian.h"
 
@@ -22,9 +23,16 @@ struct QValues {
 
 QValues evaluate_q(const PolicyLossInputs& in, const float* action, Workspace& workspace) {
     const int action_dim = in.policy->action_dim;
+    const int obs_dim = in.critics.sizes[0] - action_dim - pair_columns(in.pair);
     QValues v{workspace.floats(in.rows), workspace.floats(action_count(in)), 0.0, 0.0};
-    kernels().q_gradient({in.critics, in.critic_parameters, in.rows, action_dim, in.obs, in.obs_ld,
-                          action, action_dim, v.q, v.gradient});
+    const RecordMemory memory;
+    const Pairs pairs{in.rows, action_dim, action, action_dim, obs_dim, in.obs, in.obs_ld};
+    const RecordedPairs recorded = record_pairs(in.pair, pairs, *memory);
+    const SeenActions& seen = recorded.seen;
+    float* by_seen = workspace.floats(in.rows * seen.columns);
+    kernels().q_gradient({in.critics, in.critic_parameters, in.rows, seen.columns, in.obs,
+                          in.obs_ld, seen.data, seen.ld, v.q, by_seen});
+    pair_gradient(recorded, pairs, by_seen, v.gradient);
     for (int64_t b = 0; b < in.rows; ++b) {
         v.sum += static_cast<double>(v.q[b]);
         v.sum_of_sizes += std::fabs(static_cast<double>(v.q[b]));
@@ -170,6 +178,7 @@ FlowMatching flow_matching(const PolicyLossInputs& in, const FlowMatchingInputs&
     ReweightedArgs candidates{};
     candidates.spec = in.critics;
     candidates.parameters = in.critic_parameters;
+    candidates.pair = in.pair;
     candidates.states = in.rows;
     candidates.candidates = draws.candidates;
     candidates.action_dim = p.action_dim;

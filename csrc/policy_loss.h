@@ -14,6 +14,7 @@ struct PolicyLossInputs {
     const float* parameters;
     MlpSpec critics;
     const float* critic_parameters;
+    const PairEncoder* pair;  // what critics see beside the action, or null
     int64_t rows;
     const float* obs;  // (rows, O), rows `obs_ld` apart
     int64_t obs_ld;

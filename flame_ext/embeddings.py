@@ -8,6 +8,7 @@ policy and critics see their features beside the plain state and action.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,18 @@ from torch import Tensor
 
 from flame_ext.networks import FlatMLP
 from flame_ext.sampling import EMBEDDING_MIN_SCALE
+
+
+class StateEvaluator(Protocol):
+    """What a backend may compute for the state's network."""
+
+    def observe(self, obs: Tensor) -> Tensor:
+        """As `StateActionEncoder.observe` for rows, without gradient."""
+
+
+def normalised(features: Tensor) -> Tensor:
+    """Features ``(..., Z)`` divided by their mean absolute value (Eq. 3)."""
+    return features / features.abs().mean(-1, keepdim=True).clamp(min=EMBEDDING_MIN_SCALE)
 
 
 class StateActionEncoder:
@@ -54,12 +67,14 @@ class StateActionEncoder:
         return {"state_encoder": self.state_network, "pair_encoder": self.pair_network}
 
     def state(self, obs: Tensor) -> Tensor:
-        """Zs: obs ``(..., O)`` -> ``(..., Z)``, divided by its mean absolute value (Eq. 3)."""
-        features: Tensor = self.state_network(obs)[0]
-        return features / features.abs().mean(-1, keepdim=True).clamp(min=EMBEDDING_MIN_SCALE)
+        """Zs: obs ``(..., O)`` -> ``(..., Z)``."""
+        return normalised(self.state_network(obs)[0])
 
     def observe(self, obs: Tensor) -> Tensor:
         """What policy and critics see: obs ``(..., O)`` -> ``(..., O + Z)``."""
+        native = cast("StateEvaluator | None", self.state_network.evaluator)
+        if native is not None and obs.dim() == 2 and not torch.is_grad_enabled():
+            return native.observe(obs)
         return torch.cat([obs, self.state(obs)], dim=-1)
 
     def pair(self, state: Tensor, action: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """State-action embeddings: the encoder, the critics that see it, its part in an update."""
 
+import numpy as np
 import pytest
 import torch
+from kernel_inputs import assert_as_accurate, draw, to_tensors
 
 from flame_ext.agent import Agent
 from flame_ext.backends import TorchBackend, make_backend
@@ -53,6 +55,42 @@ def test_the_loss_is_the_prediction_of_a_constant_next_state() -> None:
     for gradient, other in zip(ours, wanted, strict=True):
         assert gradient.abs().max() > 0
         torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.usefixtures("isa")
+def test_native_embeddings_are_as_accurate_as_pytorch(rows: int) -> None:
+    def step(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        encoder, owner = make_encoder(), make_backend(backend, CPU)
+        for network in encoder.networks().values():
+            owner.accelerate(network.to(dtype))
+        obs, action, next_obs = to_tensors(
+            dtype, draw(rows, OBS), np.tanh(draw(rows, ACT)), draw(rows, OBS, seed=1)
+        )
+        with torch.no_grad():
+            observed = encoder.observe(obs)
+        loss = torch.tensor(owner.encoder_step(encoder, obs, action, next_obs))
+        gradients = [network.flat.grad for network in encoder.networks().values()]
+        return [observed, loss, *(g for g in gradients if g is not None)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        single, exact = (step("torch", dtype) for dtype in (torch.float32, torch.float64))
+        patch.setattr(torch.Tensor, "backward", None)  # of autograd
+        ours = step("cpu", torch.float32)
+    assert len(ours) == len(exact) == 4
+    for own, other, wanted in zip(ours, single, exact, strict=True):
+        assert_as_accurate(own.numpy(), other, wanted)
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_state_without_features_has_no_embedding() -> None:
+    encoder = make_encoder()
+    for network in encoder.networks().values():
+        make_backend("cpu", CPU).accelerate(network)
+    with torch.no_grad():
+        encoder.state_network.flat.zero_()
+        observed = encoder.observe(torch.ones(2, OBS))
+    assert torch.equal(observed, torch.cat([torch.ones(2, OBS), torch.zeros(2, Z)], 1))
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -1,5 +1,6 @@
 """The fused critic update and policy losses against what PyTorch makes of the same draws."""
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -25,7 +26,7 @@ from flame_ext.policies import flow, gaussian, reweighting
 from flame_ext.replay import Batch, ReplayBuffer
 from flame_ext.sampling import LOG_STD_RANGE
 
-OBS, ACT, ROWS = 5, 3, 33
+OBS, ACT, ROWS, EMBEDDING = 5, 3, 33, 8
 
 
 def make_agent(backend: str, algorithm: str, **options: Any) -> Agent:
@@ -71,12 +72,45 @@ def test_fused_update_follows_the_sequence_of_steps(
     for updates in (1, 3):
         first, second = (sampled_updates(agent, updates, updates) for agent in agents)
         assert second == pytest.approx(first, rel=1e-4, abs=1e-5)
+    _assert_same_critics(*agents)
+    assert torch.equal(*(agent.generator.get_state() for agent in agents))
+
+
+def _assert_same_critics(first: Agent, second: Agent) -> None:
+    agents = first, second
     for name in ("critics", "target_critics"):
         wanted, ours = (agent.networks()[name].flat for agent in agents)
         torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5)
     states = [agent.optimizers["critics"].state_dict()["state"][0] for agent in agents]
     assert states[0]["step"] == states[1]["step"] == 4
-    assert torch.equal(*(agent.generator.get_state() for agent in agents))
+
+
+@pytest.mark.parametrize("algorithm", ["sac", "flame"])
+@pytest.mark.usefixtures("isa")
+def test_fused_update_sees_embeddings(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    agents = [
+        make_agent(name, algorithm, embedding_dim=EMBEDDING, entropy_in_target=True)
+        for name in ("torch", "cpu")
+    ]
+    for agent in agents:  # the targets see other features than the critics, and weigh them so
+        encoder = agent.target_critics.encoder
+        assert encoder is not None
+        for network in (*encoder.networks().values(), agent.target_critics):
+            with torch.no_grad():
+                network.flat.mul_(0.9)
+    before = agents[1].target_critics.flat.clone()
+    monkeypatch.setattr(agents[1].backend, "critic_step", None)
+    for updates in (1, 3):
+        batch = replay().sample(updates * ROWS, torch.Generator().manual_seed(updates))
+        observed = dataclasses.replace(
+            batch,
+            obs=agents[0].critics.observe(batch.obs).detach(),
+            next_obs=agents[0].critics.observe(batch.next_obs).detach(),
+        )
+        first, second = (critic_updates(agent, observed, updates) for agent in agents)
+        assert second == pytest.approx(first, rel=1e-4, abs=1e-5)
+    _assert_same_critics(*agents)
+    assert torch.equal(agents[1].target_critics.flat, before)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -144,9 +178,11 @@ def policy_step(
 ) -> tuple[Array, dict[str, float]]:
     """The policy's gradient and everything that the loss reports."""
     agent = make_agent(backend, algorithm, policy_delay=1, **options)
-    for network in (agent.actor.network, agent.critics):
+    for network in agent.networks().values():
         network.to(dtype)
     obs, action = to_tensors(dtype, draw(rows, OBS), np.tanh(draw(rows, ACT)))
+    with torch.no_grad():
+        obs = agent.critics.observe(obs)
     alpha = torch.tensor(0.3, dtype=dtype)
     result = agent.backend.actor_step(
         agent.actor, obs, action, agent.critics, alpha, agent.generator
@@ -169,6 +205,8 @@ def policy_step(
         ("flame", {"reweighting_weight": 0.0, "policy_layer_norm": True}),
         ("flame", {"reverse_kl_weight": 0.0, "z_source": "uniform"}),
         ("flame-r", {}),
+        ("sac", {"embedding_dim": EMBEDDING}),
+        ("flame", {"embedding_dim": EMBEDDING, "monotonicity_margin": 0.9}),
     ],
 )
 @pytest.mark.usefixtures("isa", "equal_draws")
@@ -183,7 +221,9 @@ def test_policy_losses_are_as_accurate_as_pytorch(
     assert_as_accurate(ours, torch.from_numpy(single), torch.from_numpy(exact))
     assert reported == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     if options.get("monotonicity_margin") == 0.9:
-        _, without = policy_step("cpu", algorithm, torch.float32, rows, monotonicity_margin=0.0)
+        _, without = policy_step(
+            "cpu", algorithm, torch.float32, rows, **options | {"monotonicity_margin": 0.0}
+        )
         assert reported["loss"] > without["loss"], "the wall stood nowhere"
 
 
@@ -225,7 +265,11 @@ def test_refusals_say_what_to_do() -> None:
         sampled_updates(agent, 0)
     net = agent.actor.network
     sampler = _core.PolicySampler.gaussian(mlp_spec(net), LOG_STD_RANGE)
-    arrays = array(net.flat), np.zeros_like(array(net.flat)), critics, array(agent.critics.flat)
+    arrays = (
+        array(net.flat),
+        np.zeros_like(array(net.flat)),
+        (critics, array(agent.critics.flat), None),
+    )
     draws = draw(4, ACT), draw(4, ACT), np.full((4, 3), 0.5, np.float32)
     with pytest.raises(ValueError, match="this policy is a Gaussian; flow_matching takes a flow"):
         _core.flow_matching(

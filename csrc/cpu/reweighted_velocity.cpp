@@ -42,6 +42,7 @@ struct Scratch {
     double* uniform;    // (padded A)
     float* order;       // (A, K) draws whose ranks are one state's strata
     float* action;      // (tile rows, A)
+    float* seen;        // (tile rows, A + Z) what critics see of them, with a pair encoder
     float* noise;       // (tile rows, A)
     SoftmaxSums* sums;  // (group states)
     double* velocity;   // (group states, A)
@@ -65,6 +66,10 @@ Scratch make_scratch(const ReweightedArgs& a, int group_states, int rows, int wi
         s.order = workspace.floats(static_cast<size_t>(a.candidates) * a.action_dim);
     }
     s.action = workspace.floats(static_cast<size_t>(rows) * a.action_dim);
+    if (a.pair) {
+        s.seen =
+            workspace.floats(static_cast<size_t>(rows) * (a.action_dim + pair_columns(a.pair)));
+    }
     s.noise = workspace.floats(static_cast<size_t>(rows) * a.action_dim);
     s.sums = static_cast<SoftmaxSums*>(workspace.bytes(group_states * sizeof(SoftmaxSums)));
     s.velocity = doubles(static_cast<size_t>(group_states) * a.action_dim);
@@ -218,9 +223,51 @@ void write_results(const ReweightedArgs& a, const Group& group, const Scratch& s
     }
 }
 
+// --- Tiles
+// ----------------------------------------------------------------------------------------
+
+struct Networks {
+    PackedMlp packed_critics;
+    PackedMlp packed_pair;
+    CandidateNetwork critics;
+    CandidateNetwork pair;  // packed is null without one
+    int width;              // of the wider one's rows
+};
+
+void prepare_networks(const ReweightedArgs& a, Workspace& workspace, Networks& n) {
+    pack_mlp(a.spec, a.parameters, {false, 0}, workspace, n.packed_critics);
+    const int features = pair_columns(a.pair);
+    n.critics = prepare_candidates(a.spec, n.packed_critics, a.action_dim + features, a.states,
+                                   a.obs, a.obs_ld, workspace);
+    n.width = n.critics.width;
+    n.pair = {};
+    if (!a.pair) return;
+    pack_mlp(a.pair->spec, a.pair->parameters, {false, 0}, workspace, n.packed_pair);
+    const int obs_dim = a.spec.sizes[0] - a.action_dim - features;
+    n.pair = prepare_candidates(a.pair->spec, n.packed_pair, a.action_dim, a.states,
+                                a.obs + obs_dim - features, a.obs_ld, workspace);
+    if (n.pair.width > n.width) n.width = n.pair.width;
+}
+
+// The candidates as critics see them, [action | features].
+CandidateRows seen_rows(const ReweightedArgs& a, const CandidateNetwork& pair, const Scratch& s,
+                        const CandidateRows& plain) {
+    const int features = pair_columns(a.pair);
+    const int ld = a.action_dim + features;
+    with_activation(pair.activation, [&](auto act) {
+        const float* output = candidate_output_tile<decltype(act)>(pair, plain, s.tile);
+        for (int i = 0; i < plain.rows; ++i) {
+            float* to = s.seen + i * ld;
+            std::memcpy(to, plain.actions + i * plain.action_ld, a.action_dim * sizeof(float));
+            std::memcpy(to + a.action_dim, output + i * s.tile.ld, features * sizeof(float));
+        }
+    });
+    return {plain.first, plain.candidates, plain.rows, s.seen, ld};
+}
+
 // Rows [first, first + rows) of the group's flat (state, k) range.
 template <typename Act>
-void reweight_tile(const ReweightedArgs& a, const CandidateCritics& critics, const Group& group,
+void reweight_tile(const ReweightedArgs& a, const Networks& networks, const Group& group,
                    const Scratch& s, int64_t first, int rows) {
     for (int i = 0; i < rows; ++i) {
         const int64_t index = first + i;
@@ -229,9 +276,10 @@ void reweight_tile(const ReweightedArgs& a, const CandidateCritics& critics, con
         make_candidate(a, s, state, static_cast<int>(state - group.first),
                        s.action + i * a.action_dim, s.noise + i * a.action_dim);
     }
-    for (int m = 0; m < critics.packed->members; ++m) {
-        candidate_q_tile<Act>(critics, m, first, a.candidates, rows, s.action, a.action_dim, s.tile,
-                              s.q);
+    CandidateRows candidates{first, a.candidates, rows, s.action, a.action_dim};
+    if (a.pair) candidates = seen_rows(a, networks.pair, s, candidates);
+    for (int m = 0; m < a.spec.members; ++m) {
+        candidate_q_tile<Act>(networks.critics, m, candidates, s.tile, s.q);
         take_minimum(m == 0, rows, s.q, s.q_min);
     }
     for (int i = 0; i < rows; ++i) {
@@ -250,15 +298,13 @@ void reweight_tile(const ReweightedArgs& a, const CandidateCritics& critics, con
 
 void reweighted_velocity(const ReweightedArgs& a) {
     Workspace workspace;
-    PackedMlp packed;
-    pack_mlp(a.spec, a.parameters, {false, 0}, workspace, packed);
-    const CandidateCritics critics =
-        prepare_critics(a.spec, packed, a.action_dim, a.states, a.obs, a.obs_ld, workspace);
+    Networks networks;
+    prepare_networks(a, workspace, networks);
     const int group_states = states_per_group(a.states, a.candidates);
-    const int limit = tile_rows(critics.width);
+    const int limit = tile_rows(networks.width);
     parallel_for(divide_up(a.states, group_states), 1, [&](int64_t begin, int64_t end) {
         Workspace memory;
-        const Scratch s = make_scratch(a, group_states, limit, critics.width, memory);
+        const Scratch s = make_scratch(a, group_states, limit, networks.width, memory);
         for (int64_t g = begin; g < end; ++g) {
             const int64_t state = g * group_states;
             const Group group{state, row_count(state, a.states, group_states)};
@@ -270,7 +316,7 @@ void reweighted_velocity(const ReweightedArgs& a) {
             for (int64_t c = 0; c < cut.chunks; ++c) {
                 const RowRange range = cut[c];
                 with_activation(a.spec.activation, [&](auto act) {
-                    reweight_tile<decltype(act)>(a, critics, group, s, start + range.first,
+                    reweight_tile<decltype(act)>(a, networks, group, s, start + range.first,
                                                  range.rows);
                 });
             }

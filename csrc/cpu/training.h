@@ -42,6 +42,18 @@ struct MlpTape {
     int64_t parameter_count;
 };
 
+// Features g(a, zs) of a pair that critics see beside the action: their action columns are
+// [action | features], and zs are the last columns of their observation.
+struct PairEncoder {
+    MlpSpec spec;  // inputs [action (A) | zs (Z)], Z outputs, one member
+    const float* parameters;
+};
+
+// Z, or 0 where critics see the action alone.
+inline int pair_columns(const PairEncoder* pair) {
+    return pair ? pair->spec.sizes[pair->spec.num_layers] : 0;
+}
+
 // Q of K candidate actions per state; input columns are [action (A) | observation (O)].
 struct TwinQArgs {
     MlpSpec spec;
@@ -182,6 +194,7 @@ enum class Candidates : int32_t { kGiven = 0, kRandom = 1, kStratified = 2 };
 struct ReweightedArgs {
     MlpSpec spec;
     const float* parameters;
+    const PairEncoder* pair;  // or null
     int64_t states;
     int32_t candidates;
     int32_t action_dim;

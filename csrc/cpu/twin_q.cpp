@@ -10,14 +10,15 @@ namespace flame::FLAME_ISA {
 namespace {
 
 template <typename Act>
-void twin_q_rows(const TwinQArgs& a, const CandidateCritics& critics, const RowRange& range,
+void twin_q_rows(const TwinQArgs& a, const CandidateNetwork& critics, const RowRange& range,
                  const TileBuffers& tile) {
     const auto [first, rows] = range;
     const int64_t total = a.states * a.candidates;
+    const CandidateRows candidates{first, a.candidates, rows, a.actions + first * a.action_dim,
+                                   a.action_dim};
     float q[kMaxTileRows];
     for (int m = 0; m < critics.packed->members; ++m) {
-        candidate_q_tile<Act>(critics, m, first, a.candidates, rows,
-                              a.actions + first * a.action_dim, a.action_dim, tile, q);
+        candidate_q_tile<Act>(critics, m, candidates, tile, q);
         take_minimum(m == 0, rows, q, a.q_min + first);
         if (a.q_each) std::memcpy(a.q_each + m * total + first, q, rows * sizeof(float));
     }
@@ -29,8 +30,8 @@ void twin_q(const TwinQArgs& a) {
     Workspace workspace;
     PackedMlp packed;
     pack_mlp(a.spec, a.parameters, {false, 0}, workspace, packed);
-    const CandidateCritics critics =
-        prepare_critics(a.spec, packed, a.action_dim, a.states, a.obs, a.obs_ld, workspace);
+    const CandidateNetwork critics =
+        prepare_candidates(a.spec, packed, a.action_dim, a.states, a.obs, a.obs_ld, workspace);
     const int64_t total = a.states * a.candidates;
     const RowCut cut = balanced_cut(total, tile_rows(critics.width));
     parallel_for(cut.chunks, 1, [&](int64_t begin, int64_t end) {

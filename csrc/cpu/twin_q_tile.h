@@ -1,24 +1,24 @@
-// Critics on tiles of candidate rows. The first layer is linear in its input blocks, so the
-// observation's part is computed once per state and the K candidates of a state start from it.
+// Networks of [action | state] on tiles of candidate rows. The first layer is linear in its input
+// blocks, so the state's part is computed once per state and its K candidates start from it.
 #pragma once
 
 #include "cpu/mlp_tile.h"
 
 namespace flame::FLAME_ISA {
 
-// Critics ready for candidate tiles: obs_part (members, states, width) holds W_s s + b.
-struct CandidateCritics {
+// A network ready for candidate tiles: state_part (members, states, width) holds W_s s + b.
+struct CandidateNetwork {
     const PackedMlp* packed;
     Activation activation;
     int action_dim;
     int width;
     int64_t states;
-    const float* obs_part;
+    const float* state_part;
 };
 
-static inline CandidateCritics prepare_critics(const MlpSpec& spec, const PackedMlp& packed,
-                                               int action_dim, int64_t states, const float* obs,
-                                               int64_t obs_ld, Workspace& workspace) {
+static inline CandidateNetwork prepare_candidates(const MlpSpec& spec, const PackedMlp& packed,
+                                                  int action_dim, int64_t states, const float* obs,
+                                                  int64_t obs_ld, Workspace& workspace) {
     const int width = widest_row(spec);
     float* part = workspace.floats(static_cast<size_t>(spec.members) * states * width);
     const RowCut cut = even_cut(states, kMaxTileRows);
@@ -37,18 +37,44 @@ static inline CandidateCritics prepare_critics(const MlpSpec& spec, const Packed
     return {&packed, spec.activation, action_dim, width, states, part};
 }
 
-// q[i] = Q_m(state_of_row(i), actions[i]) for `rows` candidates of consecutive flat index, where
-// flat index = state * candidates + k and the first row has index `first`.
+// Candidates of consecutive flat index = state * candidates + k.
+struct CandidateRows {
+    int64_t first;
+    int candidates;
+    int rows;
+    const float* actions;
+    ptrdiff_t action_ld;
+};
+
+// The first layer's pre-activations of member m in tile.x.
+static inline void first_layer_tile(const CandidateNetwork& network, int m, const CandidateRows& r,
+                                    const TileBuffers& tile) {
+    const PackedLayer& layer = network.packed->layers[m][0];
+    const float* part = network.state_part + m * network.states * network.width;
+    for (int i = 0; i < r.rows; ++i) {
+        tile.init[i] = part + (r.first + i) / r.candidates * network.width;
+    }
+    gemm_packed(r.rows, layer.out, 0, network.action_dim, layer.in, r.actions, r.action_ld,
+                layer.forward, tile.init, tile.x, tile.ld);
+}
+
+// The linear outputs of a network with one member, rows `tile.ld` apart.
 template <typename Act>
-static inline void candidate_q_tile(const CandidateCritics& critics, int m, int64_t first,
-                                    int candidates, int rows, const float* actions,
-                                    ptrdiff_t action_ld, const TileBuffers& tile, float* q) {
+static inline const float* candidate_output_tile(const CandidateNetwork& network,
+                                                 const CandidateRows& r, const TileBuffers& tile) {
+    first_layer_tile(network, 0, r, tile);
+    return finish_tile<Act>(network.packed->layers[0], network.packed->num_layers, false, r.rows,
+                            tile);
+}
+
+// q[i] = Q_m(state_of_row(i), actions[i])
+template <typename Act>
+static inline void candidate_q_tile(const CandidateNetwork& critics, int m, const CandidateRows& r,
+                                    const TileBuffers& tile, float* q) {
     const PackedLayer* layers = critics.packed->layers[m];
     const int last = critics.packed->num_layers - 1;
-    const float* part = critics.obs_part + m * critics.states * critics.width;
-    for (int i = 0; i < rows; ++i) tile.init[i] = part + (first + i) / candidates * critics.width;
-    gemm_packed(rows, layers[0].out, 0, critics.action_dim, layers[0].in, actions, action_ld,
-                layers[0].forward, tile.init, tile.x, tile.ld);
+    const int rows = r.rows;
+    first_layer_tile(critics, m, r, tile);
     if (last == 0) {
         for (int i = 0; i < rows; ++i) q[i] = tile.x[i * tile.ld];
         return;

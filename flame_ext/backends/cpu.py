@@ -18,12 +18,14 @@ from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.config import Config
 from flame_ext.critics import Critics
+from flame_ext.embeddings import StateActionEncoder
 from flame_ext.native import load_core
 from flame_ext.networks import FlatMLP
 from flame_ext.policies.base import Actor, PolicyStep, normal_like
 from flame_ext.policies.flow import MIN_TIME, WALL_SCALE, FlowActor
 from flame_ext.policies.gaussian import GaussianActor
 from flame_ext.replay import Batch
+from flame_ext.sampling import EMBEDDING_MIN_SCALE
 from flame_ext.td_target import target_noise
 
 
@@ -31,7 +33,7 @@ class CpuBackend(TorchBackend):
     """Critic updates, policy loss with gradient and Adam as one native call each.
 
     Options without a fused form (several particles in the TD target, ``proposal="policy"``,
-    embeddings, the diffusion policy) are built by autograd from native evaluations; PyTorch still
+    the diffusion policy) are built by autograd from native evaluations; PyTorch still
     differentiates a reverse-KL term through ``multi_step`` or ``one_step_trace``.
     """
 
@@ -74,13 +76,20 @@ class CpuBackend(TorchBackend):
     ) -> dict[str, float]:
         c = actor.config
         steps = next_action_steps(actor)
-        if steps is None or critics.encoder is not None:
+        if steps is None:
             return super().critic_updates(
                 actor, critics, target_critics, optimizer, batch, alpha, generator, updates
             )
         rows = (batch.obs, batch.action, batch.reward, batch.terminated, batch.next_obs)
         noise = target_noise(actor, batch, generator).squeeze(1)
         adam, trained = self._adam_of(optimizer), _evaluator(critics)
+        embedded: dict[str, Any] = {}
+        if critics.encoder is not None:  # with one, the targets are copies, see Agent
+            embedded = {
+                "pair": _pair(critics),
+                "target_pair": _pair(target_critics),
+                "target_next_obs": array(target_critics.observe(batch.next_obs)),
+            }
         loss, q_mean = self._core.critic_updates(
             native_sampler(actor, steps),
             _evaluator(actor.network).parameters,
@@ -94,8 +103,9 @@ class CpuBackend(TorchBackend):
             reward_scale=c.reward_scale,
             gamma=c.gamma,
             alpha=float(alpha) if c.entropy_in_target else 0.0,
-            tau=c.tau,
+            tau=0.0 if embedded else c.tau,
             updates=updates,
+            **embedded,
             **adam.options(),
         )
         adam.advance(updates)
@@ -115,6 +125,18 @@ class CpuBackend(TorchBackend):
             array(target),
         )
         return {"critic_loss": sum(losses), "q_mean": float(np.mean(means))}
+
+    def encoder_step(
+        self, encoder: StateActionEncoder, obs: Tensor, action: Tensor, next_obs: Tensor
+    ) -> float:
+        networks = encoder.state_network, encoder.pair_network
+        loss: float = self._core.encoder_step(
+            *(_evaluator(network).view for network in networks),
+            *(zeroed_gradient(network).numpy() for network in networks),
+            *(array(x) for x in (obs, action, next_obs)),
+            min_scale=EMBEDDING_MIN_SCALE,
+        )
+        return loss
 
     def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
         adam = self._adam_of(optimizer)
@@ -145,8 +167,6 @@ class CpuBackend(TorchBackend):
         alpha: Tensor,
         generator: torch.Generator,
     ) -> PolicyStep:
-        if critics.encoder is not None:
-            return super().actor_step(actor, obs, action, critics, alpha, generator)
         if isinstance(actor, GaussianActor):
             return self._gaussian_step(actor, obs, critics, alpha, generator)
         if isinstance(actor, FlowActor) and _is_fused(actor.config):
@@ -268,6 +288,11 @@ def _evaluator(network: FlatMLP) -> NativeEvaluator:
     return cast("NativeEvaluator", network.evaluator)
 
 
+def _pair(critics: Critics) -> tuple[Any, NDArray[np.float32]] | None:
+    """The encoder of what critics see beside the action."""
+    return None if critics.encoder is None else _evaluator(critics.encoder.pair_network).view
+
+
 def _is_fused(config: Config) -> bool:
     exact = config.reverse_kl_weight == 0 or config.entropy_estimator == "exact"
     return exact and config.proposal == "reverse"
@@ -282,7 +307,6 @@ def _loss_arguments(
         native_sampler(actor, 1 if isinstance(actor, FlowActor) else 0),
         policy.parameters,
         zeroed_gradient(actor.network).numpy(),
-        frozen.spec,
-        frozen.parameters,
+        (*frozen.view, _pair(critics)),
         array(obs),
     )

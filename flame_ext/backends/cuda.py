@@ -23,6 +23,7 @@ from flame_ext.backends.native_evaluator import (
 from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.critics import Critics
+from flame_ext.embeddings import normalised
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.native import load_core
 from flame_ext.networks import FlatMLP
@@ -235,6 +236,9 @@ class CudaEvaluator(NativeEvaluator):
                 stream(flat),
             )
         return out
+
+    def observe(self, obs: Tensor) -> Tensor:
+        return torch.cat([obs, normalised(self.forward_rows(obs)[0])], dim=-1)
 
     def sample_gaussian(self, obs: Tensor, noise: Tensor) -> Tensor:
         return tanh_gaussian(self.forward_rows(obs)[0], noise).action

@@ -23,6 +23,7 @@ from flame_ext.reference import (
     take_best,
 )
 from flame_ext.sampling import (
+    EMBEDDING_MIN_SCALE,
     LOG_STD_RANGE,
     CandidateSampling,
     Flow,
@@ -52,6 +53,11 @@ class NativeEvaluator:
         """The flat buffer's memory, which stays where it is."""
         return array(self.network.flat)
 
+    @property
+    def view(self) -> tuple[Any, NDArray[np.float32]]:
+        """The network as native code takes it."""
+        return self.spec, self.parameters
+
     def forward(self, blocks: tuple[Tensor, ...]) -> Tensor:
         """As `FlatMLP.forward`, differentiable once."""
         batch = np.broadcast_shapes(*(tuple(block.shape[:-1]) for block in blocks))
@@ -73,6 +79,11 @@ class NativeEvaluator:
             return recorded
         out = self.core.mlp_forward(self.spec, self.parameters, array(rows))
         return torch.from_numpy(out)
+
+    def observe(self, obs: Tensor) -> Tensor:
+        """As `StateActionEncoder.observe` for rows, without gradient; this network is f."""
+        observed = self.core.observe(self.view, array(obs), min_scale=EMBEDDING_MIN_SCALE)
+        return torch.from_numpy(observed)
 
     def q_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Qmin ``(B,)`` and its gradient with respect to the action ``(B, A)``."""
