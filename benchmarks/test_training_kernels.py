@@ -228,7 +228,7 @@ EMBEDDINGS = {"embedding_dim": 256, "updates_per_step": 1.0, "policy_delay": 1}
 def test_updates_of_one_environment_step(
     benchmark: Any, algorithm: str, options: dict[str, Any]
 ) -> None:
-    """What the default preset computes per environment step, and learned embeddings at one update."""
+    """Of the default preset, and of learned embeddings with one update."""
     native, plain = make_agents(algorithm, **options)
     config = native.config
     count, together = round(config.updates_per_step), config.policy_delay

@@ -20,7 +20,7 @@ from flame_ext.temperature import Temperature
 
 
 class Agent:
-    """Twin soft critics, a policy with its average over updates, and a temperature.
+    """Twin soft critics, a policy, the one that is deployed, and a temperature.
 
     Args:
         config: Options of the algorithm.
@@ -53,9 +53,12 @@ class Agent:
         # before.
         self.critics = make_critics(config, *sizes, copy.deepcopy(self.encoder), initial)
         self.target_critics = copy.deepcopy(self.critics)
-        self.averaged_actor = self.actor
-        if config.policy_tau < 1:
-            self.averaged_actor = copy.deepcopy(self.actor)
+        # What is evaluated and saved: the policy, its average or the best one so far.
+        self.deployed_actor, self.deployed_critics = self.actor, self.critics
+        if config.policy_tau < 1 or config.assessment_episodes > 0:
+            self.deployed_actor = copy.deepcopy(self.actor)
+        if config.assessment_episodes > 0:
+            self.deployed_critics = copy.deepcopy(self.critics)
         trained = ("actor", "critics", "state_encoder", "pair_encoder")
         for name, network in self.networks().items():
             network.to(self.device)
@@ -86,7 +89,7 @@ class Agent:
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """The averaged policy's best of N by Qmin, as it is evaluated and saved.
+        """Best of N by Qmin of the policy that is evaluated and saved.
 
         Args:
             obs: States ``(B, O)``.
@@ -95,7 +98,14 @@ class Agent:
         Returns:
             Actions ``(B, A)`` in [-1, 1].
         """
-        return self.averaged_actor.best_action(self.critics, self.critics.observe(obs), noise)
+        critics = self.deployed_critics
+        return self.deployed_actor.best_action(critics, critics.observe(obs), noise)
+
+    @torch.no_grad()
+    def deploy(self) -> None:
+        """From now on the present policy is the one that is evaluated and saved."""
+        self.deployed_actor.network.flat.copy_(self.actor.network.flat)
+        self.deployed_critics.copy_from(self.critics)
 
     @torch.no_grad()
     def explore(self, obs: Tensor) -> Tensor:
@@ -182,9 +192,7 @@ class Agent:
         (SALE, Sec. 4.2: a target never sees embeddings that its weights were not trained for.)
         """
         assert self.critics.encoder is not None
-        assert self.target_critics.encoder is not None
-        self.target_critics.flat.copy_(self.critics.flat)
-        self.target_critics.encoder.copy_from(self.critics.encoder)
+        self.target_critics.copy_from(self.critics)
         self.critics.encoder.copy_from(encoder)
 
     def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
@@ -192,9 +200,9 @@ class Agent:
             self.actor, obs, action, self.critics, self.alpha, self.generator
         )
         self.backend.optimizer_step(self.optimizers["actor"])
-        if self.averaged_actor is not self.actor:
-            averaged = self.averaged_actor.network.flat
-            self.backend.soft_update(averaged, self.actor.network.flat, self.config.policy_tau)
+        if self.config.policy_tau < 1:
+            average = self.deployed_actor.network.flat
+            self.backend.soft_update(average, self.actor.network.flat, self.config.policy_tau)
         metrics = {**result.metrics, "policy_loss": result.loss}
         log_prob = result.log_prob
         interval = self.config.alpha_interval
@@ -222,13 +230,16 @@ class Agent:
             "critics": self.critics,
             "target_critics": self.target_critics,
         }
-        if self.averaged_actor is not self.actor:
-            networks["averaged_actor"] = self.averaged_actor.network
         encoders = {
             "": self.encoder,
             "seen_": self.critics.encoder,
             "target_": self.target_critics.encoder,
         }
+        if self.deployed_actor is not self.actor:
+            networks["deployed_actor"] = self.deployed_actor.network
+        if self.deployed_critics is not self.critics:
+            networks["deployed_critics"] = self.deployed_critics
+            encoders["deployed_"] = self.deployed_critics.encoder
         for owner, encoder in encoders.items():
             if encoder is not None:
                 networks |= {f"{owner}{name}": net for name, net in encoder.networks().items()}

@@ -95,3 +95,10 @@ class Critics(FlatMLP):
             states, action = self.inputs(states, action)
             return self.evaluator.candidates(states.squeeze(1), action)
         return self.q_min(states, action)
+
+    @torch.no_grad()
+    def copy_from(self, other: Critics) -> None:
+        """Takes over the other's weights, and those of its encoder."""
+        self.flat.copy_(other.flat)
+        if self.encoder is not None and other.encoder is not None:
+            self.encoder.copy_from(other.encoder)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from flame_ext.agent import Agent
+from flame_ext.assessment import PolicyAssessment
 from flame_ext.backends import make_backend
 from flame_ext.build import deployed_networks
 from flame_ext.callbacks import Callback, says_stop
@@ -140,6 +141,7 @@ class Trainer:
         self._total_steps = self.config.total_steps
         self.evaluations: list[Evaluation] = []
         self._update_debt = 0.0
+        self._assessment = PolicyAssessment(self.config.assessment_episodes, self.env.num_envs)
         self._obs: np.ndarray | None = None
         keep_freed_memory()
         self._earlier_wall_time, self._start = 0.0, time.perf_counter()
@@ -257,11 +259,12 @@ class Trainer:
         progress: Progress,
     ) -> None:
         c, total = self.config, self._total_steps
+        self._update(interrupted)  # what an interruption left
         while self.global_step < total and self._stopped_by is None and not interrupted.is_set():
             before = self.global_step
             self.agent.set_progress(before / total)
             self._collect()
-            self._update(self.global_step - before)
+            self._update(interrupted)
             progress.update(self.global_step, self.agent.updates)
             if self._due(before, c.log_interval):
                 self._log(log, progress)
@@ -305,13 +308,16 @@ class Trainer:
         self.global_step += self.env.num_envs
         for episode_return in step.episode_returns:
             self._tally.add({"train_return": episode_return})
+        if self.global_step >= self.config.learning_starts:
+            self._update_debt += self.env.num_envs * self.config.updates_per_step
+            if self.config.assessment_episodes > 0 and self._assessment.add(step):
+                self.agent.deploy()
 
-    def _update(self, new_steps: int) -> None:
-        """As many updates as the new steps owe; fractions are carried on."""
-        if self.global_step < self.config.learning_starts:
+    def _update(self, interrupted: threading.Event) -> None:
+        """The updates that are owed, if the policy may change; fractions are carried on."""
+        if self._assessment.holds:
             return
-        self._update_debt += new_steps * self.config.updates_per_step
-        while self._update_debt >= 1:
+        while self._update_debt >= 1 and not interrupted.is_set():
             updates = min(int(self._update_debt), self.agent.updates_to_policy_step)
             self._update_debt -= updates
             batch = self.replay.sample(updates * self.config.batch_size, self.agent.generator)
@@ -381,6 +387,7 @@ class Trainer:
             "seed": self.seed,
             "global_step": self.global_step,
             "update_debt": self._update_debt,
+            "assessment": self._assessment.state_dict(),
             "wall_time": self.wall_time,
             "evaluations": [dataclasses.asdict(e) for e in self.evaluations],
             "env_state": None if env_state is None else env_state.meta,
@@ -401,6 +408,7 @@ class Trainer:
             self.normalizer.load_state_dict(strip_prefix("normalizer", tensors))
         self.global_step = manifest["global_step"]
         self._update_debt = manifest["update_debt"]
+        self._assessment.load_state_dict(manifest["assessment"])
         self._total_steps = manifest.get("total_steps", self.config.total_steps)
         self._earlier_wall_time = manifest["wall_time"]
         self.evaluations = [Evaluation(**_from_json(e)) for e in manifest["evaluations"]]
@@ -425,7 +433,7 @@ class Trainer:
             action_high=tuple(self.env.action_high.tolist()),
             env_id=self._env_id,
         )
-        networks = deployed_networks(self.agent.averaged_actor, self.agent.critics)
+        networks = deployed_networks(self.agent.deployed_actor, self.agent.deployed_critics)
         tensors = {
             f"{name}.flat": network.flat.detach().cpu().numpy()
             for name, network in networks.items()

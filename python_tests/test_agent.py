@@ -68,23 +68,23 @@ def test_a_policy_batch_above_the_batch_takes_all_of_it() -> None:
 
 def test_the_averaged_policy_acts_and_follows_the_one_that_explores() -> None:
     agent, batch = make_agent(policy_tau=0.25), make_batch()
-    average = agent.averaged_actor.network.flat.clone()
+    average = agent.deployed_actor.network.flat.clone()
     for _ in range(3):
         agent.update(batch)
         average = average + 0.25 * (agent.actor.network.flat.detach() - average)
-    torch.testing.assert_close(agent.averaged_actor.network.flat, average)
+    torch.testing.assert_close(agent.deployed_actor.network.flat, average)
     noise = torch.randn(32, 1, ACT, generator=agent.generator.clone_state())
     explored = agent.explore(batch.obs)
     assert torch.equal(explored, agent.actor.best_action(agent.critics, batch.obs, noise).detach())
     acted = agent.act(batch.obs, noise)
-    assert torch.equal(acted, agent.averaged_actor.best_action(agent.critics, batch.obs, noise))
+    assert torch.equal(acted, agent.deployed_actor.best_action(agent.critics, batch.obs, noise))
     assert not torch.equal(acted, explored)
 
 
 def test_without_an_average_the_policy_itself_acts() -> None:
     agent = make_agent(policy_tau=1.0)
-    assert agent.averaged_actor is agent.actor
-    assert "averaged_actor.flat" not in agent.state_dict()
+    assert agent.deployed_actor is agent.actor
+    assert "deployed_actor.flat" not in agent.state_dict()
 
 
 def test_no_call_passes_the_policys_step() -> None:
