@@ -71,13 +71,22 @@ def test_pytorch_leaves_the_cores_to_the_native_kernels(
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("task", "embedding_dim"), [(TASK, 0), ("InvertedPendulum-v5", 8)])
+ASSESSED = {"assessment_episodes": 2, "policy_tau": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("task", "more"),
+    [
+        (TASK, {}),
+        ("InvertedPendulum-v5", {"embedding_dim": 8, "embedding_interval": 5}),
+        ("InvertedPendulum-v5", {"embedding_dim": 8, **ASSESSED}),
+    ],
+)
 def test_resuming_is_bit_equal_to_never_stopping(
-    tmp_path: Path, task: str, embedding_dim: int
+    tmp_path: Path, task: str, more: dict[str, object]
 ) -> None:
     """Stopped in the middle of episodes, of an update's debt and of the encoder's interval."""
-    options = {**TINY, "updates_per_step": 0.7, "normalize_observations": True}
-    options |= {"embedding_dim": embedding_dim, "embedding_interval": 5}
+    options = {**TINY, "updates_per_step": 0.7, "normalize_observations": True, **more}
     whole = Trainer(task, config=options, run_dir=tmp_path / "whole")
     whole.run(total_steps=200)
     Trainer(task, config=options, run_dir=tmp_path / "parts").run(total_steps=94)
@@ -91,16 +100,18 @@ def test_resuming_is_bit_equal_to_never_stopping(
     assert parts.evaluations[-1].returns == whole.evaluations[-1].returns
 
 
+@pytest.mark.parametrize("options", [{}, ASSESSED])
 def test_a_run_interrupted_in_the_middle_of_a_step_resumes_bit_equal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
-    whole = tiny(tmp_path / "whole")
-    whole.run(total_steps=120)
-    parts = tiny(tmp_path / "parts")
+    """Also one that was catching up with the updates that its assessed policy waited for."""
+    whole = tiny(tmp_path / "whole", **options)
+    whole.run(total_steps=200)
+    parts = tiny(tmp_path / "parts", **options)
     policy_step = parts.agent._policy_step
 
     def interrupted(*args: torch.Tensor) -> dict[str, float]:
-        if parts.global_step == 80:
+        if parts.global_step >= 80:
             monkeypatch.setattr(parts.agent, "_policy_step", policy_step)
             os.kill(os.getpid(), signal.SIGINT)
         return policy_step(*args)
@@ -108,11 +119,12 @@ def test_a_run_interrupted_in_the_middle_of_a_step_resumes_bit_equal(
     monkeypatch.setattr(parts.agent, "_policy_step", interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        parts.run(total_steps=120)
-    assert parts.global_step == 80
+        parts.run(total_steps=200)
+    assert 80 <= parts.global_step < 200
+    assert (parts._update_debt > 20) == (options is ASSESSED)
     assert signal.getsignal(signal.SIGINT) is before
     resumed = Trainer.resume(tmp_path / "parts")
-    assert resumed.run().steps == 120, "the steps of the run are its own"
+    assert resumed.run().steps == 200, "the steps of the run are its own"
     for name, network in whole.agent.networks().items():
         assert torch.equal(network.flat, resumed.agent.networks()[name].flat), name
 
