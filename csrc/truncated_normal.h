@@ -35,7 +35,6 @@ FLAME_INLINE vd log_d(vd x) {
 }
 
 // --- Wichura's PPND16: minus Phi^-1 of small probabilities and the centre
-// --------------------------
 
 template <int kTerms>
 FLAME_INLINE vd polynomial(vd x, const double (&c)[kTerms]) {
@@ -136,7 +135,6 @@ FLAME_INLINE vd quantile_from_log(vd log_p, vd p) {
 }
 
 // --- Intervals
-// ------------------------------------------------------------------------------------
 
 FLAME_INLINE double log_ndtr(double x) {
     if (x > -25.0) return ::log(0.5 * ::erfc(-x * kSqrtHalf));

@@ -317,7 +317,9 @@ class Trainer:
         """The updates that are owed, if the policy may change; fractions are carried on."""
         if self._assessment.holds:
             return
-        while self._update_debt >= 1 and not interrupted.is_set():
+        # Those that an assessed policy waited for take long, and an evaluation does not see them.
+        many = self.config.assessment_episodes > 0
+        while self._update_debt >= 1 and not (many and interrupted.is_set()):
             updates = min(int(self._update_debt), self.agent.updates_to_policy_step)
             self._update_debt -= updates
             batch = self.replay.sample(updates * self.config.batch_size, self.agent.generator)

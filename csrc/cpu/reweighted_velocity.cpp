@@ -89,7 +89,6 @@ int states_per_group(int64_t states, int candidates) {
 }
 
 // --- Candidates
-// -----------------------------------------------------------------------------------
 
 void set_intervals(const ReweightedArgs& a, const Group& group, const Scratch& s) {
     for (int i = 0; i < group.states; ++i) {
@@ -169,7 +168,6 @@ void make_candidate(const ReweightedArgs& a, const Scratch& s, int64_t state, in
 }
 
 // --- Softmax
-// --------------------------------------------------------------------------------------
 
 void clear_sums(const ReweightedArgs& a, const Group& group, const Scratch& s) {
     for (int i = 0; i < group.states; ++i) s.sums[i] = {-HUGE_VAL, 0.0, 0.0, -HUGE_VAL};
@@ -224,7 +222,6 @@ void write_results(const ReweightedArgs& a, const Group& group, const Scratch& s
 }
 
 // --- Tiles
-// ----------------------------------------------------------------------------------------
 
 struct Networks {
     PackedMlp packed_critics;
