@@ -410,7 +410,8 @@ class Trainer:
             self.normalizer.load_state_dict(strip_prefix("normalizer", tensors))
         self.global_step = manifest["global_step"]
         self._update_debt = manifest["update_debt"]
-        self._assessment.load_state_dict(manifest["assessment"])
+        if "assessment" in manifest:  # older runs had none
+            self._assessment.load_state_dict(manifest["assessment"])
         self._total_steps = manifest.get("total_steps", self.config.total_steps)
         self._earlier_wall_time = manifest["wall_time"]
         self.evaluations = [Evaluation(**_from_json(e)) for e in manifest["evaluations"]]
