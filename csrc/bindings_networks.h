@@ -16,8 +16,6 @@ namespace flame {
 
 inline int64_t count_of(const MlpSpec& spec) { return static_cast<int64_t>(parameter_count(spec)); }
 
-inline int outputs(const MlpSpec& spec) { return spec.sizes[spec.num_layers]; }
-
 // Critics take [action | observation] and return one value.
 inline int critic_obs_dim(const MlpSpec& spec, int action_dim) {
     check(outputs(spec) == 1, "a critic has one output, this spec has ", outputs(spec));

@@ -23,19 +23,16 @@ NextActions next_actions(const CriticUpdates& u, Workspace& workspace) {
     return next;
 }
 
-int obs_columns(const CriticUpdates& u) {
-    return u.critics.sizes[0] - u.policy->action_dim - pair_columns(u.pair);
-}
-
 // y = reward + gamma (1 - terminated) (Qmin'(s', a') - alpha log pi(a' | s')) of transitions
 // [first, first + rows)
 void td_target(const CriticUpdates& u, const NextActions& next, int64_t first, int64_t rows,
                float* target, Workspace& workspace) {
     const int action_dim = u.policy->action_dim;
+    const int obs_dim = obs_columns(u.critics, action_dim, u.target_pair);
     const float* obs = u.target_next_obs + first * u.target_next_obs_ld;
     const SeenActions seen = seen_actions(u.target_pair,
                                           {rows, action_dim, next.action + first * action_dim,
-                                           action_dim, obs_columns(u), obs, u.target_next_obs_ld},
+                                           action_dim, obs_dim, obs, u.target_next_obs_ld},
                                           workspace);
     float* q_min = workspace.floats(rows);
     kernels().twin_q({u.critics, u.target_parameters, rows, 1, seen.columns, obs,
@@ -65,7 +62,7 @@ void update_part(const CriticUpdates& u, const NextActions& next, int part,
     const SeenActions seen =
         seen_actions(u.pair,
                      {rows, u.policy->action_dim, u.action + first * u.action_ld, u.action_ld,
-                      obs_columns(u), obs, u.obs_ld},
+                      obs_columns(u.critics, u.policy->action_dim, u.pair), obs, u.obs_ld},
                      workspace);
     kernels().critic_step({u.critics, u.parameters, gradients, rows, seen.columns, obs, u.obs_ld,
                            seen.data, seen.ld, target, loss, q_mean, nullptr});

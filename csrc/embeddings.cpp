@@ -9,8 +9,6 @@
 namespace flame {
 namespace {
 
-int width_of(const StateEncoder& encoder) { return encoder.spec.sizes[encoder.spec.num_layers]; }
-
 double mean_absolute_value(const float* x, int n) {
     double sum = 0.0;
     for (int j = 0; j < n; ++j) sum += std::fabs(static_cast<double>(x[j]));
@@ -19,7 +17,7 @@ double mean_absolute_value(const float* x, int n) {
 
 // The embedding of a state from its features (Z); `to` may be the same memory.
 void normalise(const StateEncoder& encoder, const float* features, float* to) {
-    const int z = width_of(encoder);
+    const int z = outputs(encoder.spec);
     const double mean = mean_absolute_value(features, z);
     const auto scale = static_cast<float>(std::max(mean, static_cast<double>(encoder.min_scale)));
     for (int j = 0; j < z; ++j) to[j] = features[j] / scale;
@@ -27,7 +25,7 @@ void normalise(const StateEncoder& encoder, const float* features, float* to) {
 
 // From the gradient with respect to the embedding to that with respect to the features, in place.
 void normalise_gradient(const StateEncoder& encoder, const float* features, float* gradient) {
-    const int z = width_of(encoder);
+    const int z = outputs(encoder.spec);
     const auto least = static_cast<double>(encoder.min_scale);
     const double mean = mean_absolute_value(features, z);
     const double scale = std::max(mean, least);
@@ -45,7 +43,7 @@ void normalise_gradient(const StateEncoder& encoder, const float* features, floa
 
 float* plain_features(const StateEncoder& encoder, int64_t rows, const float* obs, int64_t obs_ld,
                       Workspace& workspace) {
-    float* features = workspace.floats(rows * width_of(encoder));
+    float* features = workspace.floats(rows * outputs(encoder.spec));
     kernels().mlp_forward({encoder.spec, encoder.parameters, rows, obs, obs_ld, features});
     return features;
 }
@@ -59,7 +57,7 @@ struct PairRows {
 
 PairRows make_rows(const PairEncoder& encoder, const Pairs& pairs, Workspace& workspace) {
     const int n = pairs.action_dim;
-    const int z = pair_columns(&encoder);
+    const int z = outputs(encoder.spec);
     const PairRows r{workspace.floats(pairs.rows * (n + z)), workspace.floats(pairs.rows * (n + z)),
                      workspace.floats(pairs.rows * z), n + z};
     for (int64_t b = 0; b < pairs.rows; ++b) {
@@ -90,7 +88,7 @@ void observe(const Observe& args) {
     if (args.rows == 0) return;
     Workspace workspace;
     const int obs_dim = args.encoder.spec.sizes[0];
-    const int z = width_of(args.encoder);
+    const int z = outputs(args.encoder.spec);
     const float* features =
         plain_features(args.encoder, args.rows, args.obs, args.obs_ld, workspace);
     for (int64_t b = 0; b < args.rows; ++b) {
@@ -122,10 +120,6 @@ void pair_gradient(const RecordedPairs& recorded, const Pairs& pairs, const floa
                    float* by_action) {
     const int n = pairs.action_dim;
     const int z = recorded.seen.columns - n;
-    if (!recorded.tape) {
-        std::copy_n(by_seen, pairs.rows * n, by_action);
-        return;
-    }
     Workspace workspace;
     float* by_features = workspace.floats(pairs.rows * z);
     for (int64_t b = 0; b < pairs.rows; ++b) {
@@ -138,8 +132,8 @@ void pair_gradient(const RecordedPairs& recorded, const Pairs& pairs, const floa
 }
 
 double encoder_step(const EncoderStep& args) {
-    const int n = args.pair.spec.sizes[0] - width_of(args.state);
-    const int z = width_of(args.state);
+    const int z = outputs(args.state.spec);
+    const int n = args.pair.spec.sizes[0] - z;
     const int64_t count = args.rows * z;
     RecordMemory memory;
     Workspace workspace;

@@ -50,7 +50,7 @@ struct RecordedPairs {
     MlpTape* tape;
 };
 RecordedPairs record_pairs(const PairEncoder* encoder, const Pairs& pairs, Workspace& memory);
-// by_action (rows, A) from the gradient with respect to the seen actions, dense.
+// With an encoder: by_action (rows, A) from the gradient with respect to the seen actions, dense.
 void pair_gradient(const RecordedPairs& recorded, const Pairs& pairs, const float* by_seen,
                    float* by_action);
 

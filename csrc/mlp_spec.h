@@ -36,6 +36,8 @@ struct LayerOffsets {
     size_t end;
 };
 
+static inline int outputs(const MlpSpec& spec) { return spec.sizes[spec.num_layers]; }
+
 static inline bool has_norm(const MlpSpec& spec, int layer) {
     return spec.layer_norm && layer + 1 < spec.num_layers;
 }

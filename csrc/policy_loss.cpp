@@ -23,16 +23,16 @@ struct QValues {
 
 QValues evaluate_q(const PolicyLossInputs& in, const float* action, Workspace& workspace) {
     const int action_dim = in.policy->action_dim;
-    const int obs_dim = in.critics.sizes[0] - action_dim - pair_columns(in.pair);
+    const int obs_dim = obs_columns(in.critics, action_dim, in.pair);
     QValues v{workspace.floats(in.rows), workspace.floats(action_count(in)), 0.0, 0.0};
     const RecordMemory memory;
     const Pairs pairs{in.rows, action_dim, action, action_dim, obs_dim, in.obs, in.obs_ld};
     const RecordedPairs recorded = record_pairs(in.pair, pairs, *memory);
     const SeenActions& seen = recorded.seen;
-    float* by_seen = workspace.floats(in.rows * seen.columns);
+    float* by_seen = recorded.tape ? workspace.floats(in.rows * seen.columns) : v.gradient;
     kernels().q_gradient({in.critics, in.critic_parameters, in.rows, seen.columns, in.obs,
                           in.obs_ld, seen.data, seen.ld, v.q, by_seen});
-    pair_gradient(recorded, pairs, by_seen, v.gradient);
+    if (recorded.tape) pair_gradient(recorded, pairs, by_seen, v.gradient);
     for (int64_t b = 0; b < in.rows; ++b) {
         v.sum += static_cast<double>(v.q[b]);
         v.sum_of_sizes += std::fabs(static_cast<double>(v.q[b]));

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import threading
 import time
 import warnings
@@ -41,6 +40,8 @@ from flame_ext.policy import POLICY_FILE, PolicySpec, fixed_noise, save_policy
 from flame_ext.process_settings import denormals_flushed, keep_freed_memory
 from flame_ext.progress import Progress
 from flame_ext.replay import Batch, ReplayBuffer
+from flame_ext.run_dir import new_run_dir
+from flame_ext.tally import Tally
 
 CONFIG_FILE = "config.json"
 # Episodes of an evaluation run side by side, so that the policy acts on a batch.
@@ -146,11 +147,11 @@ class Trainer:
         keep_freed_memory()
         self._earlier_wall_time, self._start = 0.0, time.perf_counter()
         self._stopped_by: str | None = None
-        self._tally = _Tally()
+        self._tally = Tally()
         if _resuming and run_dir is not None:
             self.run_dir = Path(run_dir)
         else:
-            self.run_dir = _new_run_dir(run_dir, self._env_id, algorithm, seed)
+            self.run_dir = new_run_dir(run_dir, self._env_id, algorithm, seed)
         config_json = json.dumps(self.config.to_dict(), indent=1)
         (self.run_dir / CONFIG_FILE).write_text(config_json + "\n")
 
@@ -447,25 +448,6 @@ class Trainer:
         save_policy(path, spec, tensors)
 
 
-class _Tally:
-    """Means of scalars between two log rows."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def pop(self) -> dict[str, float]:
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        self._sums.clear()
-        self._counts.clear()
-        return means
-
-
 def _make_training_env(env: EnvLike, config: Config, seed: int) -> VectorEnvHandle:
     """An id or a factory is run `num_envs` times; objects are taken as they are."""
     is_object = isinstance(env, (gymnasium.Env, gymnasium.vector.VectorEnv))
@@ -485,26 +467,6 @@ def _resolve_device(device: str, backend: str) -> torch.device:
             f"device={device!r} was given but PyTorch sees no CUDA device; use device='cpu'"
         )
     return resolved
-
-
-def _new_run_dir(run_dir: str | Path | None, env_id: str | None, algorithm: str, seed: int) -> Path:
-    """Creates the run's directory.
-
-    Raises:
-        RunDirectoryError: If it exists and is not empty.
-    """
-    if run_dir is None:
-        task = re.sub(r"[^\w.-]+", "_", env_id or "custom")
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        run_dir = Path("runs") / f"{task}-{algorithm}-s{seed}-{stamp}"
-    path = Path(run_dir)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunDirectoryError(
-            f"{path} exists already; give a new run_dir, or continue that run with "
-            f"Trainer.resume({str(path)!r}).run()"
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _from_json(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -240,7 +240,7 @@ void prepare_networks(const ReweightedArgs& a, Workspace& workspace, Networks& n
     n.pair = {};
     if (!a.pair) return;
     pack_mlp(a.pair->spec, a.pair->parameters, {false, 0}, workspace, n.packed_pair);
-    const int obs_dim = a.spec.sizes[0] - a.action_dim - features;
+    const int obs_dim = obs_columns(a.spec, a.action_dim, a.pair);
     n.pair = prepare_candidates(a.pair->spec, n.packed_pair, a.action_dim, a.states,
                                 a.obs + obs_dim - features, a.obs_ld, workspace);
     if (n.pair.width > n.width) n.width = n.pair.width;

@@ -50,8 +50,11 @@ struct PairEncoder {
 };
 
 // Z, or 0 where critics see the action alone.
-inline int pair_columns(const PairEncoder* pair) {
-    return pair ? pair->spec.sizes[pair->spec.num_layers] : 0;
+static inline int pair_columns(const PairEncoder* pair) { return pair ? outputs(pair->spec) : 0; }
+
+// Of the critics' inputs [action (A) | features (Z) | observation (O)], O.
+static inline int obs_columns(const MlpSpec& critics, int action_dim, const PairEncoder* pair) {
+    return critics.sizes[0] - action_dim - pair_columns(pair);
 }
 
 // Q of K candidate actions per state; input columns are [action (A) | observation (O)].
