@@ -1,5 +1,6 @@
 """The benchmark scripts run to their end, in miniature; what they measure is not looked at."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -28,12 +29,14 @@ def test_matrix_goes_on_from_its_results_alone(tmp_path: Path) -> None:
     matrix = (
         "--tasks Pendulum-v1 --algorithms flame sac --steps 60 --results results --runs runs "
         "--set hidden_sizes=16 learning_starts=40 batch_size=8 policy_batch_size=8 "
-        "eval_episodes=1 eval_interval=0 --seeds "
+        "eval_episodes=1 eval_interval=0 flame:num_candidates=4 --seeds "
     )
     first = run(tmp_path, "learning/matrix.py", matrix + "1")
     assert "| Pendulum-v1 | flame | 1 |" in first.stdout, first.stderr[-2000:]
     curves = {path: path.read_text() for path in (tmp_path / "results").glob("*.csv")}
     assert len(curves) == 2
+    own = [json.loads(path.with_suffix(".json").read_text()) for path in sorted(curves)]
+    assert [(c["algorithm"], c["num_candidates"]) for c in own] == [("flame", 4), ("sac", 8)]
 
     shutil.rmtree(tmp_path / "runs")
     report = run(tmp_path, "learning/matrix.py", matrix + "2 --report-only")

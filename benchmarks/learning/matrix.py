@@ -168,11 +168,21 @@ def train(run: Run, directory: Path, arguments: argparse.Namespace) -> None:
 
 def _start(run: Run, arguments: argparse.Namespace, directory: Path) -> list[str]:
     common = [run.task, "--seed", str(run.seed), "--run-dir", str(directory)]
-    common += [f"--set={option}" for option in arguments.set]
+    common += [f"--set={option}" for option in options_of(run.algorithm, arguments.set)]
     if run.algorithm == "sb3-sac":
         return [sys.executable, str(Path(__file__).with_name("sb3_sac.py")), *common]
     what = ["--algorithm", run.algorithm, "--preset", arguments.preset]
     return [FLAME_EXT, "train", *common, *what]
+
+
+def options_of(algorithm: str, given: list[str]) -> list[str]:
+    """Of KEY=VALUE for every run and ALGORITHM:KEY=VALUE, those of an algorithm as KEY=VALUE."""
+    options = []
+    for option in given:
+        owner, colon, _ = option.partition("=")[0].rpartition(":")
+        if owner in ("", algorithm):
+            options.append(option.removeprefix(owner + colon))
+    return options
 
 
 def _provenance(directory: Path) -> Path:
@@ -227,7 +237,7 @@ def check_request(run: Run, directory: Path, arguments: argparse.Namespace) -> N
     """A run that is taken as finished must be one that this command would make."""
     if run.algorithm == "sb3-sac":
         return  # its settings are the library's own
-    overrides = parse_overrides(arguments.set)
+    overrides = parse_overrides(options_of(run.algorithm, arguments.set))
     wanted = json.loads(
         json.dumps(make_config(run.algorithm, arguments.preset, overrides).to_dict())
     )
@@ -311,12 +321,20 @@ def main() -> None:
     parser.add_argument("--baseline", default="sac", help="what the others are compared with")
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--preset", default="default")
-    parser.add_argument("--set", nargs="*", default=[], help="options as KEY=VALUE for every run")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        help="options as KEY=VALUE for every run, ALGORITHM:KEY=VALUE for those of one algorithm",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     parser.add_argument("--runs", default="runs/matrix", help="where the runs live")
     parser.add_argument("--results", required=True, help="where the report goes")
     arguments = parser.parse_args()
+    owners = {option.partition("=")[0].rpartition(":")[0] for option in arguments.set} - {""}
+    if unknown := owners - set(arguments.algorithms):
+        parser.error(f"--set names {', '.join(sorted(unknown))}, which is not in --algorithms")
     matrix = Matrix(arguments)
     matrix.find_finished()
     if matrix.finished:
