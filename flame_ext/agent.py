@@ -53,11 +53,11 @@ class Agent:
         # before.
         self.critics = make_critics(config, *sizes, copy.deepcopy(self.encoder), initial)
         self.target_critics = copy.deepcopy(self.critics)
-        # What is evaluated and saved: the policy, its average or the best one so far.
-        self.deployed_actor, self.deployed_critics = self.actor, self.critics
-        if config.policy_tau < 1 or config.assessment_episodes > 0:
+        self.averaged_actor = copy.deepcopy(self.actor) if config.policy_tau < 1 else self.actor
+        # What is evaluated and saved: the average as it is, or as it was at the last `deploy`.
+        self.deployed_actor, self.deployed_critics = self.averaged_actor, self.critics
+        if config.assessment_episodes > 0 or self.encoder is not None:
             self.deployed_actor = copy.deepcopy(self.actor)
-        if config.assessment_episodes > 0:
             self.deployed_critics = copy.deepcopy(self.critics)
         trained = ("actor", "critics", "state_encoder", "pair_encoder")
         for name, network in self.networks().items():
@@ -103,8 +103,8 @@ class Agent:
 
     @torch.no_grad()
     def deploy(self) -> None:
-        """From now on the present policy is the one that is evaluated and saved."""
-        self.deployed_actor.network.flat.copy_(self.actor.network.flat)
+        """From now on the present average is the policy that is evaluated and saved."""
+        self.deployed_actor.network.flat.copy_(self.averaged_actor.network.flat)
         self.deployed_critics.copy_from(self.critics)
 
     @torch.no_grad()
@@ -190,8 +190,11 @@ class Agent:
         """Targets become the critics with the embeddings they saw, and those get the newest.
 
         (SALE, Sec. 4.2: a target never sees embeddings that its weights were not trained for.)
+        Nor does the policy that is deployed.
         """
         assert self.critics.encoder is not None
+        if self.config.assessment_episodes == 0:
+            self.deploy()
         self.target_critics.copy_from(self.critics)
         self.critics.encoder.copy_from(encoder)
 
@@ -201,7 +204,7 @@ class Agent:
         )
         self.backend.optimizer_step(self.optimizers["actor"])
         if self.config.policy_tau < 1:
-            average = self.deployed_actor.network.flat
+            average = self.averaged_actor.network.flat
             self.backend.soft_update(average, self.actor.network.flat, self.config.policy_tau)
         metrics = {**result.metrics, "policy_loss": result.loss}
         log_prob = result.log_prob
@@ -235,6 +238,8 @@ class Agent:
             "seen_": self.critics.encoder,
             "target_": self.target_critics.encoder,
         }
+        if self.averaged_actor not in (self.actor, self.deployed_actor):
+            networks["averaged_actor"] = self.averaged_actor.network
         if self.deployed_actor is not self.actor:
             networks["deployed_actor"] = self.deployed_actor.network
         if self.deployed_critics is not self.critics:

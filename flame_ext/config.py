@@ -50,7 +50,9 @@ class Config:
         embedding_learning_rate: Adam step of their encoder.
         embedding_interval: Critic updates for which policy and critics see the same embeddings;
             then the target critics take over the critics' weights and embeddings, in the place of
-            the average of step `tau`, and the critics go on with the encoder's newest.
+            the average of step `tau`, and the critics go on with the encoder's newest. The policy
+            that is evaluated and saved is that of the last such moment, with the embeddings that it
+            had seen until then; at first the untrained one.
         policy_layer_norm: LayerNorm in the policy.
         critic_learning_rate: Adam step of the critics.
         policy_learning_rate: Adam step of the policy.
