@@ -17,14 +17,14 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic with its 95 % stratified bootstrap interval."""
+    """A statistic with its 95 % stratified bootstrap interval; one seed has none."""
 
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        interval = "one seed" if self.interval is None else "{:.2f}, {:.2f}".format(*self.interval)
+        return f"{self.value:.2f} [{interval}]"
 
 
 def interquartile_mean(scores: Scores) -> float:
@@ -42,10 +42,13 @@ def bootstrap(
     statistic: Callable[..., float], *scores: Scores, resamples: int = 5000, seed: int = 0
 ) -> Estimate:
     """The statistic with its interval; seeds are resampled within each task, Sec. 4.1."""
+    value = statistic(*scores)
+    if all(s.shape[1] == 1 for s in scores):
+        return Estimate(value, None)
     rng = np.random.default_rng(seed)
     draws = [statistic(*(_resample(s, rng) for s in scores)) for _ in range(resamples)]
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(statistic(*scores), float(low), float(high))
+    return Estimate(value, (float(low), float(high)))
 
 
 def _resample(scores: Scores, rng: np.random.Generator) -> Scores:
