@@ -1,4 +1,4 @@
-"""Where a run that names no directory lives."""
+"""The directory of a new run."""
 
 from __future__ import annotations
 

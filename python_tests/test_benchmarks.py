@@ -38,6 +38,10 @@ def test_matrix_goes_on_from_its_results_alone(tmp_path: Path) -> None:
     own = [json.loads(path.with_suffix(".json").read_text()) for path in sorted(curves)]
     assert [(c["algorithm"], c["num_candidates"]) for c in own] == [("flame", 4), ("sac", 8)]
 
+    foreign = run(tmp_path, "learning/matrix.py", matrix.replace("flame:", "flmae:") + "1")
+    assert foreign.returncode != 0
+    assert "--set names flmae, which is not in --algorithms" in foreign.stderr
+
     shutil.rmtree(tmp_path / "runs")
     report = run(tmp_path, "learning/matrix.py", matrix + "2 --report-only")
     assert report.stdout == first.stdout[-len(report.stdout) :], report.stderr[-2000:]

@@ -177,12 +177,14 @@ def _start(run: Run, arguments: argparse.Namespace, directory: Path) -> list[str
 
 def options_of(algorithm: str, given: list[str]) -> list[str]:
     """Of KEY=VALUE for every run and ALGORITHM:KEY=VALUE, those of an algorithm as KEY=VALUE."""
-    options = []
-    for option in given:
-        owner, colon, _ = option.partition("=")[0].rpartition(":")
-        if owner in ("", algorithm):
-            options.append(option.removeprefix(owner + colon))
-    return options
+    return [option for owner, option in map(split_owner, given) if owner in ("", algorithm)]
+
+
+def split_owner(option: str) -> tuple[str, str]:
+    """The algorithm that an option is for, or "", and KEY=VALUE."""
+    name, equals, value = option.partition("=")
+    owner, _, key = name.rpartition(":")
+    return owner, key + equals + value
 
 
 def _provenance(directory: Path) -> Path:
@@ -332,8 +334,8 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/matrix", help="where the runs live")
     parser.add_argument("--results", required=True, help="where the report goes")
     arguments = parser.parse_args()
-    owners = {option.partition("=")[0].rpartition(":")[0] for option in arguments.set} - {""}
-    if unknown := owners - set(arguments.algorithms):
+    owners = {owner for owner, _ in map(split_owner, arguments.set)}
+    if unknown := owners - {"", *arguments.algorithms}:
         parser.error(f"--set names {', '.join(sorted(unknown))}, which is not in --algorithms")
     matrix = Matrix(arguments)
     matrix.find_finished()
