@@ -164,7 +164,7 @@ class Config:
     reweighting_weight: float = 1.0
     reverse_kl_weight: float = 1.0
     monotonicity_margin: float = 0.02
-    boundary_width: float = 0.5
+    boundary_width: float = 2.0
     flow: Flow = "mean"
     sampling_steps: int = 1
     train_particles: int = 1
