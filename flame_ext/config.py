@@ -139,7 +139,7 @@ class Config:
     critic_learning_rate: float = 1e-3
     policy_learning_rate: float = 1e-3
     final_policy_learning_rate: float | None = None
-    policy_tau: float = 0.005
+    policy_tau: float = 0.002
     assessment_episodes: int = 0
     policy_delay: int = 4
     policy_batch_size: int = 64
