@@ -54,9 +54,9 @@ class Agent:
         self.critics = make_critics(config, *sizes, copy.deepcopy(self.encoder), initial)
         self.target_critics = copy.deepcopy(self.critics)
         self.averaged_actor = copy.deepcopy(self.actor) if config.policy_tau < 1 else self.actor
-        # What is evaluated and saved: the average as it is, or as it was at the last `deploy`.
+        # What is evaluated and saved: the average, with embeddings as of their last change.
         self.deployed_actor, self.deployed_critics = self.averaged_actor, self.critics
-        if config.assessment_episodes > 0 or self.encoder is not None:
+        if self.encoder is not None:
             self.deployed_actor = copy.deepcopy(self.actor)
             self.deployed_critics = copy.deepcopy(self.critics)
         trained = ("actor", "critics", "state_encoder", "pair_encoder")
@@ -100,12 +100,6 @@ class Agent:
         """
         critics = self.deployed_critics
         return self.deployed_actor.best_action(critics, critics.observe(obs), noise)
-
-    @torch.no_grad()
-    def deploy(self) -> None:
-        """From now on the present average is the policy that is evaluated and saved."""
-        self.deployed_actor.network.flat.copy_(self.averaged_actor.network.flat)
-        self.deployed_critics.copy_from(self.critics)
 
     @torch.no_grad()
     def explore(self, obs: Tensor) -> Tensor:
@@ -193,8 +187,8 @@ class Agent:
         Nor does the policy that is deployed.
         """
         assert self.critics.encoder is not None
-        if self.config.assessment_episodes == 0:
-            self.deploy()
+        self.deployed_actor.network.flat.copy_(self.averaged_actor.network.flat)
+        self.deployed_critics.copy_from(self.critics)
         self.target_critics.copy_from(self.critics)
         self.critics.encoder.copy_from(encoder)
 

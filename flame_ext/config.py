@@ -59,10 +59,6 @@ class Config:
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
         policy_tau: Step, per policy update, of the exponential average of the policy's weights that
             is evaluated and saved; 1 keeps no average. Data are collected by the policy itself.
-        assessment_episodes: Episodes that every policy is held for before it may change; the one
-            whose worst return is the highest is evaluated and saved, in the place of the average
-            (`flame_ext.assessment`). The updates owed meanwhile follow at once. Needs episodes
-            that end. 0 updates at every step.
         policy_delay: Critic updates per policy update.
         policy_batch_size: States per policy update, the first of the last critic update's batch;
             a smaller batch is taken whole.
@@ -140,7 +136,6 @@ class Config:
     policy_learning_rate: float = 1e-3
     final_policy_learning_rate: float | None = None
     policy_tau: float = 0.002
-    assessment_episodes: int = 0
     policy_delay: int = 4
     policy_batch_size: int = 64
     initial_action_std: float = 0.2
@@ -193,11 +188,6 @@ class Config:
         if self.num_envs > self.buffer_size:
             raise ValueError(
                 f"buffer_size={self.buffer_size} does not hold one step of num_envs={self.num_envs}"
-            )
-        if self.assessment_episodes > 0 and self.policy_tau < 1:
-            raise ValueError(
-                "assessment_episodes > 0 judges the policy that collects, not its average; set "
-                "policy_tau=1"
             )
         if self.algorithm != "sac":
             self._check_flow()
@@ -268,7 +258,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "policy_learning_rate": (0, _INF),
     "final_policy_learning_rate": (0, _INF),
     "policy_tau": (1e-12, 1),
-    "assessment_episodes": (0, _INF),
     "policy_delay": (1, _INF),
     "policy_batch_size": (1, _INF),
     "initial_action_std": (0, 1),

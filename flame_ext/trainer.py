@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from flame_ext.agent import Agent
-from flame_ext.assessment import PolicyAssessment
 from flame_ext.backends import make_backend
 from flame_ext.build import deployed_networks
 from flame_ext.callbacks import Callback, says_stop
@@ -142,7 +141,6 @@ class Trainer:
         self._total_steps = self.config.total_steps
         self.evaluations: list[Evaluation] = []
         self._update_debt = 0.0
-        self._assessment = PolicyAssessment(self.config.assessment_episodes, self.env.num_envs)
         self._obs: np.ndarray | None = None
         keep_freed_memory()
         self._earlier_wall_time, self._start = 0.0, time.perf_counter()
@@ -260,12 +258,11 @@ class Trainer:
         progress: Progress,
     ) -> None:
         c, total = self.config, self._total_steps
-        self._update(interrupted)  # what an interruption left
         while self.global_step < total and self._stopped_by is None and not interrupted.is_set():
             before = self.global_step
             self.agent.set_progress(before / total)
             self._collect()
-            self._update(interrupted)
+            self._update()
             progress.update(self.global_step, self.agent.updates)
             if self._due(before, c.log_interval):
                 self._log(log, progress)
@@ -311,16 +308,10 @@ class Trainer:
             self._tally.add({"train_return": episode_return})
         if self.global_step >= self.config.learning_starts:
             self._update_debt += self.env.num_envs * self.config.updates_per_step
-            if self.config.assessment_episodes > 0 and self._assessment.add(step):
-                self.agent.deploy()
 
-    def _update(self, interrupted: threading.Event) -> None:
-        """The updates that are owed, if the policy may change; fractions are carried on."""
-        if self._assessment.holds:
-            return
-        # Those that an assessed policy waited for take long, and an evaluation does not see them.
-        many = self.config.assessment_episodes > 0
-        while self._update_debt >= 1 and not (many and interrupted.is_set()):
+    def _update(self) -> None:
+        """The updates that are owed; fractions are carried on."""
+        while self._update_debt >= 1:
             updates = min(int(self._update_debt), self.agent.updates_to_policy_step)
             self._update_debt -= updates
             batch = self.replay.sample(updates * self.config.batch_size, self.agent.generator)
@@ -390,7 +381,6 @@ class Trainer:
             "seed": self.seed,
             "global_step": self.global_step,
             "update_debt": self._update_debt,
-            "assessment": self._assessment.state_dict(),
             "wall_time": self.wall_time,
             "evaluations": [dataclasses.asdict(e) for e in self.evaluations],
             "env_state": None if env_state is None else env_state.meta,
@@ -411,8 +401,6 @@ class Trainer:
             self.normalizer.load_state_dict(strip_prefix("normalizer", tensors))
         self.global_step = manifest["global_step"]
         self._update_debt = manifest["update_debt"]
-        if "assessment" in manifest:  # older runs had none
-            self._assessment.load_state_dict(manifest["assessment"])
         self._total_steps = manifest.get("total_steps", self.config.total_steps)
         self._earlier_wall_time = manifest["wall_time"]
         self.evaluations = [Evaluation(**_from_json(e)) for e in manifest["evaluations"]]

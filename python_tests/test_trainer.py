@@ -71,15 +71,11 @@ def test_pytorch_leaves_the_cores_to_the_native_kernels(
         torch.set_num_threads(before)
 
 
-ASSESSED = {"assessment_episodes": 2, "policy_tau": 1.0}
-
-
 @pytest.mark.parametrize(
     ("task", "more"),
     [
         (TASK, {}),
         ("InvertedPendulum-v5", {"embedding_dim": 8, "embedding_interval": 5}),
-        ("InvertedPendulum-v5", {"embedding_dim": 8, **ASSESSED}),
     ],
 )
 def test_resuming_is_bit_equal_to_never_stopping(
@@ -100,14 +96,12 @@ def test_resuming_is_bit_equal_to_never_stopping(
     assert parts.evaluations[-1].returns == whole.evaluations[-1].returns
 
 
-@pytest.mark.parametrize(("options", "step"), [({}, 80), (ASSESSED, 120)])
 def test_a_run_interrupted_in_the_middle_of_a_step_resumes_bit_equal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that was catching up with the updates that its assessed policy waited for."""
-    whole = tiny(tmp_path / "whole", **options)
+    whole = tiny(tmp_path / "whole")
     whole.run(total_steps=200)
-    parts = tiny(tmp_path / "parts", **options)
+    parts = tiny(tmp_path / "parts")
     policy_step = parts.agent._policy_step
 
     def interrupted(*args: torch.Tensor) -> dict[str, float]:
@@ -120,8 +114,7 @@ def test_a_run_interrupted_in_the_middle_of_a_step_resumes_bit_equal(
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         parts.run(total_steps=200)
-    assert parts.global_step == step
-    assert (parts._update_debt > 20) == (options is ASSESSED)
+    assert parts.global_step == 80
     assert signal.getsignal(signal.SIGINT) is before
     resumed = Trainer.resume(tmp_path / "parts")
     assert resumed.run().steps == 200, "the steps of the run are its own"
