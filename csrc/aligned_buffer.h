@@ -23,8 +23,10 @@ class AlignedBuffer {
     void resize(int64_t floats) {
         constexpr size_t kLine = 64;
         constexpr size_t kHugePage = size_t{2} << 20;
-        const size_t bytes = round_up(static_cast<size_t>(floats) * sizeof(float), kLine);
-        const size_t alignment = bytes >= kHugePage / 8 ? kHugePage : kLine;
+        const size_t needed = static_cast<size_t>(floats) * sizeof(float);
+        // A page that is not wholly inside the request stays in small ones.
+        const size_t alignment = needed >= kHugePage / 8 ? kHugePage : kLine;
+        const size_t bytes = round_up(needed, alignment);
         void* p = nullptr;
         if (bytes != 0 && posix_memalign(&p, alignment, bytes) != 0) throw std::bad_alloc();
 #if defined(__linux__)

@@ -1,5 +1,6 @@
 #include "cpu/pack.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -12,7 +13,7 @@ namespace {
 constexpr int64_t kAlignment = 16;  // floats between the starts of tensors in the flat buffer
 constexpr float kHalfMax = 65504.0f;
 
-int64_t whole_panels(int64_t n) { return round_up(n, kPanel); }
+int64_t padded(int64_t n) { return round_up(n, kBlock); }
 
 int inputs_of(const PackShape& s) { return s.action_dim + s.obs_dim + s.num_features; }
 
@@ -65,7 +66,7 @@ class Writer {
 
     float* take(int64_t floats) {
         float* p = storage_ == nullptr ? nullptr : storage_ + used_;
-        used_ += whole_panels(floats);
+        used_ += padded(floats);
         return p;
     }
     // Room for weights of either width.
@@ -91,13 +92,15 @@ void put(void* to, int64_t index, float value, bool half, int layer) {
 
 // Input columns [first, first + count) of a layer, as panels.
 PackedLayer pack_panels(const FlatLayer& from, int first, int count, bool half, Writer& writer) {
-    const int64_t panels = whole_panels(from.outputs) / kPanel;
-    void* weight = writer.take_weights(panels * kPanel * count, half);
+    const int64_t outputs = padded(from.outputs);
+    void* weight = writer.take_weights(outputs * count, half);
     PackedLayer layer = {count, from.outputs, weight, nullptr, nullptr, nullptr};
     if (weight == nullptr) return layer;
     for (int o = 0; o < from.outputs; ++o) {
+        const int64_t first_output = o / kPanel * kPanel;
+        const int64_t width = std::min<int64_t>(kPanel, outputs - first_output);
         for (int k = 0; k < count; ++k) {
-            const int64_t at = (static_cast<int64_t>(o / kPanel) * count + k) * kPanel + o % kPanel;
+            const int64_t at = first_output * count + k * width + o % kPanel;
             put(weight, at, from.weight[static_cast<int64_t>(o) * from.inputs + first + k], half,
                 from.number);
         }
@@ -119,7 +122,7 @@ void pack_norm(const FlatLayer& from, PackedLayer& layer, Writer& writer) {
 }
 
 PackedLayer pack_output(const FlatLayer& from, bool half, Writer& writer) {
-    const int64_t inputs = whole_panels(from.inputs);
+    const int64_t inputs = padded(from.inputs);
     void* weight = writer.take_weights(inputs * from.outputs, half);
     if (weight != nullptr) {
         for (int o = 0; o < from.outputs; ++o) {
@@ -136,7 +139,7 @@ PackedLayer pack_output(const FlatLayer& from, bool half, Writer& writer) {
 // The first bias of each step: the constant time columns are folded in, summed in double.
 const float* pack_first_bias(const FlatLayer& from, const PackShape& shape, const float* features,
                              int64_t steps, Writer& writer) {
-    const int64_t width = whole_panels(from.outputs);
+    const int64_t width = padded(from.outputs);
     float* to = writer.take(steps * width);
     if (to == nullptr) return to;
     for (int64_t s = 0; s < steps; ++s) {

@@ -2,8 +2,8 @@
 //
 // What it must move and compute, for a 3 x 256 policy at batch 1: every weight once, 4 or 2 bytes
 // each (HalfCheetah 0.56 MB in fp32), 2 operations per weight. So one row is bound by the bandwidth
-// of the cache that holds the weights, and the panels lie in the order in which they are read. For
-// many rows it is bound by the FMA units: panels of 16 outputs stay in L1 while row tiles pass.
+// of the cache that holds the weights, and they lie in the order in which it reads them, one stream.
+// For many rows it is bound by the FMA units: a tile's columns stay in L1 while the rows pass.
 //
 // Numerics: a row's result is the same for every way of cutting the rows into ranges.
 #include "cpu/policy_act_kernel.h"
@@ -19,19 +19,19 @@ namespace flame::FLAME_ISA {
 namespace {
 
 constexpr float kLayerNormEps = 1e-5f;
-constexpr int kPanelVecs = kPanel / kLanes;
+// Vectors of outputs that one row, or a tile of rows, computes together.
 #if defined(FLAME_ISA_AVX512)
-constexpr int kTileRows = 8, kTilePanels = 2;  // 16 of 32 registers accumulate
-constexpr int kGemvPanels = 4;  // more streams of weights come slower from the second-level cache
+constexpr int kRowVecs = 4;                  // a whole panel
+constexpr int kTileRows = 6, kTileVecs = 4;  // 24 of 32 registers accumulate
 #elif defined(FLAME_ISA_AVX2)
-constexpr int kTileRows = 6, kTilePanels = 1;  // 12 of 16
-constexpr int kGemvPanels = 4;
+constexpr int kRowVecs = 8;                  // a whole panel
+constexpr int kTileRows = 6, kTileVecs = 2;  // 12 of 16
 #else
-constexpr int kTileRows = 2, kTilePanels = 1;  // 8 of 16
-constexpr int kGemvPanels = 2;
+constexpr int kRowVecs = 8;                  // half a panel
+constexpr int kTileRows = 2, kTileVecs = 4;  // 8 of 16
 #endif
 
-FLAME_INLINE int whole_panels(int n) { return round_up(n, kPanel); }
+FLAME_INLINE int padded(int n) { return round_up(n, kBlock); }
 
 template <bool kHalf>
 FLAME_INLINE vf load_weight(const void* weight, int64_t index) {
@@ -77,111 +77,99 @@ FLAME_INLINE Rows same_row(const float* data) { return {data, 0, 0, 1}; }
 
 // --- Hidden layers
 
-// One row, kPanels neighbouring panels: one broadcast serves kPanels * kPanelVecs products, and as
-// many independent sums hide the FMA latency.
-template <int kPanels, bool kHalf>
-FLAME_INLINE void gemv_panels(const PackedLayer& layer, int panel, const float* x,
-                              const float* init, float* y, Finish finish) {
-    constexpr int kVecs = kPanels * kPanelVecs;
-    const int inputs = layer.inputs;
-    const int64_t base = static_cast<int64_t>(panel) * inputs * kPanel;
-    const int64_t stride = static_cast<int64_t>(inputs) * kPanel;
-    vf acc[kVecs];
-    for (int v = 0; v < kVecs; ++v) acc[v] = load(init + panel * kPanel + v * kLanes);
-    for (int k = 0; k < inputs; ++k) {
-        const vf a = splat(x[k]);
-        for (int v = 0; v < kVecs; ++v) {
-            const int64_t at =
-                base + v / kPanelVecs * stride + k * kPanel + v % kPanelVecs * kLanes;
-            acc[v] = fma(a, load_weight<kHalf>(layer.weight, at), acc[v]);
-        }
-    }
-    for (int v = 0; v < kVecs; ++v) {
-        store(y + panel * kPanel + v * kLanes, apply(finish, acc[v]));
-    }
-}
+// Some vectors of a panel's outputs: weight k of output j is weight[k * ld + j].
+struct Columns {
+    const void* weight;
+    int64_t begin;  // index of the first output's first weight
+    int64_t ld;
+    int output;  // of the layer
+    int inputs;
+};
 
-template <int kPanels, bool kHalf>
-FLAME_INLINE void gemv(const PackedLayer& layer, int panel, int panels, const float* x,
-                       const float* init, float* y, Finish finish) {
-    for (; panel + kPanels <= panels; panel += kPanels) {
-        gemv_panels<kPanels, kHalf>(layer, panel, x, init, y, finish);
-    }
-    if constexpr (kPanels > 1) {
-        gemv<kPanels / 2, kHalf>(layer, panel, panels, x, init, y, finish);
-    }
-}
-
-// kRows rows, kPanels neighbouring panels.
-template <int kRows, int kPanels, bool kHalf>
-__attribute__((noinline)) void gemm_tile(const PackedLayer& layer, int panel, const float* x,
-                                         int64_t ldx, const Rows& init, int64_t row, float* y,
-                                         int64_t ldy, Finish finish) {
-    constexpr int kVecs = kPanels * kPanelVecs;
-    const int inputs = layer.inputs;
-    const int64_t base = static_cast<int64_t>(panel) * inputs * kPanel;
+// kRows rows of kVecs vectors of outputs: their sums are independent, which hides the FMA latency.
+template <int kRows, int kVecs, bool kHalf>
+FLAME_INLINE void products(const Columns& c, const float* x, int64_t ldx, const Rows& init,
+                           int64_t row, float* y, int64_t ldy, Finish finish) {
     vf acc[kRows][kVecs];
     for (int r = 0; r < kRows; ++r) {
-        const float* from = init.row(row + r) + panel * kPanel;
+        const float* from = init.row(row + r) + c.output;
         for (int v = 0; v < kVecs; ++v) acc[r][v] = load(from + v * kLanes);
     }
     x += row * ldx;
-    for (int k = 0; k < inputs; ++k) {
+    int64_t at = c.begin;
+    for (int k = 0; k < c.inputs; ++k, at += c.ld) {
         vf b[kVecs];
-        for (int v = 0; v < kVecs; ++v) {
-            const int64_t at = base + static_cast<int64_t>(v / kPanelVecs) * inputs * kPanel +
-                               k * kPanel + v % kPanelVecs * kLanes;
-            b[v] = load_weight<kHalf>(layer.weight, at);
-        }
+        for (int v = 0; v < kVecs; ++v) b[v] = load_weight<kHalf>(c.weight, at + v * kLanes);
         for (int r = 0; r < kRows; ++r) {
             const vf a = splat(x[r * ldx + k]);
             for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
         }
     }
     for (int r = 0; r < kRows; ++r) {
-        float* to = y + (row + r) * ldy + panel * kPanel;
+        float* to = y + (row + r) * ldy + c.output;
         for (int v = 0; v < kVecs; ++v) store(to + v * kLanes, apply(finish, acc[r][v]));
     }
 }
 
-template <int kRows, int kPanels, bool kHalf>
-FLAME_INLINE void dispatch_tile(int rows, const PackedLayer& layer, int panel, const float* x,
-                                int64_t ldx, const Rows& init, int64_t row, float* y, int64_t ldy,
+template <int kRows, int kVecs, bool kHalf>
+__attribute__((noinline)) void tile(const Columns& c, const float* x, int64_t ldx, const Rows& init,
+                                    int64_t row, float* y, int64_t ldy, Finish finish) {
+    products<kRows, kVecs, kHalf>(c, x, ldx, init, row, y, ldy, finish);
+}
+
+template <int kRows, int kVecs, bool kHalf>
+FLAME_INLINE void dispatch_tile(int rows, const Columns& c, const float* x, int64_t ldx,
+                                const Rows& init, int64_t row, float* y, int64_t ldy,
                                 Finish finish) {
     if (rows == kRows) {
-        gemm_tile<kRows, kPanels, kHalf>(layer, panel, x, ldx, init, row, y, ldy, finish);
+        tile<kRows, kVecs, kHalf>(c, x, ldx, init, row, y, ldy, finish);
     } else if constexpr (kRows > 1) {
-        dispatch_tile<kRows - 1, kPanels, kHalf>(rows, layer, panel, x, ldx, init, row, y, ldy,
-                                                 finish);
+        dispatch_tile<kRows - 1, kVecs, kHalf>(rows, c, x, ldx, init, row, y, ldy, finish);
     }
 }
 
 // Row tiles of nearly equal height: 32 rows are 6 6 5 5 5 5, not 6 6 6 6 6 2.
-template <int kPanels, bool kHalf>
-FLAME_INLINE void panel_rows(const PackedLayer& layer, int panel, int rows, const float* x,
-                             int64_t ldx, const Rows& init, float* y, int64_t ldy, Finish finish) {
+template <int kVecs, bool kHalf>
+FLAME_INLINE void all_rows(const Columns& c, int rows, const float* x, int64_t ldx,
+                           const Rows& init, float* y, int64_t ldy, Finish finish) {
     const int tiles = divide_up(rows, kTileRows);
     for (int t = 0; t < tiles; ++t) {
         const int begin = rows * t / tiles;
         const int end = rows * (t + 1) / tiles;
-        dispatch_tile<kTileRows, kPanels, kHalf>(end - begin, layer, panel, x, ldx, init, begin, y,
-                                                 ldy, finish);
+        dispatch_tile<kTileRows, kVecs, kHalf>(end - begin, c, x, ldx, init, begin, y, ldy, finish);
+    }
+}
+
+// A panel's outputs from `done` on, kVecs vectors at a time and what is left in fewer.
+template <int kVecs, bool kHalf, bool kOneRow>
+FLAME_INLINE void panel(Columns c, int done, int rows, const float* x, int64_t ldx,
+                        const Rows& init, float* y, int64_t ldy, Finish finish) {
+    constexpr int kOutputs = kVecs * kLanes;
+    for (; done + kOutputs <= c.ld; done += kOutputs, c.begin += kOutputs, c.output += kOutputs) {
+        if constexpr (kOneRow) {
+            products<1, kVecs, kHalf>(c, x, ldx, init, 0, y, ldy, finish);
+        } else {
+            all_rows<kVecs, kHalf>(c, rows, x, ldx, init, y, ldy, finish);
+        }
+    }
+    if constexpr (kOutputs > kBlock) {
+        panel<kVecs / 2, kHalf, kOneRow>(c, done, rows, x, ldx, init, y, ldy, finish);
     }
 }
 
 template <bool kHalf>
 void layer_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, const Rows& init,
                 float* y, int64_t ldy, Finish finish) {
-    const int panels = whole_panels(layer.outputs) / kPanel;
-    if (rows == 1) {
-        gemv<kGemvPanels, kHalf>(layer, 0, panels, x, init.row(0), y, finish);
-        return;
+    const int outputs = padded(layer.outputs);
+    for (int o = 0; o < outputs; o += kPanel) {
+        const Columns c = {layer.weight, static_cast<int64_t>(o) * layer.inputs,
+                           outputs - o < kPanel ? outputs - o : kPanel, o, layer.inputs};
+        if (rows == 1) {
+            panel<kRowVecs, kHalf, true>(c, 0, 1, x, ldx, init, y, ldy, finish);
+        } else {
+            panel<kTileVecs, kHalf, false>(c, 0, rows, x, ldx, init, y, ldy, finish);
+        }
     }
-    int p = 0;
-    for (; p + kTilePanels <= panels; p += kTilePanels) {
-        panel_rows<kTilePanels, kHalf>(layer, p, rows, x, ldx, init, y, ldy, finish);
-    }
-    for (; p < panels; ++p) panel_rows<1, kHalf>(layer, p, rows, x, ldx, init, y, ldy, finish);
 }
 
 // LayerNorm of each row's `layer.outputs` columns, then the activation; padding columns become 0.
@@ -204,7 +192,7 @@ void normalise_rows(const PackedLayer& layer, int rows, float* y, int64_t ldy, F
         for (int j = vec_end; j < width; ++j) variance += (row[j] - mean) * (row[j] - mean);
         variance /= static_cast<float>(width);
         const float scale = 1.0f / __builtin_sqrtf(variance + kLayerNormEps);
-        for (int j = 0; j < whole_panels(width); j += kLanes) {
+        for (int j = 0; j < padded(width); j += kLanes) {
             const vf normed = (load(row + j) - mean) * scale;
             const vf z = fma(normed, load(layer.gain + j), load(layer.offset + j));
             store(row + j, apply(finish, z));
@@ -214,12 +202,12 @@ void normalise_rows(const PackedLayer& layer, int rows, float* y, int64_t ldy, F
 
 // --- Output layer
 
-// y = x W^T + bias, row by row, four outputs at a time; x is zero up to whole_panels(inputs).
+// y = x W^T + bias, row by row, four outputs at a time; x is zero up to padded(inputs).
 template <bool kHalf>
 void output_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, float* y,
                  int64_t ldy) {
     constexpr int kGroup = 4;
-    const int inputs = whole_panels(layer.inputs);
+    const int inputs = padded(layer.inputs);
     for (int r = 0; r < rows; ++r) {
         const float* row = x + r * ldx;
         for (int o = 0; o < layer.outputs; o += kGroup) {
@@ -294,7 +282,7 @@ FLAME_INLINE Rows state_rows(const ActTask& task, const Range& range, const Work
 }
 
 FLAME_INLINE void add_bias(const PackedNet& net, int step, int states, const Workspace& w) {
-    const int width = whole_panels(net.obs.outputs);
+    const int width = padded(net.obs.outputs);
     const float* bias = net.first_bias + static_cast<int64_t>(step) * width;
     for (int s = 0; s < states; ++s) {
         for (int j = 0; j < width; j += kLanes) {

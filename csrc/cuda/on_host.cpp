@@ -88,12 +88,12 @@ void host_meanflow_step(const MeanFlowStepArgs& a) {
                 [&](Carver& m) { meanflow_step(launcher(), a, m); });
 }
 
-void refuse(const PairEncoder* pair) {
+void refuse_pair_encoder(const PairEncoder* pair) {
     check(!pair, "the CUDA kernels do not evaluate pair encoders");
 }
 
 void host_reweighted_velocity(const ReweightedArgs& a) {
-    refuse(a.pair);
+    refuse_pair_encoder(a.pair);
     // Half of the offset comes from memory, as in a captured graph.
     ReweightedArgs rest = a;
     rest.offset = a.offset / 2;
@@ -185,7 +185,7 @@ struct HostOperations {
 };
 
 CriticUpdatesResult host_critic_updates(const CriticUpdates& u) {
-    refuse(u.pair);
+    refuse_pair_encoder(u.pair);
     AdamSchedule schedule{u.learning_rate, u.step - 1};
     const size_t outcomes = static_cast<size_t>(u.updates) * u.critics.members;
     std::vector<double> loss(outcomes);
