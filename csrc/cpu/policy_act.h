@@ -8,15 +8,16 @@
 
 namespace flame {
 
-constexpr int kBlock = 16;           // floats that widths and tensors are padded to
-constexpr int kPanel = 64;           // outputs per weight panel: four blocks, the last one's the rest
+constexpr int kBlock = 16;  // floats that widths and tensors are padded to
+constexpr int kPanel = 64;  // outputs per weight panel: four blocks, the last one's the rest
 constexpr int kMaxHiddenLayers = 8;  // what one PackedNet holds
 constexpr int kActTileRows = 64;     // rows that go through all layers together, so they stay in L2
 
 // Weights of one layer, in the order in which they are read. Hidden layers: panel after panel of 64
-// outputs, in each panel input after input, so that one row's pass is one stream; the last panel has
-// what is left of the outputs, rounded up to 16. Output layer: output after output, `inputs` rounded
-// up to 16. fp32, or IEEE half for the policy's if ActTask::half; missing outputs and inputs are zero.
+// outputs, in each panel input after input, so that one row's pass is one stream; the last panel
+// has what is left of the outputs, rounded up to 16. Output layer: output after output, `inputs`
+// rounded up to 16. fp32, or IEEE half for the policy's if ActTask::half; missing outputs and
+// inputs are zero.
 struct PackedLayer {
     int32_t inputs;
     int32_t outputs;

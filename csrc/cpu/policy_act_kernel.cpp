@@ -2,8 +2,9 @@
 //
 // What it must move and compute, for a 3 x 256 policy at batch 1: every weight once, 4 or 2 bytes
 // each (HalfCheetah 0.56 MB in fp32), 2 operations per weight. So one row is bound by the bandwidth
-// of the cache that holds the weights, and they lie in the order in which it reads them, one stream.
-// For many rows it is bound by the FMA units: a tile's columns stay in L1 while the rows pass.
+// of the cache that holds the weights, and they lie in the order in which it reads them, one
+// stream. For many rows it is bound by the FMA units: a tile's columns stay in L1 while the rows
+// pass.
 //
 // Numerics: a row's result is the same for every way of cutting the rows into ranges.
 #include "cpu/policy_act_kernel.h"
