@@ -5,7 +5,6 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
-#include "partition.h"
 #include "thread_pool.h"
 
 namespace flame {
@@ -45,7 +44,7 @@ void check_length(const std::vector<float>& values, int expected, const char* na
 int32_t widest(const PackedNet& net) {
     int32_t width = net.obs.outputs;
     for (int i = 0; i < net.num_hidden; ++i) width = std::max(width, net.hidden[i].outputs);
-    return round_up(width, kBlock);
+    return padded(width);
 }
 
 template <typename Real>

@@ -99,8 +99,7 @@ class Config:
             of them reaches any target. Without the wall, folding fakes entropy. 0 turns it off.
         boundary_width: Outside the box the reverse-KL target falls off as a Gaussian of this
             standard deviation around the clipped action, times a weight that grows with Q; without
-            it entropy leaks out there. A narrow wall keeps actions from saturating: with 0.5
-            HalfCheetah learns a quarter less.
+            it entropy leaks out there. A narrow wall keeps actions from saturating.
         flow: ``mean`` acts along average velocities (MeanFlow), ``instantaneous`` along
             u(z, t, t, s) (rectified flow).
         sampling_steps: Network evaluations per action.

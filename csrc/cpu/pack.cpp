@@ -1,6 +1,5 @@
 #include "cpu/pack.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -12,8 +11,6 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // floats between the starts of tensors in the flat buffer
 constexpr float kHalfMax = 65504.0f;
-
-int64_t padded(int64_t n) { return round_up(n, kBlock); }
 
 int inputs_of(const PackShape& s) { return s.action_dim + s.obs_dim + s.num_features; }
 
@@ -98,7 +95,7 @@ PackedLayer pack_panels(const FlatLayer& from, int first, int count, bool half, 
     if (weight == nullptr) return layer;
     for (int o = 0; o < from.outputs; ++o) {
         const int64_t first_output = o / kPanel * kPanel;
-        const int64_t width = std::min<int64_t>(kPanel, outputs - first_output);
+        const int64_t width = row_count(first_output, outputs, kPanel);
         for (int k = 0; k < count; ++k) {
             const int64_t at = first_output * count + k * width + o % kPanel;
             put(weight, at, from.weight[static_cast<int64_t>(o) * from.inputs + first + k], half,

@@ -5,13 +5,20 @@
 #include <stdint.h>
 
 #include "api.h"
+#include "partition.h"
 
 namespace flame {
 
-constexpr int kBlock = 16;  // floats that widths and tensors are padded to
-constexpr int kPanel = 64;  // outputs per weight panel: four blocks, the last one's the rest
+constexpr int kBlock = 16;           // floats that widths and tensors are padded to
+constexpr int kPanel = 64;           // outputs per weight panel; a layer's last panel has the rest
 constexpr int kMaxHiddenLayers = 8;  // what one PackedNet holds
 constexpr int kActTileRows = 64;     // rows that go through all layers together, so they stay in L2
+
+// n floats with their padding.
+template <typename N>
+static constexpr N padded(N n) {
+    return round_up(n, static_cast<N>(kBlock));
+}
 
 // Weights of one layer, in the order in which they are read. Hidden layers: panel after panel of 64
 // outputs, in each panel input after input, so that one row's pass is one stream; the last panel

@@ -32,8 +32,6 @@ constexpr int kRowVecs = 8;                  // half a panel
 constexpr int kTileRows = 2, kTileVecs = 4;  // 8 of 16
 #endif
 
-FLAME_INLINE int padded(int n) { return round_up(n, kBlock); }
-
 template <bool kHalf>
 FLAME_INLINE vf load_weight(const void* weight, int64_t index) {
     if constexpr (kHalf) return load_half(static_cast<const uint16_t*>(weight) + index);
@@ -164,7 +162,7 @@ void layer_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx,
     const int outputs = padded(layer.outputs);
     for (int o = 0; o < outputs; o += kPanel) {
         const Columns c = {layer.weight, static_cast<int64_t>(o) * layer.inputs,
-                           outputs - o < kPanel ? outputs - o : kPanel, o, layer.inputs};
+                           row_count(o, outputs, kPanel), o, layer.inputs};
         if (rows == 1) {
             panel<kRowVecs, kHalf, true>(c, 0, 1, x, ldx, init, y, ldy, finish);
         } else {
