@@ -23,6 +23,8 @@ import numpy as np
 
 OBS_DIM, ACTION_DIM, BATCH = 17, 6, 256
 PROGRAMS = ("ours", "published")
+# Idle worker threads of a program spin for a while after its call and would take the other's cores.
+PAUSE = 0.2  # seconds
 
 
 def transitions() -> dict[str, np.ndarray]:
@@ -108,6 +110,8 @@ def print_ratios(what: str, calls: dict[str, Callable], rounds: int, calls_per_r
         call()
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(PAUSE)
+            call()
             start = time.perf_counter()
             for _ in range(calls_per_round):
                 call()

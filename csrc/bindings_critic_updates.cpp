@@ -32,6 +32,8 @@ py::tuple py_critic_updates(
     const std::optional<py::array>& target_next_obs) {
     check(step >= 1, "step is ", step, "; the first step is 1");
     check(updates >= 1, "updates is ", updates, "; it must be at least 1");
+    check(alpha == 0 || policy.denoising.empty(),
+          "a denoising policy has no density; alpha must be 0, it is ", alpha);
     check(action.ndim() == 2 && action.shape(0) >= 1, "action has shape ", shape_text(action),
           "; it must be (rows, ", policy.action_dim, ") with at least one row");
     const int64_t rows = action.shape(0);

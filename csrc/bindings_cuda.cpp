@@ -271,7 +271,7 @@ size_t py_critic_updates(const PolicySampler& policy, Pointer policy_parameters,
                          double beta1, double beta2, double epsilon, Pointer time, Pointer scale,
                          Pointer schedule, Pointer loss, Pointer q_mean, Pointer workspace,
                          Pointer stream) {
-    check(policy.steps > 0, "the fused updates draw from flow policies only");
+    check(policy.is_flow(), "the fused updates draw from flow policies only");
     const CudaCriticUpdates args{{&policy,
                                   at<float>(policy_parameters),
                                   critics,

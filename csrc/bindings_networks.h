@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bindings_arrays.h"
 #include "check.h"
@@ -35,6 +36,15 @@ inline int flow_obs_dim(const MlpSpec& spec, int64_t time_features) {
     check(obs_dim >= 0, "the policy has ", spec.sizes[0], " inputs; ", action_dim,
           " action columns and ", time_features, " time features need more");
     return static_cast<int>(obs_dim);
+}
+
+// Sampling steps from dense rows (steps, 5) of p, q, m, n and clip.
+inline std::vector<ActStep> act_steps(const float* rows, int64_t steps) {
+    std::vector<ActStep> table;
+    for (const float* row = rows; row != rows + 5 * steps; row += 5) {
+        table.push_back({row[0], row[1], row[2], row[3], row[4] != 0});
+    }
+    return table;
 }
 
 inline int policy_obs_dim(const PolicySampler& policy) {

@@ -13,6 +13,7 @@
 
 #include "bindings.h"
 #include "bindings_arrays.h"
+#include "bindings_networks.h"
 #include "check.h"
 #include "packed_policy.h"
 
@@ -81,10 +82,7 @@ std::unique_ptr<PackedPolicy> pack_policy(
               "a flow policy needs time_features (n, features) and steps (n, 5)");
         d.time_features = to_vector(time_features);
         d.num_features = static_cast<int>(time_features->shape(1));
-        const auto rows = steps->unchecked<2>();
-        for (py::ssize_t i = 0; i < steps->shape(0); ++i) {
-            d.steps.push_back({rows(i, 0), rows(i, 1), rows(i, 2), rows(i, 3), rows(i, 4) != 0});
-        }
+        d.steps = act_steps(steps->data(), steps->shape(0));
     }
     d.log_std_min = log_std_range.first;
     d.log_std_max = log_std_range.second;

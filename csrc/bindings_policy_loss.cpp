@@ -90,21 +90,33 @@ PolicySampler gaussian_sampler(const MlpSpec& spec, std::pair<float, float> log_
     return p;
 }
 
-PolicySampler flow_sampler(const MlpSpec& spec, const py::array& time, const py::array& scale) {
+PolicySampler multi_step_sampler(const MlpSpec& spec, const py::array& time) {
     check(time.ndim() == 2 && time.shape(0) >= 1, "time has shape ", shape_text(time),
           "; it must be (steps, features) with at least one step");
     const int64_t steps = time.shape(0);
     const int64_t features = time.shape(1);
     flow_obs_dim(spec, features);
     const float* times = dense(time, "time", {steps, features});
-    const float* scales = dense(scale, "scale", {steps});
     PolicySampler p{};
     p.spec = spec;
     p.action_dim = outputs(spec);
     p.steps = static_cast<int32_t>(steps);
     p.time_features = static_cast<int32_t>(features);
     p.time.assign(times, times + steps * features);
-    p.scale.assign(scales, scales + steps);
+    return p;
+}
+
+PolicySampler flow_sampler(const MlpSpec& spec, const py::array& time, const py::array& scale) {
+    PolicySampler p = multi_step_sampler(spec, time);
+    const float* scales = dense(scale, "scale", {p.steps});
+    p.scale.assign(scales, scales + p.steps);
+    return p;
+}
+
+PolicySampler denoising_sampler(const MlpSpec& spec, const py::array& time,
+                                const py::array& steps) {
+    PolicySampler p = multi_step_sampler(spec, time);
+    p.denoising = act_steps(dense(steps, "steps", {p.steps, 5}), p.steps);
     return p;
 }
 
@@ -167,7 +179,7 @@ class LossCall {
 py::tuple py_gaussian_loss(const PolicySampler& policy, const py::array& parameters,
                            const py::array& gradients, const CriticsView& critics,
                            const py::array& obs, const py::array& noise, double alpha) {
-    check(policy.steps == 0, "this policy is a flow; gaussian_loss takes a Gaussian");
+    check(policy.steps == 0, "this policy takes steps; gaussian_loss takes a Gaussian");
     const LossCall call(policy, parameters, gradients, critics, obs, noise, alpha);
     ReverseKl result{};
     {
@@ -182,8 +194,9 @@ py::tuple py_flow_reverse_kl(const PolicySampler& policy, const py::array& param
                              const py::array& obs, const py::array& noise, double alpha,
                              double weight, float boundary_width, float monotonicity_margin,
                              float wall_scale) {
-    check(policy.steps == 1, "the policy takes ", policy.steps,
-          " steps; the exact density has a gradient for one step along a flow");
+    check(policy.is_flow() && policy.steps == 1, "the policy takes ", policy.steps,
+          policy.is_flow() ? " steps along a flow" : " steps, not along a flow",
+          "; the exact density has a gradient for one step along a flow");
     const LossCall call(policy, parameters, gradients, critics, obs, noise, alpha);
     ReverseKl result{};
     {
@@ -200,7 +213,7 @@ py::tuple py_flow_matching(const PolicySampler& policy, const py::array& paramet
                            const py::array& uniform, double alpha, double weight, double min_time,
                            double instantaneous_fraction, double acting_fraction,
                            int num_candidates, const std::string& sampling, uint64_t seed) {
-    check(policy.steps >= 1, "this policy is a Gaussian; flow_matching takes a flow");
+    check(policy.is_flow(), "this policy is not a flow; flow_matching takes one");
     check(policy.time_features == kTimeFeatures, "the policy takes ", policy.time_features,
           " time features; flow matching needs ", kTimeFeatures);
     check(alpha > 0, "alpha is ", alpha, "; it must be positive");
@@ -243,6 +256,8 @@ void bind_policy_loss(py::module_& m) {
     py::class_<PolicySampler>(m, "PolicySampler")
         .def_static("gaussian", &gaussian_sampler, py::arg("spec"), py::arg("log_std_range"))
         .def_static("flow", &flow_sampler, py::arg("spec"), py::arg("time"), py::arg("scale"))
+        .def_static("denoising", &denoising_sampler, py::arg("spec"), py::arg("time"),
+                    py::arg("steps"))
         .def("sample", &py_sample, py::arg("parameters"), py::arg("obs"), py::arg("noise"));
     m.def("gaussian_loss", &py_gaussian_loss, py::arg("policy"), py::arg("parameters"),
           py::arg("gradients"), py::arg("critics"), py::arg("obs"), py::arg("noise"),

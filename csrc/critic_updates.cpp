@@ -79,8 +79,7 @@ void update_part(const CriticUpdates& u, const NextActions& next, int part,
 }  // namespace
 
 CriticUpdatesResult critic_updates(const CriticUpdates& u) {
-    const bool flow = u.policy->steps > 0;
-    if (flow && kernels().critic_updates) return kernels().critic_updates(u);
+    if (u.policy->is_flow() && kernels().critic_updates) return kernels().critic_updates(u);
     Workspace workspace;
     const NextActions next = next_actions(u, workspace);
     CriticUpdatesResult result{0.0, 0.0};

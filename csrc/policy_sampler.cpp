@@ -9,22 +9,37 @@
 namespace flame {
 namespace {
 
-// One step along the flow without its density: a plain forward pass, which reads the weights as
-// they lie where rows are few.
-void step_along_flow(const PolicySampler& p, const float* parameters, int64_t rows,
-                     const float* obs, int64_t obs_ld, const float* noise, float* action,
-                     Workspace& workspace) {
+ActStep step_of(const PolicySampler& p, int i) {
+    return p.is_flow() ? ActStep{1.0f, p.scale[i], 1.0f, 0.0f, false} : p.denoising[i];
+}
+
+// Steps without a density: plain forward passes, which read the weights as they lie where rows are
+// few. Results are not yet in the box.
+void take_steps(const PolicySampler& p, const float* parameters, int64_t rows, const float* obs,
+                int64_t obs_ld, const float* noise, float* action, Workspace& workspace) {
     const int n = p.action_dim;
     const int in = p.spec.sizes[0];
     const int obs_dim = in - n - p.time_features;
-    float* input = workspace.floats(rows * in);
+    float* input = workspace.floats(rows * in);  // [z | observation | time]
     for (int64_t b = 0; b < rows; ++b) {
         float* to = std::copy_n(noise + b * n, n, input + b * in);
-        to = std::copy_n(obs + b * obs_ld, obs_dim, to);
-        std::copy(p.time.begin(), p.time.end(), to);
+        std::copy_n(obs + b * obs_ld, obs_dim, to);
     }
-    kernels().mlp_forward({p.spec, parameters, rows, input, in, action});
-    for (int64_t i = 0; i < rows * n; ++i) action[i] = into_box(noise[i] + p.scale[0] * action[i]);
+    for (int i = 0; i < p.steps; ++i) {
+        const float* time = p.time.data() + i * p.time_features;
+        for (int64_t b = 0; b < rows; ++b)
+            std::copy_n(time, p.time_features, input + b * in + n + obs_dim);
+        kernels().mlp_forward({p.spec, parameters, rows, input, in, action});
+        const ActStep s = step_of(p, i);
+        for (int64_t b = 0; b < rows; ++b) {
+            for (int j = 0; j < n; ++j) {
+                float& z = input[b * in + j];
+                float& a = action[b * n + j];
+                const float x = s.p * z + s.q * a;
+                a = z = s.m * (s.clip ? into_box(x) : x) + s.n * z;
+            }
+        }
+    }
 }
 
 }  // namespace
@@ -42,16 +57,16 @@ void sample_actions(const PolicySampler& p, const float* parameters, int64_t row
                       log_prob);
         return;
     }
-    if (!density && p.steps == 1) {
-        step_along_flow(p, parameters, rows, obs, obs_ld, noise, action, workspace);
-        return;
+    if (!density && (p.steps == 1 || !p.is_flow())) {
+        take_steps(p, parameters, rows, obs, obs_ld, noise, action, workspace);
+    } else {
+        FlowDensityArgs args = flow_samples(p, parameters, rows, obs, obs_ld, noise);
+        args.divergence = density ? Divergence::kLogDet : Divergence::kNone;
+        args.action = action;
+        args.log_prob = log_prob;
+        args.folded = static_cast<bool*>(workspace.bytes(rows * sizeof(bool)));
+        kernels().flow_density(args);
     }
-    FlowDensityArgs args = flow_samples(p, parameters, rows, obs, obs_ld, noise);
-    args.divergence = density ? Divergence::kLogDet : Divergence::kNone;
-    args.action = action;
-    args.log_prob = log_prob;
-    args.folded = static_cast<bool*>(workspace.bytes(rows * sizeof(bool)));
-    kernels().flow_density(args);
     std::transform(action, action + rows * p.action_dim, action, into_box);
 }
 

@@ -6,20 +6,24 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/policy_act.h"
 #include "cpu/training.h"
 
 namespace flame {
 
-// A tanh Gaussian, or steps along a flow.
+// A tanh Gaussian, steps along a flow, or denoising steps.
 struct PolicySampler {
     MlpSpec spec;
     int32_t action_dim;
     float log_std_min;  // of the Gaussian
     float log_std_max;
-    int32_t steps;  // of the flow; 0 for the Gaussian
+    int32_t steps;  // 0 for the Gaussian
     int32_t time_features;
-    std::vector<float> time;   // (steps, time_features)
-    std::vector<float> scale;  // (steps)
+    std::vector<float> time;         // (steps, time_features)
+    std::vector<float> scale;        // (steps) along a flow, else empty
+    std::vector<ActStep> denoising;  // (steps) that have no density, else empty
+
+    bool is_flow() const { return !scale.empty(); }
 };
 
 // A flow's action as the environment takes it.
@@ -46,7 +50,7 @@ inline FlowDensityArgs flow_samples(const PolicySampler& policy, const float* pa
 }
 
 // Actions (rows, A) in the box from dense noise (rows, A) and, where log_prob is not null, their
-// exact log-density (rows).
+// exact log-density (rows), which a denoising policy does not have.
 void sample_actions(const PolicySampler& policy, const float* parameters, int64_t rows,
                     const float* obs, int64_t obs_ld, const float* noise, float* action,
                     float* log_prob);

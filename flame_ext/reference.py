@@ -21,7 +21,7 @@ from torch import Tensor
 from flame_ext.critics import Critics
 from flame_ext.errors import check_choice
 from flame_ext.networks import MeanVelocityNet, mean_and_std
-from flame_ext.sampling import Flow, SamplerStep, flow_steps
+from flame_ext.sampling import Flow, SamplerStep, ddim_steps, flow_steps
 
 Estimator = Literal["exact", "multi_step", "one_step_trace"]
 Trace = Literal["exact", "hutchinson", "log_det"]
@@ -61,6 +61,25 @@ def sample_flow(
 def one_step_action(net: MeanVelocityNet, obs: Tensor, noise: Tensor) -> Tensor:
     """``clip(eps - u(eps, 0, 1, s), -1, 1)``: obs ``(..., O)``, noise ``(..., A)``."""
     return sample_flow(net, obs, noise).clamp(-1, 1)
+
+
+def denoise(net: MeanVelocityNet, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
+    """Carries noise to an action in the box by DDIM with eta = 0 (Song et al. 2021, Eq. 12).
+
+    Args:
+        net: Predicts the noise in ``velocity(z, t, t, obs)``.
+        obs: ``(..., O)``.
+        noise: Base sample eps, ``(..., A)``.
+        steps: Network evaluations.
+
+    Returns:
+        ``(..., A)`` in [-1, 1].
+    """
+    z = noise
+    for step in ddim_steps(steps):
+        eps = net.velocity(z, *times_like(z, step), obs)
+        z = step.m * (step.p * z + step.q * eps).clamp(-1, 1) + step.n * z
+    return z.clamp(-1, 1)
 
 
 def best_of(critics: Critics, obs: Tensor, actions: Tensor) -> Tensor:

@@ -102,6 +102,12 @@ def time_feature_rows(table: list[SamplerStep]) -> NDArray[np.float32]:
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 
+def step_rows(table: list[SamplerStep]) -> NDArray[np.float32]:
+    """What each step does with the network's output, as the kernels take it, ``(steps, 5)``."""
+    rows = [[step.p, step.q, step.m, step.n, step.clip] for step in table]
+    return np.array(rows, np.float32)
+
+
 def sampler_steps(algorithm: str, steps: int, flow: Flow) -> list[SamplerStep]:
     """The sampler of a multi- or one-step policy."""
     return ddim_steps(steps) if algorithm == "diffusion" else flow_steps(steps, flow)

@@ -17,7 +17,7 @@ from kernel_inputs import (
 )
 from torch import Tensor
 
-from flame_ext import _core
+from flame_ext import _core, reference
 from flame_ext.agent import Agent
 from flame_ext.backends import cpu, make_backend, native_evaluator
 from flame_ext.backends.native_evaluator import array, mlp_spec
@@ -60,6 +60,7 @@ def sampled_updates(agent: Agent, seed: int, updates: int = 1) -> dict[str, floa
         ("flame", {"entropy_in_target": True, "initial_alpha": 0.5}),
         ("flame", {"entropy_in_target": False}),
         ("flame-r", {"sampling_steps": 3}),
+        ("diffusion", {"sampling_steps": 3}),
     ],
 )
 @pytest.mark.usefixtures("kernels")
@@ -254,6 +255,29 @@ def test_other_losses_are_built_by_autograd(options: dict[str, Any]) -> None:
     assert second == pytest.approx(first, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("states", "samples"), [((7, 1), (7, 4)), ((1,), (1,)), ((65,), (65,))])
+def test_denoising(states: tuple[int, ...], samples: tuple[int, ...]) -> None:
+    """Actions of the multi-step policy, of several samples per state as of one."""
+    net = make_agent("cpu", "diffusion").actor.network
+    obs, noise = (torch.from_numpy(draw(*s)) for s in ((*states, OBS), (*samples, ACT)))
+    with torch.no_grad():
+        ours = native_evaluator.NativeEvaluator(net).denoise(obs, noise, 5)
+        net.evaluator = None
+        single = reference.denoise(net, obs, noise, 5)
+        exact = reference.denoise(net.double(), obs.double(), noise.double(), 5)
+    assert_as_accurate(array(ours), single, exact)
+    assert ours.abs().max() == 1 or len(ours) == 1  # some are clipped
+
+
+def test_a_denoising_policy_has_no_density() -> None:
+    agent = make_agent("cpu", "diffusion")
+    assert isinstance(agent.backend, cpu.CpuBackend)
+    object.__setattr__(agent.config, "entropy_in_target", True)
+    with pytest.raises(ValueError, match="a denoising policy has no density; alpha must be 0"):
+        sampled_updates(agent, 0)
+
+
 def test_refusals_say_what_to_do() -> None:
     agent = make_agent("cpu", "sac")
     critics = mlp_spec(agent.critics)
@@ -271,7 +295,7 @@ def test_refusals_say_what_to_do() -> None:
         (critics, array(agent.critics.flat), None),
     )
     draws = draw(4, ACT), draw(4, ACT), np.full((4, 3), 0.5, np.float32)
-    with pytest.raises(ValueError, match="this policy is a Gaussian; flow_matching takes a flow"):
+    with pytest.raises(ValueError, match="this policy is not a flow; flow_matching takes one"):
         _core.flow_matching(
             sampler,
             *arrays,

@@ -14,6 +14,7 @@ from flame_ext.sampling import (
     LOG_STD_RANGE,
     OBSERVATION_CLIP,
     sampler_steps,
+    step_rows,
     time_feature_rows,
 )
 
@@ -97,5 +98,4 @@ def _sampler_arguments(spec: PolicySpec) -> dict[str, Any]:
         return {}
     options = spec.config
     table = sampler_steps(spec.algorithm, options["sampling_steps"], options["flow"])
-    rows = [[step.p, step.q, step.m, step.n, step.clip] for step in table]
-    return {"time_features": time_feature_rows(table), "steps": np.array(rows, np.float32)}
+    return {"time_features": time_feature_rows(table), "steps": step_rows(table)}

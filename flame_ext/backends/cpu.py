@@ -33,7 +33,7 @@ class CpuBackend(TorchBackend):
     """Critic updates, policy loss with gradient and Adam as one native call each.
 
     Options without a fused form (several particles in the TD target, ``proposal="policy"``,
-    the diffusion policy) are built by autograd from native evaluations; PyTorch still
+    the diffusion policy's loss) are built by autograd from native evaluations; PyTorch still
     differentiates a reverse-KL term through ``multi_step`` or ``one_step_trace``.
     """
 

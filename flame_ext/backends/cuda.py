@@ -26,9 +26,10 @@ from flame_ext.critics import Critics
 from flame_ext.embeddings import normalised
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.native import load_core
-from flame_ext.networks import FlatMLP
+from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.policies.base import Actor
-from flame_ext.reference import monotonicity_gap, tanh_gaussian
+from flame_ext.policies.flow import FlowActor
+from flame_ext.reference import denoise, monotonicity_gap, tanh_gaussian
 from flame_ext.replay import Batch
 from flame_ext.sampling import CandidateSampling, Flow
 from flame_ext.td_target import target_noise
@@ -77,8 +78,8 @@ class CudaBackend(TorchBackend):
     ) -> dict[str, float]:
         c = actor.config
         steps = next_action_steps(actor)
-        # The Gaussian's own formulas and the embeddings are PyTorch's here.
-        if not steps or critics.encoder is not None:
+        # Other policies' own formulas and the embeddings are PyTorch's here.
+        if steps is None or not isinstance(actor, FlowActor) or critics.encoder is not None:
             return super().critic_updates(
                 actor, critics, target_critics, optimizer, batch, alpha, generator, updates
             )
@@ -239,6 +240,9 @@ class CudaEvaluator(NativeEvaluator):
 
     def observe(self, obs: Tensor) -> Tensor:
         return torch.cat([obs, normalised(self.forward_rows(obs)[0])], dim=-1)
+
+    def denoise(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
+        return denoise(cast("MeanVelocityNet", self.network), obs, noise, steps)
 
     def sample_gaussian(self, obs: Tensor, noise: Tensor) -> Tensor:
         return tanh_gaussian(self.forward_rows(obs)[0], noise).action

@@ -27,7 +27,9 @@ from flame_ext.sampling import (
     LOG_STD_RANGE,
     CandidateSampling,
     Flow,
+    ddim_steps,
     flow_steps,
+    step_rows,
     time_feature_rows,
 )
 
@@ -192,6 +194,13 @@ class NativeEvaluator:
         shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
         action, _, _ = self.density(states, samples, steps, flow, "none")
         return action.view(*shape, noise.shape[-1])
+
+    def denoise(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """As `reference.denoise`, without gradient."""
+        shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
+        rows = (x.expand(*shape, -1).reshape(-1, x.shape[-1]).contiguous() for x in (obs, noise))
+        action = denoising_sampler(self.spec, steps).sample(self.parameters, *map(array, rows))
+        return torch.from_numpy(action).view(*shape, -1)
 
     def best_action(
         self, obs: Tensor, noise: Tensor, critics: Critics | None, steps: int, flow: Flow
@@ -427,6 +436,13 @@ def gaussian_sampler(spec: Any) -> Any:
 def flow_sampler(spec: Any, steps: int, flow: Flow) -> Any:
     """`steps` steps along the flow of a network."""
     return load_core().PolicySampler.flow(spec, *flow_table(steps, flow))
+
+
+@functools.cache
+def denoising_sampler(spec: Any, steps: int) -> Any:
+    """`steps` denoising steps of a network."""
+    table = ddim_steps(steps)
+    return load_core().PolicySampler.denoising(spec, time_feature_rows(table), step_rows(table))
 
 
 def per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

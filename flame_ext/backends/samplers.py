@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from flame_ext.backends.native_evaluator import flow_sampler, gaussian_sampler, mlp_spec
+from flame_ext.backends.native_evaluator import (
+    denoising_sampler,
+    flow_sampler,
+    gaussian_sampler,
+    mlp_spec,
+)
 from flame_ext.policies.base import Actor
 from flame_ext.policies.flow import FlowActor
 from flame_ext.policies.gaussian import GaussianActor
@@ -17,8 +22,6 @@ def next_action_steps(actor: Actor) -> int | None:
         return None
     if isinstance(actor, GaussianActor):
         return 0
-    if not isinstance(actor, FlowActor):
-        return None
     if not c.entropy_in_target:
         return c.sampling_steps
     return 1 if c.entropy_estimator == "exact" else None
@@ -27,4 +30,8 @@ def next_action_steps(actor: Actor) -> int | None:
 def native_sampler(actor: Actor, steps: int) -> Any:
     """The policy as native code samples it."""
     spec = mlp_spec(actor.network)
-    return flow_sampler(spec, steps, actor.config.flow) if steps > 0 else gaussian_sampler(spec)
+    if isinstance(actor, GaussianActor):
+        return gaussian_sampler(spec)
+    if isinstance(actor, FlowActor):
+        return flow_sampler(spec, steps, actor.config.flow)
+    return denoising_sampler(spec, steps)

@@ -8,6 +8,8 @@ action is a function of one base-noise vector as for every other policy here.
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,15 @@ from flame_ext.critics import Critics
 from flame_ext.networks import MeanVelocityNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, uniform_like
 from flame_ext.policies.reweighting import reverse_reweighted
-from flame_ext.reference import LogProb, times_like
-from flame_ext.sampling import ddim_steps, signal_and_scale
+from flame_ext.reference import LogProb, denoise
+from flame_ext.sampling import signal_and_scale
+
+
+class DenoisingEvaluator(Protocol):
+    """What a backend may compute for the policy's network."""
+
+    def denoise(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """As `reference.denoise`, without gradient."""
 
 
 class DiffusionActor(Actor):
@@ -44,11 +53,11 @@ class DiffusionActor(Actor):
         )
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        z = noise
-        for step in ddim_steps(self.config.sampling_steps):
-            eps = self.network.velocity(z, *times_like(z, step), obs)
-            z = step.m * (step.p * z + step.q * eps).clamp(-1, 1) + step.n * z
-        return z.clamp(-1, 1)
+        steps = self.config.sampling_steps
+        native = cast("DenoisingEvaluator | None", self.network.evaluator)
+        if native is not None and not torch.is_grad_enabled():
+            return native.denoise(obs, noise, steps)
+        return denoise(self.network, obs, noise, steps)
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
         raise ValueError(
