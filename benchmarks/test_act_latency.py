@@ -43,7 +43,8 @@ def one_thread():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("algorithm", "particles"),
-    [("flame", 1), ("flame", 32), ("flame-r", 1), ("diffusion", 1), ("sac", 1)],
+    # Diffusion policies are evaluated as the best of 16 (`eval_particles`).
+    [("flame", 1), ("flame", 32), ("flame-r", 1), ("diffusion", 1), ("diffusion", 16), ("sac", 1)],
 )
 def test_algorithms(benchmark, algorithm, particles, size, batch):
     obs_dim, action_dim = SIZES[size]
