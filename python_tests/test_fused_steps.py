@@ -140,7 +140,6 @@ def test_several_updates_in_a_call_are_the_same_as_one_by_one(
     [
         ("sac", {"target_particles": 2}),
         ("flame", {"entropy_estimator": "multi_step", "entropy_steps": 2, "reverse_kl_weight": 0}),
-        ("diffusion", {}),
     ],
 )
 def test_other_targets_take_the_steps_one_by_one(algorithm: str, options: dict[str, Any]) -> None:
