@@ -23,7 +23,7 @@ import numpy as np
 
 OBS_DIM, ACTION_DIM, BATCH = 17, 6, 256
 PROGRAMS = ("ours", "published")
-# Idle worker threads of a program spin for a while after its call and would take the other's cores.
+# Idle worker threads of a program may spin for a while after its call, on the other's cores.
 PAUSE = 0.2  # seconds
 
 

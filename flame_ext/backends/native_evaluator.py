@@ -198,8 +198,8 @@ class NativeEvaluator:
     def denoise(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
         """As `reference.denoise`, without gradient."""
         shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
-        rows = (x.expand(*shape, -1).reshape(-1, x.shape[-1]).contiguous() for x in (obs, noise))
-        action = denoising_sampler(self.spec, steps).sample(self.parameters, *map(array, rows))
+        rows = (array(x.contiguous()) for x in paired_rows(obs, noise))
+        action = denoising_sampler(self.spec, steps).sample(self.parameters, *rows)
         return torch.from_numpy(action).view(*shape, -1)
 
     def best_action(
@@ -449,6 +449,11 @@ def per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """States ``(S, O)`` and samples ``(S, K, A)`` or ``(S, A)`` of broadcastable arguments."""
     if noise.dim() == 3 and obs.dim() == 3 and obs.shape[:2] == (len(noise), 1):
         return obs.squeeze(1), noise
+    return paired_rows(obs, noise)
+
+
+def paired_rows(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """States ``(S, O)`` and one sample of each ``(S, A)`` of broadcastable arguments."""
     shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
     return (
         obs.expand(*shape, -1).reshape(-1, obs.shape[-1]),
