@@ -21,15 +21,16 @@ std::pair<const float*, int64_t> column(const py::array& a, const char* name, in
     return {static_cast<const float*>(a.data()), a.strides(0) / item};
 }
 
-py::tuple py_critic_updates(
-    const PolicySampler& policy, const py::array& policy_parameters, const MlpSpec& critics,
-    const py::array& parameters, const py::array& first_moment, const py::array& second_moment,
-    const py::array& target_parameters, const py::array& obs, const py::array& action,
-    const py::array& reward, const py::array& terminated, const py::array& next_obs,
-    const py::array& noise, float reward_scale, float gamma, float alpha, float tau, int updates,
-    int64_t step, double learning_rate, double beta1, double beta2, double epsilon,
-    const std::optional<NetworkView>& pair, const std::optional<NetworkView>& target_pair,
-    const std::optional<py::array>& target_next_obs) {
+py::tuple py_critic_updates(const PolicySampler& policy, const py::array& policy_parameters,
+                            const MlpSpec& critics, const py::array& parameters,
+                            const py::array& first_moment, const py::array& second_moment,
+                            const py::array& target_parameters, const py::array& obs,
+                            const py::array& action, const py::array& reward,
+                            const py::array& terminated, const py::array& next_obs,
+                            const py::array& noise, float reward_scale, float gamma, float alpha,
+                            float tau, int updates, int64_t step, double learning_rate,
+                            double beta1, double beta2, double epsilon,
+                            const std::optional<NetworkView>& pair) {
     check(step >= 1, "step is ", step, "; the first step is 1");
     check(updates >= 1, "updates is ", updates, "; it must be at least 1");
     check(alpha == 0 || policy.denoising.empty(),
@@ -40,23 +41,17 @@ py::tuple py_critic_updates(
     check(rows % updates == 0, "the ", rows, " rows have no ", updates, " equal parts");
     const int64_t count = count_of(critics);
     const PairArgument seen(pair, policy.action_dim);
-    const PairArgument seen_by_targets(target_pair, policy.action_dim);
     const int features = pair_columns(seen.get());
-    check(pair_columns(seen_by_targets.get()) == features,
-          "critics and targets see embeddings of different lengths");
     const int obs_dim = shared_obs_dim(policy, critics, features);
     const RowsView s = matrix(obs, "obs", rows, obs_dim);
     const RowsView a = matrix(action, "action", rows, policy.action_dim);
     const RowsView next = matrix(next_obs, "next_obs", rows, obs_dim);
-    const RowsView target_next =
-        target_next_obs ? matrix(*target_next_obs, "target_next_obs", rows, obs_dim) : next;
     const auto [rewards, reward_ld] = column(reward, "reward", rows);
     const auto [ends, terminated_ld] = column(terminated, "terminated", rows);
     const CriticUpdates all{&policy,
                             dense(policy_parameters, "policy_parameters", {count_of(policy.spec)}),
                             critics,
                             seen.get(),
-                            seen_by_targets.get(),
                             count,
                             writable(parameters, "parameters", {count}),
                             writable(first_moment, "first_moment", {count}),
@@ -74,8 +69,6 @@ py::tuple py_critic_updates(
                             terminated_ld,
                             next.data,
                             next.ld,
-                            target_next.data,
-                            target_next.ld,
                             dense(noise, "noise", {rows, policy.action_dim}),
                             reward_scale,
                             gamma,
@@ -103,8 +96,7 @@ void bind_critic_updates(py::module_& m) {
           py::arg("reward"), py::arg("terminated"), py::arg("next_obs"), py::arg("noise"),
           py::kw_only(), py::arg("reward_scale"), py::arg("gamma"), py::arg("alpha"),
           py::arg("tau"), py::arg("updates"), py::arg("step"), py::arg("learning_rate"),
-          py::arg("beta1"), py::arg("beta2"), py::arg("epsilon"), py::arg("pair") = py::none(),
-          py::arg("target_pair") = py::none(), py::arg("target_next_obs") = py::none());
+          py::arg("beta1"), py::arg("beta2"), py::arg("epsilon"), py::arg("pair") = py::none());
 }
 
 }  // namespace flame

@@ -28,15 +28,15 @@ NextActions next_actions(const CriticUpdates& u, Workspace& workspace) {
 void td_target(const CriticUpdates& u, const NextActions& next, int64_t first, int64_t rows,
                float* target, Workspace& workspace) {
     const int action_dim = u.policy->action_dim;
-    const int obs_dim = obs_columns(u.critics, action_dim, u.target_pair);
-    const float* obs = u.target_next_obs + first * u.target_next_obs_ld;
-    const SeenActions seen = seen_actions(u.target_pair,
+    const int obs_dim = obs_columns(u.critics, action_dim, u.pair);
+    const float* obs = u.next_obs + first * u.next_obs_ld;
+    const SeenActions seen = seen_actions(u.pair,
                                           {rows, action_dim, next.action + first * action_dim,
-                                           action_dim, obs_dim, obs, u.target_next_obs_ld},
+                                           action_dim, obs_dim, obs, u.next_obs_ld},
                                           workspace);
     float* q_min = workspace.floats(rows);
-    kernels().twin_q({u.critics, u.target_parameters, rows, 1, seen.columns, obs,
-                      u.target_next_obs_ld, seen.data, q_min, nullptr});
+    kernels().twin_q({u.critics, u.target_parameters, rows, 1, seen.columns, obs, u.next_obs_ld,
+                      seen.data, q_min, nullptr});
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = first + i;
         const float entropy = next.log_prob ? -u.alpha * next.log_prob[at] : 0.0f;
@@ -68,8 +68,7 @@ void update_part(const CriticUpdates& u, const NextActions& next, int part,
                            seen.data, seen.ld, target, loss, q_mean, nullptr});
     kernels().adam({u.parameter_count, u.parameters, gradients, u.first_moment, u.second_moment,
                     u.step + part, u.learning_rate, u.beta1, u.beta2, u.epsilon});
-    if (u.tau > 0)
-        kernels().soft_update({u.parameter_count, u.target_parameters, u.parameters, u.tau});
+    kernels().soft_update({u.parameter_count, u.target_parameters, u.parameters, u.tau});
     for (int m = 0; m < u.critics.members; ++m) {
         result.loss += loss[m] / u.updates;
         result.q_mean += q_mean[m] / (u.critics.members * u.updates);

@@ -13,8 +13,7 @@ struct CriticUpdates {
     const PolicySampler* policy;
     const float* policy_parameters;
     MlpSpec critics;
-    const PairEncoder* pair;         // what the critics see beside the action, or null
-    const PairEncoder* target_pair;  // what the targets see
+    const PairEncoder* pair;  // what critics and targets see beside the action, or null
     int64_t parameter_count;
     float* parameters;
     float* first_moment;
@@ -32,13 +31,11 @@ struct CriticUpdates {
     int64_t terminated_ld;
     const float* next_obs;  // (rows, O)
     int64_t next_obs_ld;
-    const float* target_next_obs;  // (rows, O), the next states as the targets see them
-    int64_t target_next_obs_ld;
     const float* noise;  // (rows, A) dense, of the next actions
     float reward_scale;
     float gamma;
-    float alpha;   // temperature of the target's entropy; 0 leaves the density out
-    float tau;     // 0: the targets stay as they are
+    float alpha;  // temperature of the target's entropy; 0 leaves the density out
+    float tau;
     int64_t step;  // of Adam in the first update, from 1
     double learning_rate;
     double beta1;

@@ -49,16 +49,11 @@ class Agent:
         sizes = obs_dim, action_dim
         self.encoder = make_encoder(config, *sizes, initial)
         self.actor = make_actor(config, *sizes, initial)
-        # Policy and critics see embeddings that stay as they are for a while, the targets those
-        # before.
+        # Policy, critics and targets see one average of the encoder, which never jumps.
         self.critics = make_critics(config, *sizes, copy.deepcopy(self.encoder), initial)
         self.target_critics = copy.deepcopy(self.critics)
-        self.averaged_actor = copy.deepcopy(self.actor) if config.policy_tau < 1 else self.actor
-        # What is evaluated and saved: the average, with embeddings as of their last change.
-        self.deployed_actor, self.deployed_critics = self.averaged_actor, self.critics
-        if self.encoder is not None:
-            self.deployed_actor = copy.deepcopy(self.actor)
-            self.deployed_critics = copy.deepcopy(self.critics)
+        self.target_critics.encoder = self.critics.encoder
+        self.deployed_actor = copy.deepcopy(self.actor) if config.policy_tau < 1 else self.actor
         trained = ("actor", "critics", "state_encoder", "pair_encoder")
         for name, network in self.networks().items():
             network.to(self.device)
@@ -98,8 +93,7 @@ class Agent:
         Returns:
             Actions ``(B, A)`` in [-1, 1].
         """
-        critics = self.deployed_critics
-        return self.deployed_actor.best_action(critics, critics.observe(obs), noise)
+        return self.deployed_actor.best_action(self.critics, self.critics.observe(obs), noise)
 
     @torch.no_grad()
     def explore(self, obs: Tensor) -> Tensor:
@@ -118,11 +112,11 @@ class Agent:
         return self.config.policy_delay - self.updates % self.config.policy_delay
 
     def update(self, batch: Batch, updates: int = 1) -> dict[str, float]:
-        """Critic updates, then the policy's and temperature's if they are due.
+        """Critic updates, then the policy's, the encoder's and temperature's if they are due.
 
         Args:
-            batch: ``updates`` equal parts, one for each critic update in order; the policy's
-                states are of the last.
+            batch: ``updates`` equal parts, one for each critic update in order; the policy and
+                the encoder learn from the last.
             updates: At most `updates_to_policy_step`: the policy stays as it is between them.
 
         Returns:
@@ -153,8 +147,8 @@ class Agent:
             first = rows - rows // updates
             last = slice(first, min(first + c.policy_batch_size, rows))
             metrics |= self._policy_step(observed.obs[last], batch.action[last])
-        if self.encoder is not None:
-            metrics |= self._encoder_updates(self.encoder, batch, updates)
+            if self.encoder is not None:
+                metrics |= self._encoder_step(self.encoder, batch.split(updates)[-1])
         return metrics
 
     @torch.no_grad()
@@ -165,32 +159,17 @@ class Agent:
         obs, next_obs = map(self.critics.observe, (batch.obs, batch.next_obs))
         return dataclasses.replace(batch, obs=obs, next_obs=next_obs)
 
-    def _encoder_updates(
-        self, encoder: StateActionEncoder, batch: Batch, updates: int
-    ) -> dict[str, float]:
-        """As many as the critics had, and what is due at a multiple of the interval."""
-        loss = 0.0
-        for part in batch.split(updates):
-            loss += self.backend.encoder_step(encoder, part.obs, part.action, part.next_obs)
-            for name in encoder.networks():
-                self.backend.optimizer_step(self.optimizers[name])
-        interval = self.config.embedding_interval
-        if self.updates // interval > (self.updates - updates) // interval:
-            self._shift_embeddings(encoder)
-        return {"encoder_loss": loss / updates}
-
-    @torch.no_grad()
-    def _shift_embeddings(self, encoder: StateActionEncoder) -> None:
-        """Targets become the critics with the embeddings they saw, and those get the newest.
-
-        (SALE, Sec. 4.2: a target never sees embeddings that its weights were not trained for.)
-        Nor does the policy that is deployed.
-        """
+    def _encoder_step(self, encoder: StateActionEncoder, batch: Batch) -> dict[str, float]:
         assert self.critics.encoder is not None
-        self.deployed_actor.network.flat.copy_(self.averaged_actor.network.flat)
-        self.deployed_critics.copy_from(self.critics)
-        self.target_critics.copy_from(self.critics)
-        self.critics.encoder.copy_from(encoder)
+        loss = self.backend.encoder_step(encoder, batch.obs, batch.action, batch.next_obs)
+        averages = self.critics.encoder.networks()
+        for name, network in encoder.networks().items():
+            self.backend.optimizer_step(self.optimizers[name])
+            with torch.no_grad():
+                self.backend.soft_update(
+                    averages[name].flat, network.flat, self.config.embedding_tau
+                )
+        return {"encoder_loss": loss}
 
     def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
         result = self.backend.actor_step(
@@ -198,7 +177,7 @@ class Agent:
         )
         self.backend.optimizer_step(self.optimizers["actor"])
         if self.config.policy_tau < 1:
-            average = self.averaged_actor.network.flat
+            average = self.deployed_actor.network.flat
             self.backend.soft_update(average, self.actor.network.flat, self.config.policy_tau)
         metrics = {**result.metrics, "policy_loss": result.loss}
         log_prob = result.log_prob
@@ -227,21 +206,11 @@ class Agent:
             "critics": self.critics,
             "target_critics": self.target_critics,
         }
-        encoders = {
-            "": self.encoder,
-            "seen_": self.critics.encoder,
-            "target_": self.target_critics.encoder,
-        }
-        if self.averaged_actor not in (self.actor, self.deployed_actor):
-            networks["averaged_actor"] = self.averaged_actor.network
         if self.deployed_actor is not self.actor:
             networks["deployed_actor"] = self.deployed_actor.network
-        if self.deployed_critics is not self.critics:
-            networks["deployed_critics"] = self.deployed_critics
-            encoders["deployed_"] = self.deployed_critics.encoder
-        for owner, encoder in encoders.items():
+        for prefix, encoder in (("", self.encoder), ("seen_", self.critics.encoder)):
             if encoder is not None:
-                networks |= {f"{owner}{name}": net for name, net in encoder.networks().items()}
+                networks |= {f"{prefix}{name}": net for name, net in encoder.networks().items()}
         return networks
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -48,18 +48,15 @@ class Config:
         embedding_dim: Length of the learned embeddings of states and of state-action pairs that
             policy and critics see beside the plain ones (`flame_ext.embeddings`); 0 learns none.
         embedding_learning_rate: Adam step of their encoder.
-        embedding_interval: Critic updates for which policy and critics see the same embeddings;
-            then the target critics take over the critics' weights and embeddings, in the place of
-            the average of step `tau`, and the critics go on with the encoder's newest. The policy
-            that is evaluated and saved is that of the last such moment, with the embeddings that it
-            had seen until then; at first the untrained one.
+        embedding_tau: Step, per update of the encoder, of the exponential average of its weights
+            whose embeddings are seen.
         policy_layer_norm: LayerNorm in the policy.
         critic_learning_rate: Adam step of the critics.
         policy_learning_rate: Adam step of the policy.
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
         policy_tau: Step, per policy update, of the exponential average of the policy's weights that
             is evaluated and saved; 1 keeps no average. Data are collected by the policy itself.
-        policy_delay: Critic updates per policy update.
+        policy_delay: Critic updates per update of the policy and of the encoder.
         policy_batch_size: States per policy update, the first of the last critic update's batch;
             a smaller batch is taken whole.
         initial_action_std: Standard deviation of a flow policy's first actions; not used with
@@ -130,7 +127,7 @@ class Config:
     critic_layer_norm: bool = True
     embedding_dim: int = 0
     embedding_learning_rate: float = 1e-3
-    embedding_interval: int = 250
+    embedding_tau: float = 0.002
     policy_layer_norm: bool = False
     critic_learning_rate: float = 1e-3
     policy_learning_rate: float = 1e-3
@@ -254,7 +251,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "critic_learning_rate": (0, _INF),
     "embedding_dim": (0, _INF),
     "embedding_learning_rate": (0, _INF),
-    "embedding_interval": (1, _INF),
+    "embedding_tau": (1e-12, 1),
     "policy_learning_rate": (0, _INF),
     "final_policy_learning_rate": (0, _INF),
     "policy_tau": (1e-12, 1),

@@ -68,12 +68,8 @@ class Critics(FlatMLP):
         return obs, torch.cat([action.expand(*pair.shape[:-1], -1), pair], dim=-1)
 
     def observe(self, obs: Tensor) -> Tensor:
-        """States as these critics take them: plain, or with their own encoder's embedding.
-
-        Args:
-            obs: ``(..., O)``, or what other critics observe, ``(..., O + Z)``.
-        """
-        return obs if self.encoder is None else self.encoder.observe(obs[..., : self.obs_dim])
+        """States ``(..., O)`` as policy and critics take them: plain, or with their embedding."""
+        return obs if self.encoder is None else self.encoder.observe(obs)
 
     def q_values(self, obs: Tensor, action: Tensor) -> Tensor:
         """Every member's value: obs and action as in `inputs` -> ``(members, ...)``."""
@@ -95,10 +91,3 @@ class Critics(FlatMLP):
             states, action = self.inputs(states, action)
             return self.evaluator.candidates(states.squeeze(1), action)
         return self.q_min(states, action)
-
-    @torch.no_grad()
-    def copy_from(self, other: Critics) -> None:
-        """Takes over the other's weights, and those of its encoder."""
-        self.flat.copy_(other.flat)
-        if self.encoder is not None and other.encoder is not None:
-            self.encoder.copy_from(other.encoder)

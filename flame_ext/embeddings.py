@@ -87,9 +87,3 @@ class StateActionEncoder:
         with torch.no_grad():
             next_state = self.state(next_obs)
         return F.mse_loss(self.pair(self.state(obs), action), next_state)
-
-    @torch.no_grad()
-    def copy_from(self, other: StateActionEncoder) -> None:
-        """Takes over the other's weights."""
-        for own, its in zip(self.networks().values(), other.networks().values(), strict=True):
-            own.flat.copy_(its.flat)

@@ -41,8 +41,7 @@ def td_target(
     c = actor.config
     obs = batch.next_obs
     candidates = actor.action(obs.unsqueeze(1), noise)
-    states = target_critics.observe(obs)
-    value = target_critics.candidate_q_min(states, candidates).amax(1)
+    value = target_critics.candidate_q_min(obs, candidates).amax(1)
     if c.entropy_in_target:
         # The density is the plain sample's, since best-of-N has none in closed form. Its estimator
         # may take other steps than the policy that acts: FLAME's decoupled one.

@@ -81,27 +81,6 @@ def test_the_averaged_policy_acts_and_follows_the_one_that_explores() -> None:
     assert not torch.equal(acted, explored)
 
 
-@pytest.mark.parametrize("policy_tau", [0.25, 1.0])
-def test_a_policy_is_deployed_with_the_embeddings_that_it_was_trained_with(
-    policy_tau: float,
-) -> None:
-    agent = make_agent(policy_tau=policy_tau, embedding_dim=8, embedding_interval=3)
-    obs, noise = make_batch().obs, torch.zeros(32, 1, ACT)
-    for step in range(8):
-        if step in (2, 5):  # the next update's policy step comes before new embeddings
-            embeddings = agent.critics.observe(obs)
-        agent.update(make_batch(step))
-        if step in (2, 5):
-            average = agent.averaged_actor.network.flat.detach().clone()
-        if step >= 2:
-            assert torch.equal(agent.deployed_actor.network.flat, average)
-            assert torch.equal(agent.deployed_critics.observe(obs), embeddings)
-            acted = agent.deployed_actor.best_action(agent.deployed_critics, embeddings, noise)
-            assert torch.equal(agent.act(obs, noise), acted)
-    assert not torch.equal(agent.averaged_actor.network.flat, average)
-    assert not torch.equal(agent.critics.observe(obs), embeddings)
-
-
 def test_without_an_average_the_policy_itself_acts() -> None:
     agent = make_agent(policy_tau=1.0)
     assert agent.deployed_actor is agent.actor
@@ -276,7 +255,6 @@ def test_ten_updates_agree_between_torch_and_native(
     """Loss by loss, from the same weights and draws; then the parameters."""
     monkeypatch.setattr(reweighting, "candidate_uniforms", native_candidates)
     options = {"hidden_sizes": (32, 24), "proposal": proposal, "embedding_dim": embedding_dim}
-    options |= {"embedding_interval": 3}
     config = make_config(algorithm, overrides={**SMALL, **options})
     agents = [
         Agent(config, OBS, ACT, make_backend(name, torch.device("cpu")), seed=0)

@@ -281,7 +281,7 @@ def test_critic_updates_in_one_call_follow_pytorchs_steps(entropy_in_target):
 
 @pytest.mark.parametrize("algorithm", ["flame", "sac"])
 def test_updates_with_embeddings_follow_pytorchs(algorithm):
-    options = {"embedding_dim": 24, "embedding_interval": 2, "policy_delay": 1}
+    options = {"embedding_dim": 24, "policy_delay": 1}
     config = make_config(algorithm, overrides=options)
     agents = [
         Agent(config, 17, 6, backend, seed=0, device="cuda")

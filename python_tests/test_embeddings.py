@@ -10,7 +10,6 @@ from flame_ext.backends import TorchBackend, make_backend
 from flame_ext.config import make_config
 from flame_ext.critics import Critics
 from flame_ext.embeddings import StateActionEncoder
-from flame_ext.networks import FlatMLP
 from flame_ext.replay import Batch
 
 OBS, ACT, Z = 5, 3, 8
@@ -119,42 +118,29 @@ def test_critics_see_state_and_action_with_their_embeddings(backend: str) -> Non
 
 
 @pytest.mark.parametrize("updates", [1, 2, 4])
-def test_targets_take_over_weights_and_features_once_per_interval(updates: int) -> None:
+def test_all_see_the_encoders_average_that_moves_with_each_policy_step(updates: int) -> None:
     options = {
         "hidden_sizes": (16, 16),
         "policy_delay": 4,
         "embedding_dim": Z,
-        "embedding_interval": 8,
+        "embedding_tau": 0.25,
     }
     agent = Agent(make_config("sac", overrides=options), OBS, ACT, TorchBackend())
 
-    def weights(*networks: FlatMLP) -> torch.Tensor:
-        return torch.cat([network.flat.detach() for network in networks]).clone()
-
     def features(encoder: StateActionEncoder | None) -> torch.Tensor:
         assert encoder is not None
-        return weights(*encoder.networks().values())
+        return torch.cat([net.flat.detach() for net in encoder.networks().values()])
 
-    new, seen = features(agent.encoder), features(agent.critics.encoder)
-    targets = seen, weights(agent.target_critics)
-    assert torch.equal(new, seen)
+    new = average = features(agent.encoder)
     for _ in range(24 // updates):
         agent.update(make_batch(updates * 16), updates)
-        assert not torch.equal(features(agent.encoder), new)
+        due = agent.updates % 4 == 0
+        assert torch.equal(features(agent.encoder), new) is not due
         new = features(agent.encoder)
-        if agent.updates % 8 == 0:
-            targets, seen = (seen, weights(agent.critics)), new
-        assert torch.equal(features(agent.critics.encoder), seen)
-        assert torch.equal(features(agent.target_critics.encoder), targets[0])
-        assert torch.equal(weights(agent.target_critics), targets[1])
-
-
-def test_targets_put_their_own_embedding_in_the_place_of_the_critics() -> None:
-    first, second = make_encoder(0), make_encoder(1)
-    obs = torch.randn(6, OBS)
-    critics = Critics(OBS, ACT, (16,), encoder=second)
-    assert torch.equal(critics.observe(first.observe(obs)), second.observe(obs))
-    assert torch.equal(Critics(OBS, ACT, (16,)).observe(obs), obs)
+        if due:
+            average = average + 0.25 * (new - average)
+        torch.testing.assert_close(features(agent.critics.encoder), average)
+    assert agent.target_critics.encoder is agent.critics.encoder
 
 
 def test_no_embedding_no_encoder() -> None:

@@ -75,7 +75,7 @@ def test_pytorch_leaves_the_cores_to_the_native_kernels(
     ("task", "more"),
     [
         (TASK, {}),
-        ("InvertedPendulum-v5", {"embedding_dim": 8, "embedding_interval": 5}),
+        ("InvertedPendulum-v5", {"embedding_dim": 8}),
     ],
 )
 def test_resuming_is_bit_equal_to_never_stopping(

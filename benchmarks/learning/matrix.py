@@ -45,7 +45,7 @@ YOUNGER_OPTIONS = {
     "policy_tau": 1.0,
     "embedding_dim": 0,
     "embedding_learning_rate": 1e-3,
-    "embedding_interval": 250,
+    "embedding_tau": 0.002,
 }
 _SEPARATE = "give other --runs and --results"
 
@@ -248,10 +248,16 @@ def check_request(run: Run, directory: Path, arguments: argparse.Namespace) -> N
 
 
 def _differences(own: dict[str, Any], other: dict[str, Any]) -> str:
-    # The harness itself sees to the steps, which older runs do not record; others record an option
-    # that is gone and was off in all of them.
-    keys = sorted((own.keys() | other.keys()) - {"total_steps", "assessment_episodes"})
+    # The harness itself sees to the steps, which older runs do not record.
+    ignored = {"total_steps", *_gone_options(own), *_gone_options(other)}
+    keys = sorted((own.keys() | other.keys()) - ignored)
     return ", ".join(key for key in keys if own.get(key) != other.get(key))
+
+
+def _gone_options(config: dict[str, Any]) -> set[str]:
+    """Options that older runs record and that changed nothing in them."""
+    without_embeddings = {"embedding_interval"} if config["embedding_dim"] == 0 else set()
+    return {"assessment_episodes"} | without_embeddings
 
 
 def _comparison(curves: Curves, arguments: argparse.Namespace) -> list[str]:

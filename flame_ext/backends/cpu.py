@@ -83,13 +83,6 @@ class CpuBackend(TorchBackend):
         rows = (batch.obs, batch.action, batch.reward, batch.terminated, batch.next_obs)
         noise = target_noise(actor, batch, generator).squeeze(1)
         adam, trained = self._adam_of(optimizer), _evaluator(critics)
-        embedded: dict[str, Any] = {}
-        if critics.encoder is not None:  # with one, the targets are copies, see Agent
-            embedded = {
-                "pair": _pair(critics),
-                "target_pair": _pair(target_critics),
-                "target_next_obs": array(target_critics.observe(batch.next_obs)),
-            }
         loss, q_mean = self._core.critic_updates(
             native_sampler(actor, steps),
             _evaluator(actor.network).parameters,
@@ -103,9 +96,9 @@ class CpuBackend(TorchBackend):
             reward_scale=c.reward_scale,
             gamma=c.gamma,
             alpha=float(alpha) if c.entropy_in_target else 0.0,
-            tau=0.0 if embedded else c.tau,
+            tau=c.tau,
             updates=updates,
-            **embedded,
+            pair=_pair(critics),
             **adam.options(),
         )
         adam.advance(updates)

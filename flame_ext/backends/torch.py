@@ -43,8 +43,6 @@ class TorchBackend:
     ) -> dict[str, float]:
         """Adam steps of the critics towards `td_target`, and the targets' average after each.
 
-        Targets of critics that see embeddings stay as they are.
-
         Args:
             actor: The policy; it stays as it is.
             critics: What is trained.
@@ -64,8 +62,7 @@ class TorchBackend:
             target = td_target(actor, target_critics, part, draws, alpha, generator)
             metrics = self.critic_step(critics, part.obs, part.action, target)
             self.optimizer_step(optimizer)
-            if critics.encoder is None:  # with one, the targets are copies, see Agent
-                self.soft_update(target_critics.flat, critics.flat, actor.config.tau)
+            self.soft_update(target_critics.flat, critics.flat, actor.config.tau)
             sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
         return {name: total / updates for name, total in sums.items()}
 
