@@ -165,10 +165,8 @@ class Agent:
         averages = self.critics.encoder.networks()
         for name, network in encoder.networks().items():
             self.backend.optimizer_step(self.optimizers[name])
-            with torch.no_grad():
-                self.backend.soft_update(
-                    averages[name].flat, network.flat, self.config.embedding_tau
-                )
+            average = averages[name].flat
+            self.backend.soft_update(average, network.flat, self.config.embedding_tau)
         return {"encoder_loss": loss}
 
     def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
