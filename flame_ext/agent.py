@@ -148,7 +148,8 @@ class Agent:
             last = slice(first, min(first + c.policy_batch_size, rows))
             metrics |= self._policy_step(observed.obs[last], batch.action[last])
             if self.encoder is not None:
-                metrics |= self._encoder_step(self.encoder, batch.split(updates)[-1])
+                learned = (batch.obs, batch.action, batch.next_obs)
+                metrics |= self._encoder_step(self.encoder, *(x[first:] for x in learned))
         return metrics
 
     @torch.no_grad()
@@ -159,9 +160,11 @@ class Agent:
         obs, next_obs = map(self.critics.observe, (batch.obs, batch.next_obs))
         return dataclasses.replace(batch, obs=obs, next_obs=next_obs)
 
-    def _encoder_step(self, encoder: StateActionEncoder, batch: Batch) -> dict[str, float]:
+    def _encoder_step(
+        self, encoder: StateActionEncoder, obs: Tensor, action: Tensor, next_obs: Tensor
+    ) -> dict[str, float]:
         assert self.critics.encoder is not None
-        loss = self.backend.encoder_step(encoder, batch.obs, batch.action, batch.next_obs)
+        loss = self.backend.encoder_step(encoder, obs, action, next_obs)
         averages = self.critics.encoder.networks()
         for name, network in encoder.networks().items():
             self.backend.optimizer_step(self.optimizers[name])

@@ -255,6 +255,7 @@ def test_ten_updates_agree_between_torch_and_native(
     """Loss by loss, from the same weights and draws; then the parameters."""
     monkeypatch.setattr(reweighting, "candidate_uniforms", native_candidates)
     options = {"hidden_sizes": (32, 24), "proposal": proposal, "embedding_dim": embedding_dim}
+    options |= {"embedding_tau": 0.25}
     config = make_config(algorithm, overrides={**SMALL, **options})
     agents = [
         Agent(config, OBS, ACT, make_backend(name, torch.device("cpu")), seed=0)

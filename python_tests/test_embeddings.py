@@ -141,10 +141,16 @@ def test_all_see_the_encoders_average_that_moves_with_each_policy_step(updates: 
             average = average + 0.25 * (new - average)
         torch.testing.assert_close(features(agent.critics.encoder), average)
     assert agent.target_critics.encoder is agent.critics.encoder
+    obs, noise = make_batch(6).obs, torch.zeros(6, 1, ACT)
+    observed = agent.critics.observe(obs)
+    acted = agent.deployed_actor.best_action(agent.critics, observed, noise)
+    assert torch.equal(agent.act(obs, noise), acted)
 
 
 def test_no_embedding_no_encoder() -> None:
     agent = Agent(make_config("sac", overrides={"embedding_dim": 0}), OBS, ACT, TorchBackend())
     assert agent.encoder is None
     assert agent.critics.layer_sizes[0] == OBS + ACT
+    obs = torch.randn(6, OBS)
+    assert torch.equal(agent.critics.observe(obs), obs)
     assert agent.networks().keys() == {"actor", "critics", "target_critics"}
