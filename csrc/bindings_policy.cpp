@@ -58,8 +58,11 @@ std::unique_ptr<PackedPolicy> pack_policy(
     const std::optional<Floats>& time_features, const std::optional<Floats>& steps,
     std::pair<float, float> log_std_range, const std::optional<Floats>& critics,
     const std::vector<int>& critic_hidden, const std::string& critic_activation,
-    bool critic_layer_norm, int critic_members, const std::string& precision,
-    const std::optional<Floats>& obs_shift, const std::optional<Floats>& obs_scale, float obs_clip,
+    bool critic_layer_norm, int critic_members, const std::optional<Floats>& state_encoder,
+    const std::optional<Floats>& pair_encoder, const std::vector<int>& encoder_hidden,
+    const std::string& encoder_activation, int embedding_dim, float embedding_min_scale,
+    const std::string& precision, const std::optional<Floats>& obs_shift,
+    const std::optional<Floats>& obs_scale, float obs_clip,
     const std::optional<Floats>& action_middle, const std::optional<Floats>& action_half) {
     check(kind == "flow" || kind == "gaussian", "kind='", kind,
           "' is unknown; choose flow or gaussian");
@@ -75,6 +78,13 @@ std::unique_ptr<PackedPolicy> pack_policy(
         d.critics =
             net_desc(*critics, critic_hidden, critic_activation, critic_layer_norm, critic_members);
     }
+    const auto encoder = [&](const std::optional<Floats>& flat) {
+        return flat ? net_desc(*flat, encoder_hidden, encoder_activation, false, 1) : NetDesc{};
+    };
+    d.state_encoder = encoder(state_encoder);
+    d.pair_encoder = encoder(pair_encoder);
+    d.embedding_dim = embedding_dim;
+    d.embedding_min_scale = embedding_min_scale;
     d.half = precision == "fp16";
     if (d.kind == PolicyKind::kFlow) {
         check(time_features && time_features->ndim() == 2 && steps && steps->ndim() == 2 &&
@@ -283,7 +293,10 @@ void bind_policy(py::module_& m) {
              py::arg("steps") = py::none(), py::arg("log_std_range") = std::pair(-5.0f, 2.0f),
              py::arg("critics") = py::none(), py::arg("critic_hidden") = std::vector<int>{},
              py::arg("critic_activation") = "mish", py::arg("critic_layer_norm") = false,
-             py::arg("critic_members") = 2, py::arg("precision") = "fp32",
+             py::arg("critic_members") = 2, py::arg("state_encoder") = py::none(),
+             py::arg("pair_encoder") = py::none(), py::arg("encoder_hidden") = std::vector<int>{},
+             py::arg("encoder_activation") = "silu", py::arg("embedding_dim") = 0,
+             py::arg("embedding_min_scale") = 0.0f, py::arg("precision") = "fp32",
              py::arg("obs_shift") = py::none(), py::arg("obs_scale") = py::none(),
              py::arg("obs_clip") = 10.0f, py::arg("action_middle") = py::none(),
              py::arg("action_half") = py::none())

@@ -5,21 +5,15 @@
 
 #include "cpu/kernels.h"
 #include "cpu/record_memory.h"
+#include "embedding_scale.h"
 
 namespace flame {
 namespace {
 
-double mean_absolute_value(const float* x, int n) {
-    double sum = 0.0;
-    for (int j = 0; j < n; ++j) sum += std::fabs(static_cast<double>(x[j]));
-    return sum / n;
-}
-
 // The embedding of a state from its features (Z); `to` may be the same memory.
 void normalise(const StateEncoder& encoder, const float* features, float* to) {
     const int z = outputs(encoder.spec);
-    const double mean = mean_absolute_value(features, z);
-    const auto scale = static_cast<float>(std::max(mean, static_cast<double>(encoder.min_scale)));
+    const float scale = embedding_scale(features, z, encoder.min_scale);
     for (int j = 0; j < z; ++j) to[j] = features[j] / scale;
 }
 

@@ -36,6 +36,52 @@ void check_net(const NetDesc& net, const PackShape& shape, const char* name) {
           " floats, but its layer sizes need ", expected);
 }
 
+// A network as it is packed, once its sizes are seen to fit.
+struct Part {
+    Part(const NetDesc& net, const PackShape& shape, const char* name, int64_t steps,
+         const float* features)
+        : net(net), shape(shape), steps(steps), features(features) {
+        if (members() > 0) check_net(net, shape, name);
+    }
+
+    int members() const { return net.flat == nullptr ? 0 : net.members; }
+    int64_t member_floats() const { return packed_floats(net, shape, steps); }
+    int64_t floats() const { return members() == 0 ? 0 : members() * member_floats(); }
+
+    const NetDesc& net;
+    PackShape shape;
+    int64_t steps;
+    const float* features;  // (steps, shape.num_features)
+};
+
+struct Parts {
+    Part policy, state_encoder, pair_encoder, critics;
+};
+
+Parts parts_of(const PolicyDesc& d, int64_t steps) {
+    const int actions = d.action_dim;
+    const int z = d.embedding_dim;
+    const int states = d.obs_dim + z;
+    const PackShape policy = d.kind == PolicyKind::kFlow
+                                 ? PackShape{actions, states, d.num_features, actions, d.half}
+                                 : PackShape{0, states, 0, 2 * actions, d.half};
+    return {
+        {d.policy, policy, "policy", steps, d.time_features.data()},
+        {d.state_encoder, {0, d.obs_dim, 0, z, d.half}, "state encoder", 1, nullptr},
+        {d.pair_encoder, {actions, z, 0, z, false}, "pair encoder", 1, nullptr},
+        {d.critics, {actions + z, states, 0, 1, false}, "critics", 1, nullptr},
+    };
+}
+
+void check_embeddings(const PolicyDesc& d) {
+    const bool given = d.embedding_dim > 0;
+    check(d.embedding_dim >= 0 && given == (d.state_encoder.flat != nullptr) &&
+              given == (d.pair_encoder.flat != nullptr),
+          "embedding_dim is ", d.embedding_dim, "; with it, and only with it, give both encoders");
+    check(!given || d.embedding_min_scale > 0, "embedding_min_scale is ", d.embedding_min_scale,
+          "; it must be positive");
+}
+
 void check_length(const std::vector<float>& values, int expected, const char* name) {
     check(values.empty() || static_cast<int>(values.size()) == expected, name, " has ",
           values.size(), " elements, expected ", expected, " or none");
@@ -71,6 +117,8 @@ PackedPolicy::PackedPolicy(const PolicyDesc& d)
       action_dim_(d.action_dim),
       kind_(d.kind),
       half_(d.half),
+      embedding_dim_(d.embedding_dim),
+      embedding_min_scale_(d.embedding_min_scale),
       log_std_min_(d.log_std_min),
       log_std_max_(d.log_std_max),
       obs_clip_(d.obs_clip),
@@ -94,25 +142,31 @@ PackedPolicy::PackedPolicy(const PolicyDesc& d)
     check(obs_shift_.size() == obs_scale_.size() && action_middle_.size() == action_half_.size(),
           "obs_shift comes with obs_scale, and action_middle with action_half");
 
-    const PackShape shape =
-        flow ? PackShape{action_dim_, obs_dim_, d.num_features, action_dim_, half_}
-             : PackShape{0, obs_dim_, 0, 2 * action_dim_, half_};
-    check_net(d.policy, shape, "policy");
-    const PackShape critic_shape = {action_dim_, obs_dim_, 0, 1, false};
-    const int members = d.critics.flat == nullptr ? 0 : d.critics.members;
-    if (members > 0) check_net(d.critics, critic_shape, "critics");
+    check_embeddings(d);
 
-    const int64_t policy_floats = packed_floats(d.policy, shape, steps);
-    const int64_t critic_floats = members > 0 ? packed_floats(d.critics, critic_shape, 1) : 0;
-    weight_bytes_ = policy_floats * static_cast<int64_t>(sizeof(float));
-    storage_.resize(policy_floats + members * critic_floats);
-    policy_ = pack_net(d.policy, shape, 0, d.time_features.data(), steps, storage_.data());
-    width_ = widest(policy_);
-    for (int i = 0; i < members; ++i) {
-        float* place = storage_.data() + policy_floats + i * critic_floats;
-        critics_.push_back(pack_net(d.critics, critic_shape, i, nullptr, 1, place));
-        width_ = std::max(width_, widest(critics_.back()));
+    const Parts parts = parts_of(d, steps);
+    int64_t floats = 0;
+    for (const Part& part :
+         {parts.policy, parts.state_encoder, parts.pair_encoder, parts.critics}) {
+        floats += part.floats();
     }
+    weight_bytes_ = (parts.policy.floats() + parts.state_encoder.floats()) *
+                    static_cast<int64_t>(sizeof(float));
+    storage_.resize(floats);
+    float* place = storage_.data();
+    const auto pack = [&](const Part& part, int member) {
+        const PackedNet net =
+            pack_net(part.net, part.shape, member, part.features, part.steps, place);
+        place += part.member_floats();
+        width_ = std::max(width_, widest(net));
+        return net;
+    };
+    policy_ = pack(parts.policy, 0);
+    if (embedding_dim_ > 0) {
+        state_encoder_ = pack(parts.state_encoder, 0);
+        pair_encoder_ = pack(parts.pair_encoder, 0);
+    }
+    for (int i = 0; i < parts.critics.members(); ++i) critics_.push_back(pack(parts.critics, i));
 }
 
 const float* PackedPolicy::prepare_obs(const MatrixView& obs, int64_t* ld) const {
@@ -151,8 +205,13 @@ ActTask PackedPolicy::task(const float* obs, int64_t ld, int64_t states, int64_t
     t.log_std_max = log_std_max_;
     t.half = half_;
     t.width = width_;
+    t.state_encoder = embedding_dim_ > 0 ? &state_encoder_ : nullptr;
+    t.pair_encoder = embedding_dim_ > 0 ? &pair_encoder_ : nullptr;
+    t.embedding_dim = embedding_dim_;
+    t.embedding_min_scale = embedding_min_scale_;
     t.obs = obs;
     t.obs_ld = ld;
+    t.obs_dim = obs_dim_;
     t.action_dim = action_dim_;
     t.num_states = states;
     t.num_particles = particles;

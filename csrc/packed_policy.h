@@ -26,6 +26,10 @@ struct PolicyDesc {
     int action_dim = 0;
     NetDesc policy;
     NetDesc critics;  // flat is null: without critics
+    // Learned embeddings (flame_ext/embeddings.py), whose networks' flat is null without them.
+    NetDesc state_encoder, pair_encoder;
+    int embedding_dim = 0;
+    float embedding_min_scale = 0.0f;
     bool half = false;
     std::vector<float> time_features;  // (steps, num_features); empty for kGaussian
     int num_features = 0;
@@ -75,11 +79,12 @@ class PackedPolicy {
     int obs_dim_, action_dim_;
     PolicyKind kind_;
     bool half_;
-    float log_std_min_, log_std_max_, obs_clip_;
+    int embedding_dim_;
+    float embedding_min_scale_, log_std_min_, log_std_max_, obs_clip_;
     std::vector<ActStep> steps_;
     std::vector<float> obs_shift_, obs_scale_, action_middle_, action_half_;
     AlignedBuffer storage_;
-    PackedNet policy_;
+    PackedNet policy_, state_encoder_, pair_encoder_;  // encoders only with embeddings
     std::vector<PackedNet> critics_;
     int32_t width_ = 0;
     int64_t weight_bytes_ = 0;

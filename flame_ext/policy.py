@@ -195,10 +195,6 @@ def make_engine(
     check_choice("backend", backend, ("auto", "cpu", "torch"))
     if backend != "torch":
         try:
-            if spec.config.get("embedding_dim"):
-                from flame_ext.acting.embeddings import EmbeddedActingEngine
-
-                return EmbeddedActingEngine(spec, tensors, seed=seed, precision=precision)
             from flame_ext.acting.native import NativeActingEngine
 
             return NativeActingEngine(spec, tensors, seed=seed, precision=precision)

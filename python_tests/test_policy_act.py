@@ -15,6 +15,7 @@ from flame_ext import _core
 
 # The last step of a flow clips; denoising steps clip inside: rows (p, q, m, n, clip).
 ONE_STEP = ((1.0, -1.0, 1.0, 0.0, 0.0),)
+MIN_SCALE = 1e-2  # what a state's features are at least divided by
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def activate(name: str, x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Case:
-    """A flow policy with critics: packed, and the same in numpy."""
+    """A flow policy with critics: packed, and the same in numpy; with embeddings, two encoders."""
 
     obs_dim: int
     action_dim: int
@@ -83,18 +84,31 @@ class Case:
     critics: Net
     features: np.ndarray
     steps: tuple[tuple[float, ...], ...]
+    state_encoder: Net | None = None
+    pair_encoder: Net | None = None
 
     @staticmethod
     def random(
-        seed, obs_dim, action_dim, hidden=(64, 48), steps=ONE_STEP, critic_norm=True, **options
+        seed,
+        obs_dim,
+        action_dim,
+        hidden=(64, 48),
+        steps=ONE_STEP,
+        critic_norm=True,
+        embedding_dim=0,
+        **options,
     ):
-        rng = np.random.default_rng(seed)
-        policy = Net.random(rng, action_dim + obs_dim + 32, hidden, action_dim, **options)
+        rng, z = np.random.default_rng(seed), embedding_dim
+        policy = Net.random(rng, action_dim + obs_dim + z + 32, hidden, action_dim, **options)
         critics = Net.random(
-            rng, action_dim + obs_dim, hidden, 1, layer_norm=critic_norm, members=2
+            rng, action_dim + obs_dim + 2 * z, hidden, 1, layer_norm=critic_norm, members=2
         )
         features = rng.uniform(-1, 1, (len(steps), 32)).astype(np.float32)
-        return Case(obs_dim, action_dim, policy, critics, features, steps)
+        encoders = ()
+        if z:
+            sizes = (obs_dim, action_dim + z)
+            encoders = [Net.random(rng, n, (40, 24), z, activation="silu") for n in sizes]
+        return Case(obs_dim, action_dim, policy, critics, features, steps, *encoders)
 
     def pack(self, **options) -> _core.PackedPolicy:
         return _core.PackedPolicy(
@@ -111,12 +125,31 @@ class Case:
             critic_hidden=list(self.critics.hidden),
             critic_activation=self.critics.activation,
             critic_layer_norm=self.critics.layer_norm,
-            **options,
+            **self.packed_encoders() | options,
         )
+
+    def packed_encoders(self):
+        if self.state_encoder is None:
+            return {}
+        return {
+            "state_encoder": self.state_encoder.flat,
+            "pair_encoder": self.pair_encoder.flat,
+            "encoder_hidden": list(self.state_encoder.hidden),
+            "embedding_dim": self.state_encoder.outputs,
+            "embedding_min_scale": MIN_SCALE,
+        }
+
+    def states(self, obs, dtype) -> np.ndarray:
+        """Rows (B, O) as policy and critics take them."""
+        if self.state_encoder is None:
+            return obs.astype(dtype)
+        zs = self.state_encoder(obs, dtype)[0]
+        zs = zs / np.maximum(np.abs(zs).mean(1, keepdims=True), dtype(MIN_SCALE))
+        return np.concatenate([obs.astype(dtype), zs], axis=1)
 
     def actions(self, obs, noise, dtype=np.float64) -> np.ndarray:
         """obs (B, O), noise (B, N, A) -> (B, N, A)."""
-        rows = np.repeat(obs, noise.shape[1], axis=0).astype(dtype)
+        rows = np.repeat(self.states(obs, dtype), noise.shape[1], axis=0)
         z = noise.reshape(len(rows), self.action_dim).astype(dtype)
         for features, (p, q, m, n, clip) in zip(self.features, self.steps, strict=True):
             time = np.broadcast_to(features, (len(rows), 32)).astype(dtype)
@@ -128,7 +161,11 @@ class Case:
         return z.clip(-1, 1).reshape(noise.shape)
 
     def q_min(self, obs, action, dtype=np.float64) -> np.ndarray:
-        return self.critics(np.concatenate([action, obs], axis=1), dtype)[..., 0].min(0)
+        states = self.states(obs, dtype)
+        if self.pair_encoder is not None:
+            pairs = np.concatenate([action.astype(dtype), states[:, self.obs_dim :]], axis=1)
+            action = np.concatenate([action, self.pair_encoder(pairs, dtype)[0]], axis=1)
+        return self.critics(np.concatenate([action, states], axis=1), dtype)[..., 0].min(0)
 
     def inputs(self, batch, particles=1, seed=1):
         rng = np.random.default_rng(seed)
@@ -175,9 +212,9 @@ def test_architectures(isa, activation, layer_norm, hidden):
 
 
 @pytest.mark.parametrize(("batch", "particles"), [(1, 32), (3, 7), (33, 5), (2, 150)])
-@pytest.mark.parametrize("critic_norm", [False, True])
-def test_best_of_n(isa, batch, particles, critic_norm):
-    case = Case.random(7, 17, 6, critic_norm=critic_norm)
+@pytest.mark.parametrize(("critic_norm", "embedding_dim"), [(False, 0), (True, 0), (True, 21)])
+def test_best_of_n(isa, batch, particles, critic_norm, embedding_dim):
+    case = Case.random(7, 17, 6, critic_norm=critic_norm, embedding_dim=embedding_dim)
     packed = case.pack()
     obs, noise = case.inputs(batch, particles)
     got = packed.act(obs, noise)
@@ -193,8 +230,28 @@ def test_best_of_n(isa, batch, particles, critic_norm):
     assert (q.max(1) - q.min(1)).min() > 1e-2
 
 
-def test_q_min(isa):
-    case = Case.random(8, 17, 6)
+@pytest.mark.parametrize("batch", [1, 33, 130])
+@pytest.mark.parametrize(("obs_dim", "action_dim", "embedding_dim"), [(1, 1, 3), (17, 6, 128)])
+def test_sees_embedded_states(isa, batch, obs_dim, action_dim, embedding_dim):
+    case = Case.random(9, obs_dim, action_dim, embedding_dim=embedding_dim)
+    obs, noise = case.inputs(batch)
+    exact, single = (case.actions(obs, noise, t)[:, 0] for t in (np.float64, np.float32))
+    assert_as_good_as_float32(case.pack().act(obs, noise[:, 0]), exact, single)
+    without_features = dataclasses.replace(
+        case,
+        state_encoder=dataclasses.replace(
+            case.state_encoder, tensors=tuple(0 * t for t in case.state_encoder.tensors)
+        ),
+    )
+    exact, single = (
+        without_features.actions(obs, noise, t)[:, 0] for t in (np.float64, np.float32)
+    )
+    assert_as_good_as_float32(without_features.pack().act(obs, noise[:, 0]), exact, single)
+
+
+@pytest.mark.parametrize("embedding_dim", [0, 21])
+def test_q_min(isa, embedding_dim):
+    case = Case.random(8, 17, 6, embedding_dim=embedding_dim)
     obs, noise = case.inputs(33)
     action = noise[:, 0].clip(-1, 1)
     got = case.pack().q_min(obs, action)
@@ -483,6 +540,15 @@ def test_bad_arguments_are_named():
         packed.act(obs[None], noise)
     with pytest.raises(ValueError, match=r"holds \d+ floats, but its layer sizes need \d+"):
         dataclasses.replace(case, obs_dim=18).pack()
+    embedded = Case.random(0, 17, 6, embedding_dim=8)
+    for wrong, message in (
+        ({"pair_encoder": None}, "with it, and only with it, give both encoders"),
+        ({"embedding_dim": 0}, "with it, and only with it, give both encoders"),
+        ({"embedding_dim": 9}, r"the policy holds \d+ floats, but its layer sizes need \d+"),
+        ({"embedding_min_scale": 0.0}, "embedding_min_scale is 0; it must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embedded.pack(**wrong)
     with pytest.raises(ValueError, match="activation='gelu' is unknown; choose one of relu"):
         _core.PackedPolicy(
             kind="gaussian",

@@ -65,10 +65,16 @@ struct ActTask {
     int32_t num_steps;
     const ActStep* steps;
     float log_std_min, log_std_max;
-    bool half;         // the policy's weights are IEEE half
-    int32_t width;     // widest hidden layer of all networks, rounded up to 16
-    const float* obs;  // (num_states, obs_ld)
+    bool half;      // the weights of policy and state encoder are IEEE half
+    int32_t width;  // widest hidden layer of all networks, rounded up to 16
+    // Learned embeddings: policy and critics take [observation | zs], critics [action | zsa].
+    const PackedNet* state_encoder;  // null without
+    const PackedNet* pair_encoder;
+    int32_t embedding_dim;      // Z, 0 without
+    float embedding_min_scale;  // zs is divided by its mean absolute value, or by this if less
+    const float* obs;           // (num_states, obs_ld)
     int64_t obs_ld;
+    int32_t obs_dim;
     int32_t action_dim;
     int64_t num_states;
     int64_t num_particles;
@@ -78,9 +84,23 @@ struct ActTask {
     float* q;            // (rows), smallest critic; null when not wanted
 };
 
-// Floats of workspace that one thread needs: four hidden blocks and the output.
+// Columns of the widest output, of embedded states and of embedded actions.
+inline int64_t act_output_columns(const ActTask& task) {
+    const int64_t columns = 2 * task.action_dim;
+    return columns < task.embedding_dim ? task.embedding_dim : columns;
+}
+inline int64_t act_state_columns(const ActTask& task) {
+    return task.embedding_dim > 0 ? task.obs_dim + task.embedding_dim : 0;
+}
+inline int64_t act_seen_columns(const ActTask& task) {
+    return task.embedding_dim > 0 ? task.action_dim + task.embedding_dim : 0;
+}
+
+// Floats of workspace that one thread needs: four hidden blocks, the output, and what embeddings
+// are appended to.
 inline int64_t policy_act_workspace(const ActTask& task) {
-    return static_cast<int64_t>(kActTileRows) * (4 * task.width + 2 * task.action_dim);
+    return static_cast<int64_t>(kActTileRows) * (4 * task.width + act_output_columns(task) +
+                                                 act_state_columns(task) + act_seen_columns(task));
 }
 
 }  // namespace flame

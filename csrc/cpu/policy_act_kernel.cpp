@@ -12,6 +12,7 @@
 #include <math.h>
 
 #include "cpu/simd.h"
+#include "embedding_scale.h"
 #include "mlp_activation.h"
 #include "partition.h"
 #include "philox.h"
@@ -237,20 +238,28 @@ struct Range {
 };
 
 struct Workspace {
-    int64_t ld;    // task.width
-    float* pre;    // (states of the tile, ld): observation part of the first layer
-    float* first;  // the same plus the step's bias
-    float* h0;     // (tile, ld)
-    float* h1;     // (tile, ld)
-    float* out;    // (tile, outputs)
+    int64_t ld;     // task.width
+    float* pre;     // (states of the tile, ld): observation part of the first layer
+    float* first;   // the same plus the step's bias
+    float* h0;      // (tile, ld)
+    float* h1;      // (tile, ld)
+    float* out;     // (tile, outputs)
+    float* states;  // (states of the tile, O + Z), with embeddings
+    float* seen;    // (tile, A + Z), likewise
+};
+
+// The range's states as networks take them.
+struct States {
+    const float* data;
+    int64_t ld;
 };
 
 // The observation part of the first layer for the range's states.
 template <bool kHalf>
-FLAME_INLINE void observe(const PackedNet& net, const ActTask& task, const Range& range,
+FLAME_INLINE void observe(const PackedNet& net, const States& states, const Range& range,
                           const Workspace& w) {
-    layer_rows<kHalf>(net.obs, range.states, task.obs + range.state * task.obs_ld, task.obs_ld,
-                      same_row(net.obs.bias), w.pre, w.ld, Finish::kNone);
+    layer_rows<kHalf>(net.obs, range.states, states.data, states.ld, same_row(net.obs.bias), w.pre,
+                      w.ld, Finish::kNone);
 }
 
 // Everything behind the observation part: z (rows, ldz) to out (rows, ldo).
@@ -290,13 +299,64 @@ FLAME_INLINE void add_bias(const PackedNet& net, int step, int states, const Wor
     }
 }
 
+// A network that sees states only: a row is a state.
+template <bool kHalf>
+FLAME_INLINE void evaluate_states(const PackedNet& net, const States& states, const Range& range,
+                                  const Workspace& w, float* out, int64_t ldo) {
+    observe<kHalf>(net, states, range, w);
+    add_bias(net, 0, range.states, w);
+    evaluate<kHalf>(net, range.states, nullptr, 0, {w.first, w.ld, 0, 1}, w, out, ldo);
+}
+
+// --- Learned embeddings
+
+// [observation | zs] of the range's states.
+template <bool kHalf>
+States embedded_states(const ActTask& task, const States& plain, const Range& range,
+                       const Workspace& w) {
+    const int z = task.embedding_dim;
+    const int64_t ld = act_state_columns(task);
+    evaluate_states<kHalf>(*task.state_encoder, plain, range, w, w.out, z);
+    for (int s = 0; s < range.states; ++s) {
+        float* to = w.states + s * ld;
+        const float* features = w.out + static_cast<int64_t>(s) * z;
+        const float scale = embedding_scale(features, z, task.embedding_min_scale);
+        __builtin_memcpy(to, plain.data + s * plain.ld, task.obs_dim * sizeof(float));
+        for (int j = 0; j < z; ++j) to[task.obs_dim + j] = features[j] / scale;
+    }
+    return {w.states, ld};
+}
+
+// [action | zsa] of the range's rows.
+const float* embedded_actions(const ActTask& task, const States& states, const Range& range,
+                              const float* action, const Workspace& w) {
+    const int z = task.embedding_dim;
+    const int64_t ld = act_seen_columns(task);
+    const PackedNet& net = *task.pair_encoder;
+    observe<false>(net, {states.data + task.obs_dim, states.ld}, range, w);
+    add_bias(net, 0, range.states, w);
+    evaluate<false>(net, range.rows, action, task.action_dim, state_rows(task, range, w), w, w.out,
+                    z);
+    for (int r = 0; r < range.rows; ++r) {
+        float* to = w.seen + r * ld;
+        __builtin_memcpy(to, action + r * task.action_dim, task.action_dim * sizeof(float));
+        __builtin_memcpy(to + task.action_dim, w.out + static_cast<int64_t>(r) * z,
+                         z * sizeof(float));
+    }
+    return w.seen;
+}
+
+// --- Actions and values
+
 // NaN passes through, as in torch.clamp.
 FLAME_INLINE float clip_unit(float x) { return x < -1.0f ? -1.0f : (x > 1.0f ? 1.0f : x); }
 
 template <bool kHalf>
-void flow_actions(const ActTask& task, const Range& range, const Workspace& w, float* z) {
+void flow_actions(const ActTask& task, const States& states, const Range& range, const Workspace& w,
+                  float* z) {
     const PackedNet& net = *task.policy;
     const int dim = task.action_dim;
+    observe<kHalf>(net, states, range, w);
     for (int step = 0; step < task.num_steps; ++step) {
         add_bias(net, step, range.states, w);
         const Rows pre = state_rows(task, range, w);
@@ -313,12 +373,10 @@ void flow_actions(const ActTask& task, const Range& range, const Workspace& w, f
 
 // The network sees states only; every particle of a state shares its mean and deviation.
 template <bool kHalf>
-void gaussian_actions(const ActTask& task, const Range& range, const Workspace& w, float* z) {
-    const PackedNet& net = *task.policy;
+void gaussian_actions(const ActTask& task, const States& states, const Range& range,
+                      const Workspace& w, float* z) {
     const int dim = task.action_dim;
-    add_bias(net, 0, range.states, w);
-    const Rows pre = {w.first, w.ld, 0, 1};  // here a row is a state
-    evaluate<kHalf>(net, range.states, nullptr, 0, pre, w, w.out, 2 * dim);
+    evaluate_states<kHalf>(*task.policy, states, range, w, w.out, 2 * dim);
     const float span = 0.5f * (task.log_std_max - task.log_std_min);
     for (int r = 0; r < range.rows; ++r) {
         const int64_t state = (range.row + r) / task.num_particles - range.state;
@@ -331,7 +389,8 @@ void gaussian_actions(const ActTask& task, const Range& range, const Workspace& 
 }
 
 template <bool kHalf>
-void policy_actions(const ActTask& task, const Range& range, const Workspace& w, float* z) {
+void policy_actions(const ActTask& task, const States& states, const Range& range,
+                    const Workspace& w, float* z) {
     const int64_t first = range.row * task.action_dim;
     const int64_t count = static_cast<int64_t>(range.rows) * task.action_dim;
     if (task.noise != nullptr) {
@@ -340,25 +399,27 @@ void policy_actions(const ActTask& task, const Range& range, const Workspace& w,
         fill_normal(task.key.seed, task.key.stream, task.key.offset, static_cast<uint64_t>(first),
                     static_cast<uint64_t>(count), z);
     }
-    observe<kHalf>(*task.policy, task, range, w);
     if (task.kind == PolicyKind::kFlow) {
-        flow_actions<kHalf>(task, range, w, z);
+        flow_actions<kHalf>(task, states, range, w, z);
     } else {
-        gaussian_actions<kHalf>(task, range, w, z);
+        gaussian_actions<kHalf>(task, states, range, w, z);
     }
 }
 
 // Always fp32: best-of-N compares values that lie close together, and N rows are not
 // bandwidth-bound.
-void critic_values(const ActTask& task, const Range& range, const Workspace& w,
-                   const float* action) {
+void critic_values(const ActTask& task, const States& states, const Range& range,
+                   const Workspace& w, const float* action) {
+    const bool embedded = task.pair_encoder != nullptr;
+    const float* seen = embedded ? embedded_actions(task, states, range, action, w) : action;
+    const int64_t columns = embedded ? act_seen_columns(task) : task.action_dim;
     float* q = task.q + range.row;
     for (int c = 0; c < task.num_critics; ++c) {
         const PackedNet& net = task.critics[c];
-        observe<false>(net, task, range, w);
+        observe<false>(net, states, range, w);
         add_bias(net, 0, range.states, w);
         const Rows pre = state_rows(task, range, w);
-        evaluate<false>(net, range.rows, action, task.action_dim, pre, w, w.out, 1);
+        evaluate<false>(net, range.rows, seen, columns, pre, w, w.out, 1);
         // A NaN of any critic must show: it neither compares less nor is it replaced.
         for (int r = 0; r < range.rows; ++r) {
             if (c == 0 || w.out[r] < q[r] || w.out[r] != w.out[r]) q[r] = w.out[r];
@@ -366,28 +427,29 @@ void critic_values(const ActTask& task, const Range& range, const Workspace& w,
     }
 }
 
+template <bool kHalf>
 void act_tile(const ActTask& task, const Range& range, const Workspace& w) {
     float* z = task.action + range.row * task.action_dim;
-    if (task.policy != nullptr) {
-        if (task.half) {
-            policy_actions<true>(task, range, w, z);
-        } else {
-            policy_actions<false>(task, range, w, z);
-        }
-    }
-    if (task.q != nullptr) critic_values(task, range, w, z);
+    States states = {task.obs + range.state * task.obs_ld, task.obs_ld};
+    if (task.state_encoder != nullptr) states = embedded_states<kHalf>(task, states, range, w);
+    if (task.policy != nullptr) policy_actions<kHalf>(task, states, range, w, z);
+    if (task.q != nullptr) critic_values(task, states, range, w, z);
 }
 
 }  // namespace
 
 void policy_act(const ActTask& task, int64_t begin, int64_t end, float* workspace) {
     const int64_t block = static_cast<int64_t>(kActTileRows) * task.width;
+    float* out = workspace + 4 * block;
+    float* states = out + kActTileRows * act_output_columns(task);
     const Workspace w = {task.width,
                          workspace,
                          workspace + block,
                          workspace + 2 * block,
                          workspace + 3 * block,
-                         workspace + 4 * block};
+                         out,
+                         states,
+                         states + kActTileRows * act_state_columns(task)};
     for (int64_t row = begin; row < end; row += kActTileRows) {
         Range range;
         range.row = row;
@@ -395,7 +457,11 @@ void policy_act(const ActTask& task, int64_t begin, int64_t end, float* workspac
         range.state = row / task.num_particles;
         range.states =
             static_cast<int>((row + range.rows - 1) / task.num_particles - range.state + 1);
-        act_tile(task, range, w);
+        if (task.half) {
+            act_tile<true>(task, range, w);
+        } else {
+            act_tile<false>(task, range, w);
+        }
     }
 }
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flame_ext.native import load_core
 from flame_ext.policy import Array, PolicySpec, Precision
 from flame_ext.sampling import (
+    EMBEDDING_MIN_SCALE,
     LOG_STD_RANGE,
     OBSERVATION_CLIP,
     sampler_steps,
@@ -58,23 +59,12 @@ class NativeActingEngine:
 
 
 def _pack_policy(spec: PolicySpec, tensors: Mapping[str, Array], precision: Precision) -> Any:
-    """The kernels' form of a policy.
-
-    With embeddings it takes observed states (`acting.embeddings`) and has no critics.
-    """
+    """The kernels' form of a policy."""
     middle, half = spec.action_middle_and_half()
     options = spec.config
-    more = options.get("embedding_dim", 0)
-    plain: dict[str, Any] = {}
-    if not more:
-        plain = {
-            "critics": tensors["critics.flat"],
-            "obs_shift": tensors.get("normalizer.shift"),
-            "obs_scale": tensors.get("normalizer.scale"),
-        }
     return load_core().PackedPolicy(
         kind="gaussian" if spec.algorithm == "sac" else "flow",
-        obs_dim=spec.obs_dim + more,
+        obs_dim=spec.obs_dim,
         action_dim=spec.action_dim,
         policy=tensors["actor.flat"],
         hidden=list(options["hidden_sizes"]),
@@ -82,14 +72,21 @@ def _pack_policy(spec: PolicySpec, tensors: Mapping[str, Array], precision: Prec
         layer_norm=options["policy_layer_norm"],
         **_sampler_arguments(spec),
         log_std_range=LOG_STD_RANGE,
+        critics=tensors["critics.flat"],
         critic_hidden=list(options["hidden_sizes"]),
         critic_activation=options["critic_activation"],
         critic_layer_norm=options["critic_layer_norm"],
+        state_encoder=tensors.get("state_encoder.flat"),
+        pair_encoder=tensors.get("pair_encoder.flat"),
+        encoder_hidden=list(options["hidden_sizes"]),
+        embedding_dim=options.get("embedding_dim", 0),
+        embedding_min_scale=EMBEDDING_MIN_SCALE,
         precision=precision,
+        obs_shift=tensors.get("normalizer.shift"),
+        obs_scale=tensors.get("normalizer.scale"),
         obs_clip=OBSERVATION_CLIP,
         action_middle=middle.astype(np.float32),
         action_half=half.astype(np.float32),
-        **plain,
     )
 
 
