@@ -33,6 +33,7 @@ SHARED = {
     "learning_starts": 8_000,
     "num_envs": 8,
     "hidden_sizes": (128, 128),
+    "embedding_dim": 0,
     "batch_size": 128,
     "policy_batch_size": 128,
     "updates_per_step": 0.75,

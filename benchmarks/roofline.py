@@ -84,7 +84,7 @@ class Problem:
         return [*self._acting(), *self._critics(), *self._flow(), *self._optimiser()]
 
     def _acting(self) -> list[Kernel]:
-        policy = untrained_policy("flame", self.obs_dim, self.action_dim)
+        policy = untrained_policy("flame", self.obs_dim, self.action_dim, embedding_dim=0)
         hidden = tuple(policy.spec.config["hidden_sizes"])
         obs = array(self.obs[0])
         inputs = self.obs_dim + self.action_dim

@@ -44,6 +44,7 @@ def ours(algorithm: str, **options: object) -> float:
         "batch_size": BATCH,
         "policy_batch_size": BATCH,
         "hidden_sizes": (256, 256),
+        "embedding_dim": 0,
         "policy_delay": 1,
         "eval_interval": 0,
         "eval_episodes": 1,

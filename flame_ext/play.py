@@ -180,13 +180,13 @@ def latency_table(task: str = "halfcheetah", *, seconds: float = 0.3) -> str:
 
 
 def untrained_policy(
-    algorithm: str, obs_dim: int, action_dim: int, preset: str = "default"
+    algorithm: str, obs_dim: int, action_dim: int, preset: str = "default", **overrides: Any
 ) -> Policy:
-    """A policy with fresh weights and the preset options of ``algorithm``."""
+    """A policy with fresh weights and the preset's options of ``algorithm``, but `overrides`."""
     from flame_ext.build import deployed_networks, make_actor, make_critics, make_encoder
     from flame_ext.config import make_config
 
-    config = make_config(algorithm, preset)
+    config = make_config(algorithm, preset, overrides)
     sizes = obs_dim, action_dim
     critics = make_critics(config, *sizes, make_encoder(config, *sizes))
     networks = deployed_networks(make_actor(config, *sizes), critics)

@@ -20,6 +20,7 @@ from flame_ext.td_target import target_noise, td_target
 OBS, ACT = 5, 3
 SMALL = {
     "hidden_sizes": (16, 16),
+    "embedding_dim": 0,
     "batch_size": 32,
     "policy_batch_size": 16,
     "policy_delay": 1,

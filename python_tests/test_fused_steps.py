@@ -30,7 +30,8 @@ OBS, ACT, ROWS, EMBEDDING = 5, 3, 33, 8
 
 
 def make_agent(backend: str, algorithm: str, **options: Any) -> Agent:
-    small = {"hidden_sizes": (32, 24), "target_particles": 1, "reward_scale": 0.5, "tau": 0.1}
+    small = {"hidden_sizes": (32, 24), "embedding_dim": 0, "target_particles": 1}
+    small |= {"reward_scale": 0.5, "tau": 0.1}
     config = make_config(algorithm, overrides={**small, **options})
     return Agent(config, OBS, ACT, make_backend(backend, torch.device("cpu")), seed=0)
 
@@ -277,7 +278,8 @@ def test_refusals_say_what_to_do() -> None:
     critics = mlp_spec(agent.critics)
     with pytest.raises(ValueError, match="an even number of outputs; this spec has 2 and 1"):
         _core.PolicySampler.gaussian(critics, LOG_STD_RANGE)
-    wider = make_config("sac", overrides={"hidden_sizes": (32, 24), "target_particles": 1})
+    options = {"hidden_sizes": (32, 24), "embedding_dim": 0}
+    wider = make_config("sac", overrides=options)
     agent.actor = Agent(wider, OBS + 1, ACT, agent.backend).actor
     with pytest.raises(ValueError, match="the policy takes 6 observations, the critics 5"):
         sampled_updates(agent, 0)

@@ -35,7 +35,8 @@ def write_run(run_dir, algorithm, rows, seconds_per_step=1.0):
 
 def write_policy(run_dir, algorithm, env_id=ENV_ID):
     """An untrained policy for a task of two observations and two actions."""
-    config = make_config(algorithm, overrides={"hidden_sizes": (16,), "sampling_steps": 1})
+    options = {"hidden_sizes": (16,), "embedding_dim": 0, "sampling_steps": 1}
+    config = make_config(algorithm, overrides=options)
     spec = PolicySpec(algorithm, config.to_dict(), 2, 2, (-1.0, -1.0), (1.0, 1.0), env_id)
     networks = deployed_networks(make_actor(config, 2, 2), make_critics(config, 2, 2, None))
     tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
