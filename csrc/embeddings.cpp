@@ -1,7 +1,6 @@
 #include "embeddings.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "cpu/kernels.h"
 #include "cpu/record_memory.h"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flame_ext.networks import FlatMLP
-from flame_ext.sampling import EMBEDDING_MIN_SCALE
+from flame_ext.sampling import EMBEDDING_ACTIVATION, EMBEDDING_MIN_SCALE
 
 
 class StateEvaluator(Protocol):
@@ -52,13 +52,17 @@ class StateActionEncoder:
     ) -> None:
         self.embedding_dim = embedding_dim
         self.state_network = FlatMLP(
-            (obs_dim,), hidden_sizes, embedding_dim, activation="silu", generator=generator
+            (obs_dim,),
+            hidden_sizes,
+            embedding_dim,
+            activation=EMBEDDING_ACTIVATION,
+            generator=generator,
         )
         self.pair_network = FlatMLP(
             (action_dim, embedding_dim),
             hidden_sizes,
             embedding_dim,
-            activation="silu",
+            activation=EMBEDDING_ACTIVATION,
             generator=generator,
         )
 

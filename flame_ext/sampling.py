@@ -27,6 +27,8 @@ OBSERVATION_CLIP = 10.0
 
 # Guards the division by an embedding's mean absolute value.
 EMBEDDING_MIN_SCALE = 1e-8
+# Of the encoder's hidden layers.
+EMBEDDING_ACTIVATION: Literal["silu"] = "silu"
 
 # The cosine schedule's offset (Nichol and Dhariwal 2021), and the least signal it leaves at t = 1.
 _OFFSET = 0.008

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flame_ext.native import load_core
 from flame_ext.policy import Array, PolicySpec, Precision
 from flame_ext.sampling import (
+    EMBEDDING_ACTIVATION,
     EMBEDDING_MIN_SCALE,
     LOG_STD_RANGE,
     OBSERVATION_CLIP,
@@ -79,6 +80,7 @@ def _pack_policy(spec: PolicySpec, tensors: Mapping[str, Array], precision: Prec
         state_encoder=tensors.get("state_encoder.flat"),
         pair_encoder=tensors.get("pair_encoder.flat"),
         encoder_hidden=list(options["hidden_sizes"]),
+        encoder_activation=EMBEDDING_ACTIVATION,
         embedding_dim=options.get("embedding_dim", 0),
         embedding_min_scale=EMBEDDING_MIN_SCALE,
         precision=precision,
