@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flame_ext.backends import Backend
 from flame_ext.backends.torch import adam_moments
-from flame_ext.build import make_actor, make_critics, make_encoder
+from flame_ext.build import deployed_networks, make_actor, make_critics, make_encoder
 from flame_ext.config import Config
 from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import FlatMLP
@@ -20,7 +20,7 @@ from flame_ext.temperature import Temperature
 
 
 class Agent:
-    """Twin soft critics, a policy, the one that is deployed, and a temperature.
+    """Twin soft critics, a policy, the average of both that is deployed, and a temperature.
 
     Args:
         config: Options of the algorithm.
@@ -53,7 +53,10 @@ class Agent:
         self.critics = make_critics(config, *sizes, copy.deepcopy(self.encoder), initial)
         self.target_critics = copy.deepcopy(self.critics)
         self.target_critics.encoder = self.critics.encoder
-        self.deployed_actor = copy.deepcopy(self.actor) if config.policy_tau < 1 else self.actor
+        self.deployed_actor, self.deployed_critics = self.actor, self.critics
+        if config.policy_tau < 1:
+            self.deployed_actor = copy.deepcopy(self.actor)
+            self.deployed_critics = copy.deepcopy(self.critics)
         trained = ("actor", "critics", "state_encoder", "pair_encoder")
         for name, network in self.networks().items():
             network.to(self.device)
@@ -93,7 +96,8 @@ class Agent:
         Returns:
             Actions ``(B, A)`` in [-1, 1].
         """
-        return self.deployed_actor.best_action(self.critics, self.critics.observe(obs), noise)
+        critics = self.deployed_critics
+        return self.deployed_actor.best_action(critics, critics.observe(obs), noise)
 
     @torch.no_grad()
     def explore(self, obs: Tensor) -> Tensor:
@@ -150,6 +154,8 @@ class Agent:
             if self.encoder is not None:
                 learned = (batch.obs, batch.action, batch.next_obs)
                 metrics |= self._encoder_step(self.encoder, *(x[first:] for x in learned))
+            if c.policy_tau < 1:
+                self._average_deployed()
         return metrics
 
     @torch.no_grad()
@@ -177,9 +183,6 @@ class Agent:
             self.actor, obs, action, self.critics, self.alpha, self.generator
         )
         self.backend.optimizer_step(self.optimizers["actor"])
-        if self.config.policy_tau < 1:
-            average = self.deployed_actor.network.flat
-            self.backend.soft_update(average, self.actor.network.flat, self.config.policy_tau)
         metrics = {**result.metrics, "policy_loss": result.loss}
         log_prob = result.log_prob
         interval = self.config.alpha_interval
@@ -196,6 +199,19 @@ class Agent:
         return metrics
 
     @torch.no_grad()
+    def _average_deployed(self) -> None:
+        """All that acts, in one average: a policy fits the features that it was trained on.
+
+        Until the average spans 1 / `policy_tau` policy updates it spans a ninth of those done, so
+        that little is left of the first ones.
+        """
+        done = self.updates // self.config.policy_delay
+        tau = max(self.config.policy_tau, 9 / (9 + done))
+        acting = deployed_networks(self.actor, self.critics)
+        for name, average in deployed_networks(self.deployed_actor, self.deployed_critics).items():
+            self.backend.soft_update(average.flat, acting[name].flat, tau)
+
+    @torch.no_grad()
     def _mean_log_prob(self, obs: Tensor) -> float:
         noise = normal_like(obs, (len(obs), self.action_dim), self.generator)
         return self.actor.sample(obs, noise, self.generator).log_prob.mean().item()
@@ -207,11 +223,12 @@ class Agent:
             "critics": self.critics,
             "target_critics": self.target_critics,
         }
-        if self.deployed_actor is not self.actor:
-            networks["deployed_actor"] = self.deployed_actor.network
         for prefix, encoder in (("", self.encoder), ("seen_", self.critics.encoder)):
             if encoder is not None:
                 networks |= {f"{prefix}{name}": net for name, net in encoder.networks().items()}
+        if self.deployed_actor is not self.actor:
+            deployed = deployed_networks(self.deployed_actor, self.deployed_critics)
+            networks |= {f"deployed_{name}": net for name, net in deployed.items()}
         return networks
 
     def state_dict(self) -> dict[str, Tensor]:

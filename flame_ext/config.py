@@ -54,8 +54,9 @@ class Config:
         critic_learning_rate: Adam step of the critics.
         policy_learning_rate: Adam step of the policy.
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
-        policy_tau: Step, per policy update, of the exponential average of the policy's weights that
-            is evaluated and saved; 1 keeps no average. Data are collected by the policy itself.
+        policy_tau: Step, per policy update, of the exponential average of all that acts (policy,
+            critics, the encoder whose embeddings they see) that is evaluated and saved; larger in
+            the first updates, 1 keeps no average. Data are collected by the policy itself.
         policy_delay: Critic updates per update of the policy and of the encoder.
         policy_batch_size: States per policy update, the first of the last critic update's batch;
             a smaller batch is taken whole.
@@ -132,7 +133,7 @@ class Config:
     critic_learning_rate: float = 1e-3
     policy_learning_rate: float = 1e-3
     final_policy_learning_rate: float | None = None
-    policy_tau: float = 0.002
+    policy_tau: float = 0.0001
     policy_delay: int = 4
     policy_batch_size: int = 64
     initial_action_std: float = 0.2

@@ -425,7 +425,7 @@ class Trainer:
             action_high=tuple(self.env.action_high.tolist()),
             env_id=self._env_id,
         )
-        networks = deployed_networks(self.agent.deployed_actor, self.agent.critics)
+        networks = deployed_networks(self.agent.deployed_actor, self.agent.deployed_critics)
         tensors = {
             f"{name}.flat": network.flat.detach().cpu().numpy()
             for name, network in networks.items()

@@ -67,24 +67,40 @@ def test_a_policy_batch_above_the_batch_takes_all_of_it() -> None:
     assert whole.update(make_batch()) == above.update(make_batch())
 
 
-def test_the_averaged_policy_acts_and_follows_the_one_that_explores() -> None:
-    agent, batch = make_agent(policy_tau=0.25), make_batch()
-    average = agent.deployed_actor.network.flat.clone()
-    for _ in range(3):
+def test_an_average_of_all_that_acts_is_deployed() -> None:
+    agent, batch = make_agent(policy_tau=0.8, embedding_dim=8), make_batch()
+    networks = agent.networks()
+    acting = {
+        "deployed_actor": "actor",
+        "deployed_critics": "critics",
+        "deployed_state_encoder": "seen_state_encoder",
+        "deployed_pair_encoder": "seen_pair_encoder",
+    }
+    averages = {name: networks[name].flat.clone() for name in acting}
+    for tau in (9 / 10, 9 / 11, 0.8, 0.8):
         agent.update(batch)
-        average = average + 0.25 * (agent.actor.network.flat.detach() - average)
-    torch.testing.assert_close(agent.deployed_actor.network.flat, average)
+        for name, average in averages.items():
+            average += tau * (networks[acting[name]].flat.detach() - average)
+    for name, average in averages.items():
+        torch.testing.assert_close(networks[name].flat, average)
+
+
+def test_the_deployed_policy_acts_and_another_explores() -> None:
+    agent, batch = make_agent(policy_tau=0.25), make_batch()
+    agent.update(batch)
     noise = torch.randn(32, 1, ACT, generator=agent.generator.clone_state())
     explored = agent.explore(batch.obs)
     assert torch.equal(explored, agent.actor.best_action(agent.critics, batch.obs, noise).detach())
     acted = agent.act(batch.obs, noise)
-    assert torch.equal(acted, agent.deployed_actor.best_action(agent.critics, batch.obs, noise))
+    deployed = agent.deployed_actor.best_action(agent.deployed_critics, batch.obs, noise)
+    assert torch.equal(acted, deployed)
     assert not torch.equal(acted, explored)
 
 
 def test_without_an_average_the_policy_itself_acts() -> None:
     agent = make_agent(policy_tau=1.0)
     assert agent.deployed_actor is agent.actor
+    assert agent.deployed_critics is agent.critics
     assert "deployed_actor.flat" not in agent.state_dict()
 
 

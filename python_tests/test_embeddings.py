@@ -141,10 +141,6 @@ def test_all_see_the_encoders_average_that_moves_with_each_policy_step(updates: 
             average = average + 0.25 * (new - average)
         torch.testing.assert_close(features(agent.critics.encoder), average)
     assert agent.target_critics.encoder is agent.critics.encoder
-    obs, noise = make_batch(6).obs, torch.zeros(6, 1, ACT)
-    observed = agent.critics.observe(obs)
-    acted = agent.deployed_actor.best_action(agent.critics, observed, noise)
-    assert torch.equal(agent.act(obs, noise), acted)
 
 
 def test_no_embedding_no_encoder() -> None:
