@@ -14,7 +14,6 @@ Run: python benchmarks/bandit.py --seeds 3
 from __future__ import annotations
 
 import argparse
-import json
 import math
 
 import numpy as np
@@ -23,6 +22,7 @@ from scipy.spatial import cKDTree
 from scipy.special import digamma
 from torch import Tensor
 
+from flame_ext.cli import parse_overrides
 from flame_ext.config import make_config
 from flame_ext.policies.flow import FlowActor
 from flame_ext.reference import log_prob, sample_flow
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--set", nargs="*", default=[], help="options as KEY=VALUE")
     arguments = parser.parse_args()
-    options = {name: json.loads(value) for name, value in (s.split("=") for s in arguments.set)}
+    options = parse_overrides(arguments.set)
     print(f"true entropy {TRUE_ENTROPY}, log partition {log_partition():.4f}")
     for seed in range(arguments.seeds):
         actor = fit(seed, arguments.updates, **options)

@@ -34,7 +34,10 @@ class Problem:
             trainer = Trainer.resume(shutil.copytree(run_dir, Path(scratch) / "run"))
         generator = torch.Generator().manual_seed(0)
         batch = trainer.replay.sample(states, generator)
-        self.critics, self.obs = trainer.agent.critics, batch.obs
+        if trainer.normalizer is not None:
+            raise ValueError(f"{run_dir}: give a run without normalize_observations")
+        self.critics = trainer.agent.critics
+        self.obs = self.critics.observe(batch.obs).detach()
         self.t = MIN_TIME + (1 - MIN_TIME) * torch.rand(states, 1, generator=generator)
         noise = torch.randn(batch.action.shape, generator=generator)
         self.z = (1 - self.t) * batch.action + self.t * noise

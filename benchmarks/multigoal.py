@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from learning.provenance import provenance
 
-from flame_ext import Trainer, load
+from flame_ext import Trainer, load, make_config
 from flame_ext.loggers import EVALUATIONS_FILE, read_evaluations
 from flame_ext.multigoal import ENV_ID
 from flame_ext.plots import plot_multigoal, rollout_goals
@@ -44,6 +44,8 @@ SHARED = {
     "tau": 0.02,
     "temperature": "fixed",
     "initial_alpha": 0.3,
+    "entropy_in_target": True,
+    "policy_tau": 1.0,
     "exploration_noise": 0.2,
     "eval_interval": 0,
     "eval_episodes": 5,
@@ -88,14 +90,18 @@ class Outcome:
 
 
 def train(algorithm: str, seed: int, steps: int, runs: Path) -> Path:
-    """Trains one policy unless that is done; returns its run directory."""
+    """Trains one policy unless that is done with these options; returns its run directory."""
     run_dir = runs / f"{algorithm}-s{seed}"
+    config = make_config(
+        algorithm, overrides={**SHARED, **OPTIONS[algorithm], "total_steps": steps}
+    )
     finished = (run_dir / EVALUATIONS_FILE).exists() and read_evaluations(run_dir)["step"]
     if finished and finished[-1] >= steps:
-        return run_dir
+        made_with = json.loads((run_dir / "config.json").read_text())
+        if made_with == json.loads(json.dumps(config.to_dict())):
+            return run_dir
     shutil.rmtree(run_dir, ignore_errors=True)
-    options = {**SHARED, **OPTIONS[algorithm]}
-    Trainer(ENV_ID, algorithm=algorithm, config=options, run_dir=run_dir, seed=seed).run(steps)
+    Trainer(ENV_ID, algorithm=algorithm, config=config, run_dir=run_dir, seed=seed).run()
     return run_dir
 
 

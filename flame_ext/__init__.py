@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flame_ext import ops
+    from flame_ext import callbacks, ops, reference
     from flame_ext.callbacks import Callback
     from flame_ext.config import Config, make_config
     from flame_ext.native import BackendInfo, backend_info
@@ -29,7 +29,7 @@ _EXPORTS = {
     "load": "flame_ext.policy",
     "make_config": "flame_ext.config",
 }
-_SUBMODULES = ("ops",)
+_SUBMODULES = ("callbacks", "ops", "reference")
 
 __all__ = [
     "BackendInfo",
@@ -40,9 +40,11 @@ __all__ = [
     "Trainer",
     "__version__",
     "backend_info",
+    "callbacks",
     "load",
     "make_config",
     "ops",
+    "reference",
 ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import inspect
 import json
 import sys
 import traceback
@@ -37,8 +38,8 @@ examples:
   flame-ext train --resume runs/cheetah --steps 200000
 
 The run directory holds config.json, progress.csv, evaluations.csv, tensorboard/, checkpoint/,
-best/ (the best evaluated policy) and learning_curve.png. Ctrl-C (or SIGTERM) saves a
-checkpoint and stops.
+policy.safetensors (what acts), best/ (the same at the best evaluation) and learning_curve.png.
+Ctrl-C (or SIGTERM) saves a checkpoint and stops.
 """
 
 _EVAL_EPILOG = """\
@@ -87,7 +88,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        unsaid = action.default in (None, False, [], argparse.SUPPRESS) or "(default" in text
+        # By identity: the default 0 of a seed equals False.
+        unsaid = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        unsaid = unsaid or action.default == [] or "(default" in text
         return text if unsaid else f"{text} (default: %(default)s)"
 
 
@@ -341,10 +344,10 @@ def _meanings(docstring: str) -> dict[str, str]:
     """Attribute descriptions of a Google-style docstring, each joined to one line."""
     meanings: dict[str, str] = {}
     name = ""
-    for line in docstring.partition("Attributes:")[2].splitlines():
+    for line in inspect.cleandoc(docstring).partition("Attributes:")[2].splitlines():
         indent = len(line) - len(line.lstrip())
         head, separator, text = line.strip().partition(": ")
-        if indent == 8 and separator and head.isidentifier():
+        if indent == 4 and separator and head.isidentifier():
             name = head
             meanings[name] = text
         elif name and line.strip():

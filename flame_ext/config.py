@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from flame_ext.errors import check_choice
-from flame_ext.networks import Activation
-from flame_ext.reference import Estimator, Trace
-from flame_ext.sampling import CandidateSampling, Flow
+from flame_ext.sampling import Activation, CandidateSampling, Estimator, Flow, Trace
 
 Algorithm = Literal["flame", "flame-r", "sac", "diffusion"]
 Preset = Literal["default", "paper"]
@@ -26,6 +24,9 @@ PRESETS: tuple[str, ...] = get_args(Preset)
 @dataclass(frozen=True)
 class Config:
     """Every option of a run. Symbols in brackets are those of arXiv 2602.01606.
+
+    `make_config` makes one; ``Config(algorithm=...)`` alone lacks what that algorithm's preset
+    sets.
 
     Attributes:
         algorithm: Which policy the loop trains.
@@ -54,9 +55,10 @@ class Config:
         critic_learning_rate: Adam step of the critics.
         policy_learning_rate: Adam step of the policy.
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
-        policy_tau: Step, per policy update, of the exponential average of all that acts (policy,
-            critics, the encoder whose embeddings they see) that is evaluated and saved; larger in
-            the first updates, 1 keeps no average. Data are collected by the policy itself.
+        policy_tau: Least step, per policy update, of the exponential average of all that acts
+            (policy, critics, the encoder whose embeddings they see) that is evaluated and saved.
+            The step is 9 / (9 + policy updates done) before; 0.0001 is reached after 90 000. 1
+            keeps no average. Data are collected by the policy itself.
         policy_delay: Critic updates per update of the policy and of the encoder.
         policy_batch_size: States per policy update, the first of the last critic update's batch;
             a smaller batch is taken whole.
@@ -187,6 +189,7 @@ class Config:
             raise ValueError(
                 f"buffer_size={self.buffer_size} does not hold one step of num_envs={self.num_envs}"
             )
+        self._check_estimator()
         if self.algorithm != "sac":
             self._check_flow()
         if self.temperature == "ess" and not self._draws_candidates:
@@ -214,6 +217,13 @@ class Config:
         if self.reweighting_weight == self.reverse_kl_weight == 0:
             raise ValueError(
                 "with reweighting_weight=0 and reverse_kl_weight=0 the policy learns nothing"
+            )
+
+    def _check_estimator(self) -> None:
+        if (self.entropy_estimator, self.entropy_trace) == ("one_step_trace", "log_det"):
+            raise ValueError(
+                "entropy_estimator='one_step_trace' has no entropy_trace='log_det'; use 'exact' or "
+                "'hutchinson'"
             )
 
     @property
@@ -373,8 +383,7 @@ def make_config(
         algorithm: One of `ALGORITHMS`.
         preset: One of `PRESETS`.
         overrides: Options by name; a complete `Config`, which must name the same algorithm, is
-            returned as it is. (`Config()` has the class's defaults, which are not those of every
-            algorithm: take it from here, then `dataclasses.replace`.)
+            returned as it is.
 
     Raises:
         ValueError: For an unknown name (with the nearest known one) or a value out of range.
@@ -383,11 +392,7 @@ def make_config(
     check_choice("algorithm", algorithm, ALGORITHMS)
     check_choice("preset", preset, PRESETS)
     if isinstance(overrides, Config):
-        if overrides.algorithm != algorithm:
-            raise ValueError(
-                f"algorithm={algorithm!r} but config.algorithm={overrides.algorithm!r}; "
-                "pass the same name to both"
-            )
+        _check_algorithm(algorithm, overrides.algorithm)
         if preset != "default":
             raise ValueError(
                 f"preset={preset!r} was given with a complete Config, which decides all"
@@ -397,10 +402,20 @@ def make_config(
     values: dict[str, Any] = {"algorithm": algorithm}
     values |= _PAPER if preset == "paper" else _DEFAULT.get(algorithm, {})
     values |= _ALGORITHM[algorithm]
-    for name, value in (overrides or {}).items():
+    overrides = overrides or {}
+    _check_algorithm(algorithm, overrides.get("algorithm", algorithm))
+    for name, value in overrides.items():
         check_choice("option", name, fields)
         values[name] = _coerce(name, value, getattr(Config, name))
     return Config(**values)
+
+
+def _check_algorithm(algorithm: str, overriding: str) -> None:
+    if overriding != algorithm:
+        raise ValueError(
+            f"algorithm={algorithm!r} but config.algorithm={overriding!r}; pass the same name to "
+            "both"
+        )
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flame_ext.embeddings import StateActionEncoder
-from flame_ext.networks import Activation, FlatMLP
+from flame_ext.networks import FlatMLP
+from flame_ext.sampling import Activation
 
 
 class Critics(FlatMLP):

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces, wrappers
+from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import iterate
@@ -64,7 +64,6 @@ class VectorEnvHandle:
         action_dim: Length of one flattened action, A.
         action_low: Lower action bounds in environment units (A,), float32.
         action_high: Upper action bounds in environment units (A,), float32.
-        max_episode_steps: Time limit in steps, or None when there is none or it is not known.
         spec_id: Registered id, or None where the id alone would make another environment.
     """
 
@@ -77,8 +76,7 @@ class VectorEnvHandle:
         self.action_dim = int(np.prod(action_space.shape))
         self.action_low: FloatArray = action_space.low.ravel().astype(np.float32)
         self.action_high: FloatArray = action_space.high.ravel().astype(np.float32)
-        self.max_episode_steps, spec = describe(vector)
-        self.spec_id = _sufficient_id(spec)
+        self.spec_id = _sufficient_id(spec_of(vector))
         self._seed = seed
         self._action_space = action_space
         # Centre and half range, in float64: [-1, 1] boxes then pass through without rounding.
@@ -300,19 +298,13 @@ def check_action_space(space: spaces.Space[Any]) -> spaces.Box:
     return space
 
 
-def describe(vector: VectorEnv[Any, Any, Any]) -> tuple[int | None, EnvSpec | None]:
-    """Time limit and spec, from the first environment where it can be reached."""
+def spec_of(vector: VectorEnv[Any, Any, Any]) -> EnvSpec | None:
+    """The spec of the first environment, where it can be reached."""
     base = vector.unwrapped
     spec = base.envs[0].spec if isinstance(base, SyncVectorEnv) else vector.spec
     if isinstance(base, AsyncVectorEnv) and spec is None:
         spec = base.get_attr("spec")[0]
-    limit = None if spec is None else spec.max_episode_steps
-    layer = base.envs[0] if isinstance(base, SyncVectorEnv) else None
-    while limit is None and isinstance(layer, gymnasium.Wrapper):
-        if isinstance(layer, wrappers.TimeLimit):
-            limit = layer._max_episode_steps
-        layer = layer.env
-    return limit, spec
+    return spec
 
 
 def _sufficient_id(spec: EnvSpec | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import gymnasium
 from gymnasium import spaces, wrappers
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from flame_ext import multigoal as _multigoal  # noqa: F401  (registers flame_ext/MultiGoal-v0)
 from flame_ext.env_handle import (
@@ -17,7 +17,7 @@ from flame_ext.env_handle import (
     VectorEnvHandle,
     check_action_space,
     check_observation_space,
-    describe,
+    spec_of,
 )
 from flame_ext.env_state import Environment, EnvState
 from flame_ext.errors import EnvironmentDataError, nearest_hint
@@ -37,9 +37,7 @@ EnvFactory: TypeAlias = Callable[[], Environment]
 EnvLike: TypeAlias = "str | Environment | VectorEnv[Any, Any, Any] | EnvFactory"
 
 
-def make_vector_env(
-    env: EnvLike, *, num_envs: int | None = None, seed: int = 0, parallel: bool = False
-) -> VectorEnvHandle:
+def make_vector_env(env: EnvLike, *, num_envs: int | None = None, seed: int = 0) -> VectorEnvHandle:
     """Turn an id, environment, vector environment or factory into a handle.
 
     Args:
@@ -48,7 +46,6 @@ def make_vector_env(
             ``gymnasium.Env``. Dict and Tuple observations are flattened.
         num_envs: Environments to run. None: one, or as many as the vector environment has.
         seed: Decides the environments' randomness from the first ``reset`` on.
-        parallel: Run every environment in a process of its own (an id or a factory only).
 
     Raises:
         ValueError: If the id is unknown, ``num_envs`` does not fit, the autoreset mode is
@@ -59,19 +56,18 @@ def make_vector_env(
     if num_envs is not None and num_envs < 1:
         raise ValueError(f"num_envs={num_envs} was given; it must be at least 1.")
     if isinstance(env, VectorEnv):
-        _check_vector(env, num_envs, parallel)
+        _check_vector(env, num_envs)
         return VectorEnvHandle(env, seed=seed)
     if isinstance(env, gymnasium.Env):
-        if (num_envs or 1) > 1 or parallel:
+        if (num_envs or 1) > 1:
             raise ValueError(
-                f"One environment object was given with num_envs={num_envs}, parallel={parallel}; "
-                "one object is one environment in this process. Pass a factory such as "
-                "lambda: MyEnv() (or an id), or num_envs=1 and parallel=False."
+                f"One environment object was given with num_envs={num_envs}; one object is one "
+                "environment. Pass a factory such as lambda: MyEnv() (or an id), or num_envs=1."
             )
         # The object is used as it is; SyncVectorEnv would otherwise share it with nobody.
-        return VectorEnvHandle(_build_vector([lambda: env], parallel=False), seed=seed)
+        return VectorEnvHandle(_build_vector([lambda: env]), seed=seed)
     factory = _factory_of(env)
-    return VectorEnvHandle(_build_vector([factory] * (num_envs or 1), parallel=parallel), seed=seed)
+    return VectorEnvHandle(_build_vector([factory] * (num_envs or 1)), seed=seed)
 
 
 def make_eval_env(
@@ -96,10 +92,10 @@ def make_eval_env(
         return make_vector_env(env, num_envs=num_envs, seed=seed)
     if isinstance(source, str):
         factory = _factory_of(source, **({"render_mode": render_mode} if render_mode else {}))
-        return VectorEnvHandle(_build_vector([factory] * num_envs, parallel=False), seed=seed)
+        return VectorEnvHandle(_build_vector([factory] * num_envs), seed=seed)
     twins = _twins_of(source, num_envs)
     factories: list[EnvFactory] = [lambda twin=twin: twin for twin in twins]  # type: ignore[misc]
-    return VectorEnvHandle(_build_vector(factories, parallel=False), seed=seed)
+    return VectorEnvHandle(_build_vector(factories), seed=seed)
 
 
 def _factory_of(env: object, **kwargs: Any) -> EnvFactory:
@@ -126,7 +122,7 @@ def _factory_of(env: object, **kwargs: Any) -> EnvFactory:
     return make
 
 
-def _build_vector(factories: list[EnvFactory], *, parallel: bool) -> VectorEnv[Any, Any, Any]:
+def _build_vector(factories: list[EnvFactory]) -> VectorEnv[Any, Any, Any]:
     """Vector environment with SAME_STEP autoreset and flat observations."""
 
     def flat(factory: EnvFactory) -> EnvFactory:
@@ -141,8 +137,6 @@ def _build_vector(factories: list[EnvFactory], *, parallel: bool) -> VectorEnv[A
         return make
 
     makers = [flat(factory) for factory in factories]
-    if parallel:
-        return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     # The handle copies what it returns, so the vector environment need not.
     vector: VectorEnv[Any, Any, Any] = SyncVectorEnv(
         makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP
@@ -178,7 +172,7 @@ def _make_by_id(env_id: str, **kwargs: Any) -> Environment:
         raise ValueError(f"env={env_id!r} cannot be made: {error}") from error
 
 
-def _check_vector(vector: VectorEnv[Any, Any, Any], num_envs: int | None, parallel: bool) -> None:
+def _check_vector(vector: VectorEnv[Any, Any, Any], num_envs: int | None) -> None:
     mode = vector.metadata.get("autoreset_mode")
     if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.value):
         raise ValueError(
@@ -191,11 +185,6 @@ def _check_vector(vector: VectorEnv[Any, Any, Any], num_envs: int | None, parall
             f"num_envs={num_envs} was given with a vector environment of {vector.num_envs}; leave "
             "num_envs out or make them equal."
         )
-    if parallel:
-        raise ValueError(
-            "parallel=True was given with a vector environment, which decides that itself; pass "
-            "an id or a factory, or build a gymnasium.vector.AsyncVectorEnv."
-        )
 
 
 def _single_of(vector: VectorEnv[Any, Any, Any]) -> Environment:
@@ -203,7 +192,7 @@ def _single_of(vector: VectorEnv[Any, Any, Any]) -> Environment:
     base = vector.unwrapped
     if isinstance(base, SyncVectorEnv):
         return base.envs[0]
-    _, spec = describe(vector)
+    spec = spec_of(vector)
     if spec is None:
         raise ValueError(
             f"No separate evaluation environment can be built from {vector}, which has no spec. "

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from flame_ext.env_handle import VectorEnvHandle
 
+# Episodes run side by side, so that the policy acts on a batch; how many decides the start states.
+MAX_EVAL_ENVS = 10
+
 ActFunction = Callable[[NDArray[np.float32]], NDArray[Any]]
 
 

@@ -1,8 +1,8 @@
 """A 2-D point and several equally good goals: the smallest task whose best policy is multimodal.
 
 The multi-goal task of soft Q-learning (Haarnoja et al. 2017, section 5.1): from the origin every
-goal is equally good, so the maximum-entropy policy goes to all of them. A Gaussian policy has to
-pick one goal or walk into the middle; an expressive policy keeps every mode.
+goal is equally good, so the maximum-entropy policy goes to all of them. A Gaussian policy has one
+mode per state: it leaves the choice to noise near the start; an expressive policy keeps every mode.
 
 Importing this module registers the task as ``flame_ext/MultiGoal-v0``.
 """

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,9 @@ from flame_ext.sampling import (
     LOG_STD_MIN,
     TIME_FEATURES,
     TIME_FREQUENCIES,
+    Activation,
     CandidateSampling,
 )
-
-Activation = Literal["relu", "silu", "mish"]
 
 ALIGNMENT = 16
 LAYER_NORM_EPS = 1e-5

@@ -24,8 +24,8 @@ from flame_ext.backends.native_evaluator import NativeEvaluator
 from flame_ext.critics import Critics
 from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.policies.reweighting import candidate_uniforms
-from flame_ext.reference import Estimator, LogProb, Reweighted, Trace
-from flame_ext.sampling import CandidateSampling, Flow
+from flame_ext.reference import LogProb, Reweighted
+from flame_ext.sampling import CandidateSampling, Estimator, Flow, Trace
 
 __all__ = ["log_prob", "meanflow_loss", "one_step_action", "reweighted_velocity"]
 
@@ -215,13 +215,18 @@ def _native(
     evaluator = CudaEvaluator if name == "cuda" else NativeEvaluator
     wanted = rows if differentiates(evaluator) else rows + flats
     reverse = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
-    refused = reverse or any(_has_tangent(x) for x in rows + flats)
-    if refused and backend == name:
-        raise ValueError(
-            f"backend={name!r} has no such derivative of {operator}: wrap the call in "
-            "torch.no_grad(), or use backend='torch' or 'auto'"
+    derivative = reverse or any(_has_tangent(x) for x in rows + flats)
+    embedded = any(getattr(net, "encoder", None) is not None for net in networks)
+    if not derivative and not embedded:
+        return evaluator
+    if backend == name:
+        lacks = (
+            f"no such derivative of {operator}: wrap the call in torch.no_grad(), or"
+            if derivative
+            else f"no {operator} by critics with an encoder:"
         )
-    return None if refused else evaluator
+        raise ValueError(f"backend={name!r} has {lacks} use backend='torch' or 'auto'")
+    return None
 
 
 def _has_tangent(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_ext.envs import VectorEnvHandle, make_eval_env, make_vector_env
-from flame_ext.evaluate import run_episodes
+from flame_ext.evaluate import MAX_EVAL_ENVS, run_episodes
 from flame_ext.policy import Policy, PolicySpec, make_engine
 
 _FRAMES_PER_SECOND = 30  # of an environment that does not say
@@ -43,7 +43,7 @@ def evaluate_policy(
     *,
     seed: int = 0,
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Returns and lengths of ``episodes`` episodes, up to ten side by side.
+    """Returns and lengths of ``episodes`` episodes, up to `MAX_EVAL_ENVS` side by side.
 
     Args:
         policy: The policy, for the sizes of this environment.
@@ -55,7 +55,7 @@ def evaluate_policy(
     Raises:
         ValueError: If the environment is unknown or its sizes are not the policy's.
     """
-    env = make_vector_env(env_id, num_envs=min(episodes, 10), seed=seed)
+    env = make_vector_env(env_id, num_envs=min(episodes, MAX_EVAL_ENVS), seed=seed)
     try:
         act = _unit_actions(policy, env, acting)
         return run_episodes(env, act, episodes, seed=seed)
@@ -141,12 +141,10 @@ def _unit_actions(
             f"the policy takes {sizes[0]} observations and gives {sizes[1]} actions; "
             f"{env.spec_id} has {env.obs_dim} and {env.action_dim}. Use the run's environment."
         )
-    middle, half = policy.spec.action_middle_and_half()
-    half = np.where(half > 0, half, 1.0)  # an action that cannot be chosen
 
     def act(obs: NDArray[np.float32]) -> NDArray[np.float64]:
         action = policy.act(obs, acting.num_particles, acting.deterministic)
-        return np.asarray((action - middle) / half)
+        return policy.spec.unit_action(action)
 
     return act
 

@@ -15,13 +15,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flame_ext.config import ALGORITHMS
 from flame_ext.errors import BackendUnavailableError, RunDirectoryError, check_choice
 from flame_ext.sampling import OBSERVATION_CLIP
 
 POLICY_FILE = "policy.safetensors"
 _FORMAT = 1
-# The choices of flame_ext.config.Algorithm, which cannot be imported without torch.
-_ALGORITHMS = ("flame", "flame-r", "sac", "diffusion")
 _TENSORS = ("actor.flat", "critics.flat")
 _ENCODER_TENSORS = ("state_encoder.flat", "pair_encoder.flat")
 # Where a run directory keeps policies, in the order `load` looks for them.
@@ -57,6 +56,12 @@ class PolicySpec:
         """Environment units are middle + half * action for actions in [-1, 1]; ``(A,)`` each."""
         low, high = np.asarray(self.action_low), np.asarray(self.action_high)
         return 0.5 * (high + low), 0.5 * (high - low)
+
+    def unit_action(self, action: NDArray[Any]) -> NDArray[np.float64]:
+        """Actions ``(..., A)`` in environment units, in [-1, 1]; 0 where there is no choice."""
+        middle, half = self.action_middle_and_half()
+        unit: NDArray[np.float64] = (action - middle) / np.where(half > 0, half, 1.0)
+        return unit
 
 
 class ActingEngine(Protocol):
@@ -103,14 +108,16 @@ class Policy:
         """Chooses actions.
 
         Args:
-            obs: One observation ``(O,)`` or a batch ``(B, O)``.
+            obs: One observation ``(O,)`` or a batch ``(B, O)``, raw: standardisation is part of the
+                policy. Dict and Tuple observations flattened as by ``gymnasium.spaces.flatten``.
             num_particles: Candidate actions per observation; the one with the highest Qmin acts
                 (best-of-N). 1 is a plain sample.
             deterministic: Use the same base noise on every call, the first particle's being zero:
                 equal observations give equal actions.
 
         Returns:
-            ``(A,)`` or ``(B, A)`` within the environment's bounds.
+            ``(A,)`` or ``(B, A)`` within the environment's bounds; NaN where the observation has
+            NaN.
 
         Raises:
             ValueError: If the shape does not fit or num_particles < 1.
@@ -125,15 +132,25 @@ class Policy:
         return self._engine.act(obs, noise, num_particles, next(self._draws))
 
     def q_value(self, obs: NDArray[Any], action: NDArray[Any]) -> NDArray[np.float32]:
-        """Qmin(s, a): obs ``(B, O)``, action ``(B, A)`` in environment units -> ``(B,)``."""
+        """Qmin(s, a), of rewards times ``reward_scale``.
+
+        Args:
+            obs: Observations ``(B, O)``, raw.
+            action: Actions ``(B, A)`` in environment units.
+
+        Returns:
+            ``(B,)``.
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
         rows = observation_rows(obs, self.spec.obs_dim)
         actions = np.atleast_2d(np.asarray(action, np.float64))
         if actions.shape != (len(rows), self.spec.action_dim):
             raise ValueError(
                 f"action has shape {np.shape(action)}, expected {(len(rows), self.spec.action_dim)}"
             )
-        middle, half = self.spec.action_middle_and_half()
-        return self._engine.q_min(rows, ((actions - middle) / half).astype(np.float32))
+        return self._engine.q_min(rows, self.spec.unit_action(actions).astype(np.float32))
 
 
 def observation_rows(obs: NDArray[Any], obs_dim: int) -> NDArray[Any]:
@@ -260,7 +277,7 @@ def load(
             raise RunDirectoryError(f"{file} lacks the weights {', '.join(missing)}")
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise RunDirectoryError(f"{file} is not a flame_ext policy: {error}") from error
-    check_choice("algorithm", spec.algorithm, _ALGORITHMS)
+    check_choice("algorithm", spec.algorithm, ALGORITHMS)
     if seed is None:
         seed = secrets.randbits(63)
     return Policy(spec, make_engine(spec, tensors, backend=backend, precision=precision, seed=seed))
@@ -269,6 +286,8 @@ def load(
 def _find(path: Path) -> Path:
     if path.is_file():
         return path
+    if not path.exists():
+        raise RunDirectoryError(f"there is no {path}")
     for place in _PLACES:
         if (path / place / POLICY_FILE).is_file():
             return path / place / POLICY_FILE

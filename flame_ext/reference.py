@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,7 @@ from torch import Tensor
 from flame_ext.critics import Critics
 from flame_ext.errors import check_choice
 from flame_ext.networks import MeanVelocityNet, mean_and_std
-from flame_ext.sampling import Flow, SamplerStep, ddim_steps, flow_steps
-
-Estimator = Literal["exact", "multi_step", "one_step_trace"]
-Trace = Literal["exact", "hutchinson", "log_det"]
+from flame_ext.sampling import Estimator, Flow, SamplerStep, Trace, ddim_steps, flow_steps
 
 # Beyond this time the reverse posterior over actions is uniform to float32 accuracy, while
 # inverting z = (1 - t) a + t eps divides by 1 - t.

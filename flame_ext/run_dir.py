@@ -23,7 +23,7 @@ def new_run_dir(run_dir: str | Path | None, env_id: str | None, algorithm: str, 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunDirectoryError(
             f"{path} exists already; give a new run_dir, or continue that run with "
-            f"Trainer.resume({str(path)!r}).run()"
+            f"Trainer.resume({str(path)!r}).run() or `flame-ext train --resume {path}`"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path

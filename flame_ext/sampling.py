@@ -1,4 +1,4 @@
-"""Samplers as tables of numbers, shared by PyTorch and the native acting policy.
+"""Named choices and samplers as tables of numbers, shared by PyTorch and the native acting policy.
 
 Needs numpy only: a saved policy acts without torch.
 """
@@ -12,7 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+Activation = Literal["relu", "silu", "mish"]
 Flow = Literal["mean", "instantaneous"]
+Estimator = Literal["exact", "multi_step", "one_step_trace"]
+Trace = Literal["exact", "hutchinson", "log_det"]
 CandidateSampling = Literal["stratified", "random"]
 
 # Low frequencies keep the MeanFlow tangent bounded: with sinusoids up to 50 rad training diverged.
@@ -28,7 +31,7 @@ OBSERVATION_CLIP = 10.0
 # Guards the division by an embedding's mean absolute value.
 EMBEDDING_MIN_SCALE = 1e-8
 # Of the encoder's hidden layers.
-EMBEDDING_ACTIVATION: Literal["silu"] = "silu"
+EMBEDDING_ACTIVATION: Activation = "silu"
 
 # The cosine schedule's offset (Nichol and Dhariwal 2021), and the least signal it leaves at t = 1.
 _OFFSET = 0.008

@@ -30,7 +30,7 @@ from flame_ext.checkpoint import (
 from flame_ext.config import Config, make_config
 from flame_ext.envs import EnvLike, EnvState, VectorEnvHandle, make_eval_env, make_vector_env
 from flame_ext.errors import BackendUnavailableError, EnvironmentDataError, RunDirectoryError
-from flame_ext.evaluate import Evaluation, run_episodes
+from flame_ext.evaluate import MAX_EVAL_ENVS, Evaluation, run_episodes
 from flame_ext.interrupts import interrupts_between_steps
 from flame_ext.loggers import EvaluationLog, MultiLogger, make_loggers
 from flame_ext.normalizer import ObservationNormalizer
@@ -43,8 +43,6 @@ from flame_ext.run_dir import new_run_dir
 from flame_ext.tally import Tally
 
 CONFIG_FILE = "config.json"
-# Episodes of an evaluation run side by side, so that the policy acts on a batch.
-_MAX_EVAL_ENVS = 10
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Trainer:
         self.env = _make_training_env(env, self.config, seed)
         self._env_id = env if isinstance(env, str) else self.env.spec_id
         self.eval_env = make_eval_env(
-            env, num_envs=min(self.config.eval_episodes, _MAX_EVAL_ENVS), seed=self._eval_seed
+            env, num_envs=min(self.config.eval_episodes, MAX_EVAL_ENVS), seed=self._eval_seed
         )
         sizes = (self.env.obs_dim, self.env.action_dim)
         self.backend = make_backend(backend, self.device)
@@ -143,7 +141,8 @@ class Trainer:
         self._update_debt = 0.0
         self._obs: np.ndarray | None = None
         keep_freed_memory()
-        self._earlier_wall_time, self._start = 0.0, time.perf_counter()
+        self._earlier_wall_time = 0.0
+        self._start: float | None = None  # of the call of `run` in progress
         self._stopped_by: str | None = None
         self._tally = Tally()
         if _resuming and run_dir is not None:
@@ -237,7 +236,7 @@ class Trainer:
             raise
         finally:
             self.save()
-            self._earlier_wall_time, self._start = self.wall_time, time.perf_counter()
+            self._earlier_wall_time, self._start = self.wall_time, None
             progress.close()
             log.close()
         result = RunResult(
@@ -282,7 +281,8 @@ class Trainer:
     @property
     def wall_time(self) -> float:
         """Seconds of training so far, over all processes of a resumed run."""
-        return self._earlier_wall_time + time.perf_counter() - self._start
+        running = 0.0 if self._start is None else time.perf_counter() - self._start
+        return self._earlier_wall_time + running
 
     def _due(self, before: int, interval: int) -> bool:
         """Whether a multiple of `interval` was reached since step `before`."""

@@ -259,21 +259,26 @@ def native_candidates(
     return philox_candidates(draw_seed(generator), shape).to(z.dtype)
 
 
+EXACT_IN_TARGET = {"entropy_in_target": True, "entropy_estimator": "exact"}
+
+
 @pytest.mark.parametrize(
-    ("algorithm", "proposal", "embedding_dim"),
+    ("algorithm", "options"),
     [
-        *((algorithm, "reverse", z) for algorithm in ALGORITHMS for z in (0, 12)),
-        *(("flame", "policy", z) for z in (0, 12)),
+        *((algorithm, {"embedding_dim": z}) for algorithm in ALGORITHMS for z in (0, 12)),
+        *(("flame", {"proposal": "policy", "embedding_dim": z}) for z in (0, 12)),
+        ("flame", EXACT_IN_TARGET),
+        # Its actions take several steps, that density one.
+        ("flame-r", {**EXACT_IN_TARGET, "sampling_steps": 3}),
     ],
 )
 def test_ten_updates_agree_between_torch_and_native(
-    algorithm: str, proposal: str, embedding_dim: int, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss by loss, from the same weights and draws; then the parameters."""
     monkeypatch.setattr(reweighting, "candidate_uniforms", native_candidates)
-    options = {"hidden_sizes": (32, 24), "proposal": proposal, "embedding_dim": embedding_dim}
-    options |= {"embedding_tau": 0.25}
-    config = make_config(algorithm, overrides={**SMALL, **options})
+    common = {**SMALL, "hidden_sizes": (32, 24), "embedding_tau": 0.25}
+    config = make_config(algorithm, overrides={**common, **options})
     agents = [
         Agent(config, OBS, ACT, make_backend(name, torch.device("cpu")), seed=0)
         for name in ("torch", "cpu")

@@ -57,7 +57,10 @@ def error_line(capsys, *words):
     ("words", "named"),
     [
         (["--help"], ["train", "eval", "plot", "bench", "info", "first steps"]),
-        (["train", "--help"], ["ENV", "--steps", "--set", "--resume", "examples", *ALGORITHMS]),
+        (
+            ["train", "--help"],
+            ["ENV", "--set", "--resume", "randomness (default: 0)", "examples", *ALGORITHMS],
+        ),
         (["eval", "--help"], ["RUN_DIR", "--episodes", "(default: 20)", "--video", "examples"]),
         (["plot", "--help"], ["RUN_DIR", "--output", "examples"]),
         (["bench", "--help"], ["--task"]),

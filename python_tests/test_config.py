@@ -46,6 +46,11 @@ def test_overrides_win_over_the_preset() -> None:
         (("sac", "default", {"temperature": "ess"}), "temperature='ess' needs candidates"),
         (("flame-r", "default", {"reweighting_weight": 0}), "the policy learns nothing"),
         (("flame-r", "default", {"proposal": "policy"}), "proposal='policy' needs the one-step"),
+        (("flame", "default", {"algorithm": "sac"}), "pass the same name to both"),
+        (
+            ("sac", "default", {"entropy_estimator": "one_step_trace", "entropy_trace": "log_det"}),
+            "has no entropy_trace='log_det'",
+        ),
         (("flame", "default", {"policy_tau": 0}), "policy_tau=0.0 is out of range"),
         (("flame", "default", {"reward_scale": float("nan")}), "reward_scale=nan is out of range"),
     ],

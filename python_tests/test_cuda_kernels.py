@@ -258,9 +258,12 @@ def test_reweighted_velocity_is_the_cpus(tensor_cores):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("entropy_in_target", [False, True])
-def test_critic_updates_in_one_call_follow_pytorchs_steps(entropy_in_target):
-    config = make_config("flame", overrides={"entropy_in_target": entropy_in_target})
+@pytest.mark.parametrize(
+    ("algorithm", "entropy_in_target"), [("flame", False), ("flame", True), ("sac", True)]
+)
+def test_critic_updates_follow_pytorchs_steps(algorithm, entropy_in_target):
+    """A flow's in one call; from rows that lie in wider ones, as the replay buffer's do."""
+    config = make_config(algorithm, overrides={"entropy_in_target": entropy_in_target})
     agents = [
         Agent(config, 17, 6, backend, seed=0, device="cuda")
         for backend in (TorchBackend(), CudaBackend())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flame_ext import ops
 from flame_ext.critics import Critics
+from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import MeanVelocityNet
 from flame_ext.sampling import CandidateSampling
 
@@ -158,6 +159,30 @@ def test_one_step_action_and_best_of() -> None:
             for name in ("cpu", "torch")
         )
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
+def test_columns_of_wider_rows_are_taken() -> None:
+    wide = torch.rand(B, 4, generator=torch.Generator().manual_seed(3))
+    rows = draw(B, ACT), 0.5 * wide[:, :1], wide[:, :1], draw(B, OBS), draw(B, ACT, seed=1)
+    ours, theirs = (ops.meanflow_loss(make_net(), *rows, backend=name) for name in ("cpu", "torch"))
+    torch.testing.assert_close(ours, theirs)
+
+
+@torch.no_grad()
+def test_critics_with_an_encoder_are_pytorchs() -> None:
+    encoder = StateActionEncoder(OBS, ACT, 4, (8,), generator=torch.Generator().manual_seed(3))
+    critics = Critics(OBS, ACT, (16,), encoder=encoder)
+    obs = critics.observe(draw(B, OBS))
+    arguments = critics, obs, draw(B, ACT), torch.full((B, 1), 0.5)
+    auto, theirs = (
+        ops.reweighted_velocity(
+            *arguments, alpha=1.0, generator=torch.Generator().manual_seed(5), backend=name
+        )
+        for name in ("auto", "torch")
+    )
+    assert torch.equal(auto.velocity, theirs.velocity)
+    with pytest.raises(ValueError, match="no reweighted_velocity by critics with an encoder"):
+        ops.reweighted_velocity(*arguments, alpha=1.0, backend="cpu")
 
 
 def test_auto_keeps_every_derivative_and_cpu_refuses_what_it_lacks() -> None:

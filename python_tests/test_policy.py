@@ -14,7 +14,7 @@ from flame_ext.backends import TorchBackend
 from flame_ext.build import deployed_networks
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.errors import RunDirectoryError
-from flame_ext.policy import _ALGORITHMS, Policy, PolicySpec, fixed_noise, load, save_policy
+from flame_ext.policy import Policy, PolicySpec, fixed_noise, load, save_policy
 
 OBS, ACT = 5, 3
 LOW, HIGH = (-1.0, 0.0, -2.0), (1.0, 4.0, 3.0)
@@ -135,8 +135,11 @@ def test_refuses_what_does_not_fit(tmp_path: Path) -> None:
         policy.act(np.zeros(OBS), num_particles=0)
     with pytest.raises(ValueError, match="action has shape"):
         policy.q_value(np.zeros((2, OBS)), np.zeros((3, ACT)))
-    with pytest.raises(RunDirectoryError, match="no policy in"):
+    with pytest.raises(RunDirectoryError, match=r"there is no .*nowhere"):
         load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunDirectoryError, match="no policy in"):
+        load(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -157,5 +160,19 @@ def test_other_algorithms_and_missing_weights_are_refused(tmp_path: Path, backen
         load(file, backend=backend)
 
 
-def test_every_algorithm_is_known_without_torch() -> None:
-    assert sorted(_ALGORITHMS) == sorted(ALGORITHMS)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_options_that_no_longer_exist_do_not_matter(tmp_path: Path, backend: str) -> None:
+    policy, agent = make_policy(tmp_path, "flame")
+    older = dataclasses.replace(policy.spec, config={**policy.spec.config, "gone": 250})
+    networks = deployed_networks(agent.actor, agent.critics)
+    tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
+    save_policy(tmp_path / "older" / "policy.safetensors", older, tensors)
+    obs = np.ones((2, OBS), np.float32)
+    action = load(tmp_path / "older", backend=backend).act(obs, deterministic=True)
+    np.testing.assert_allclose(action, policy.act(obs, deterministic=True), rtol=1e-5, atol=1e-5)
+
+
+def test_an_action_without_a_choice_is_zero_on_the_unit_scale(tmp_path: Path) -> None:
+    policy, _ = make_policy(tmp_path, "sac")
+    spec = dataclasses.replace(policy.spec, action_low=(-1.0, 0.5, 0.0), action_high=(1, 0.5, 4))
+    np.testing.assert_array_equal(spec.unit_action(np.array([0.5, 0.5, 1.0])), [0.5, 0.0, -0.5])

@@ -140,6 +140,7 @@ def test_a_run_goes_on_after_it_was_stopped(tmp_path: Path) -> None:
     assert (second.steps, second.stopped_by) == (120, None)
     times = [evaluation.wall_time for evaluation in second.evaluations]
     assert times == sorted(times)
+    assert trainer.wall_time == trainer.wall_time == second.wall_time  # it stands between runs
 
 
 def test_resuming_asks_for_what_an_id_alone_does_not_make(tmp_path: Path) -> None:

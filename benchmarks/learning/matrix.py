@@ -152,6 +152,7 @@ class Matrix:
 def train(run: Run, directory: Path, arguments: argparse.Namespace) -> None:
     """Trains a run to the end, from its checkpoint where it has one."""
     if (directory / "checkpoint" / "manifest.json").exists():
+        check_request(run, directory, arguments)
         command = [FLAME_EXT, "train", "--resume", str(directory)]
     else:
         # Without a checkpoint nothing of it can be continued.
@@ -168,10 +169,10 @@ def train(run: Run, directory: Path, arguments: argparse.Namespace) -> None:
 def _start(run: Run, arguments: argparse.Namespace, directory: Path) -> list[str]:
     common = [run.task, "--seed", str(run.seed), "--run-dir", str(directory)]
     common += [f"--set={option}" for option in options_of(run.algorithm, arguments.set)]
+    common += ["--preset", arguments.preset]
     if run.algorithm == "sb3-sac":
         return [sys.executable, str(Path(__file__).with_name("sb3_sac.py")), *common]
-    what = ["--algorithm", run.algorithm, "--preset", arguments.preset]
-    return [FLAME_EXT, "train", *common, *what]
+    return [FLAME_EXT, "train", *common, "--algorithm", run.algorithm]
 
 
 def options_of(algorithm: str, given: list[str]) -> list[str]:
@@ -334,9 +335,10 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--report-only", action="store_true", help="train nothing")
-    parser.add_argument("--runs", default="runs/matrix", help="where the runs live")
+    parser.add_argument("--runs", help="where the runs live (default: runs/ and --results' name)")
     parser.add_argument("--results", required=True, help="where the report goes")
     arguments = parser.parse_args()
+    arguments.runs = arguments.runs or str(Path("runs") / Path(arguments.results).name)
     owners = {owner for owner, _ in map(split_owner, arguments.set)}
     if unknown := owners - {"", *arguments.algorithms}:
         parser.error(f"--set names {', '.join(sorted(unknown))}, which is not in --algorithms")

@@ -24,7 +24,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from flame_ext.cli import parse_overrides
 from flame_ext.config import Config, make_config
 from flame_ext.envs import make_eval_env
-from flame_ext.evaluate import Evaluation, run_episodes
+from flame_ext.evaluate import MAX_EVAL_ENVS, Evaluation, run_episodes
 from flame_ext.loggers import EvaluationLog
 
 SETTINGS = ("learning_rate", "batch_size", "buffer_size", "gamma", "tau", "learning_starts")
@@ -37,7 +37,8 @@ class Evaluate(BaseCallback):
     def __init__(self, task: str, seed: int, run_dir: Path, config: Config) -> None:
         super().__init__()
         self.seed = seed + 1_000_003
-        self.env = make_eval_env(task, num_envs=config.eval_episodes, seed=self.seed)
+        envs = min(config.eval_episodes, MAX_EVAL_ENVS)
+        self.env = make_eval_env(task, num_envs=envs, seed=self.seed)
         self.log, self.config = EvaluationLog(run_dir), config
         self.interval = config.eval_interval or config.total_steps
         self.start = time.perf_counter()
@@ -67,10 +68,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--preset", default="default", help="whose conditions hold")
     parser.add_argument("--set", action="append", default=[], help="as for `flame-ext train`")
     arguments = parser.parse_args()
     conditions = {**parse_overrides(arguments.set), "total_steps": arguments.steps}
-    config = make_config("sac", overrides=conditions)
+    config = make_config("sac", arguments.preset, conditions)
     arguments.run_dir.mkdir(parents=True)
     model = SAC(
         "MlpPolicy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from flame_ext.build import deployed_networks, make_actor, make_critics, make_encoder
-from flame_ext.config import make_config
+from flame_ext.config import Config, make_config
 from flame_ext.networks import FlatMLP
 from flame_ext.policy import Array, PolicySpec, network_observations, observation_rows
 
@@ -21,7 +22,10 @@ class TorchActingEngine:
     name = "torch"
 
     def __init__(self, spec: PolicySpec, tensors: Mapping[str, Array], *, seed: int) -> None:
-        config = make_config(spec.algorithm, overrides=spec.config)
+        # A policy of another version may have options that no longer exist.
+        known = {field.name for field in dataclasses.fields(Config)}
+        options = {name: value for name, value in spec.config.items() if name in known}
+        config = make_config(spec.algorithm, overrides=options)
         sizes = spec.obs_dim, spec.action_dim
         self._obs_dim = spec.obs_dim
         self._actor = make_actor(config, *sizes)

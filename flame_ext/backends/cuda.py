@@ -130,7 +130,7 @@ class CudaBackend(TorchBackend):
     ) -> dict[str, float]:
         gradient = zeroed_gradient(critics)
         sums = gradient.new_empty((2, critics.members), dtype=torch.float64)
-        obs, action = critics.inputs(obs, action)
+        obs, action = (x.contiguous() for x in critics.inputs(obs, action))
         flat, rows, columns = critics.flat, len(obs), action.shape[1]
         run_with_workspace(
             self._core.cuda_critic_step,

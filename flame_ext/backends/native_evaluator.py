@@ -16,9 +16,7 @@ from flame_ext.critics import Critics
 from flame_ext.native import load_core
 from flame_ext.networks import FlatMLP
 from flame_ext.reference import (
-    Estimator,
     LogProb,
-    Trace,
     check_log_prob_options,
     take_best,
 )
@@ -26,7 +24,9 @@ from flame_ext.sampling import (
     EMBEDDING_MIN_SCALE,
     LOG_STD_RANGE,
     CandidateSampling,
+    Estimator,
     Flow,
+    Trace,
     ddim_steps,
     flow_steps,
     step_rows,
@@ -103,8 +103,8 @@ class NativeEvaluator:
             gradient.numpy(),
             array(obs.contiguous()),
             array(z.contiguous()),
-            array(r.reshape(-1)),
-            array(t.reshape(-1)),
+            array(r.reshape(-1).contiguous()),
+            array(t.reshape(-1).contiguous()),
             array(velocity.contiguous()),
         )
         return gradient.new_tensor(loss), gradient

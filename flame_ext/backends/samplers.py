@@ -24,7 +24,7 @@ def next_action_steps(actor: Actor) -> int | None:
         return 0
     if not c.entropy_in_target:
         return c.sampling_steps
-    return 1 if c.entropy_estimator == "exact" else None
+    return 1 if c.entropy_estimator == "exact" and c.sampling_steps == 1 else None
 
 
 def native_sampler(actor: Actor, steps: int) -> Any:

@@ -15,17 +15,15 @@ from flame_ext.networks import MeanVelocityNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl, uniform_like
 from flame_ext.policies.reweighting import damped_logits, resample, reverse_reweighted
 from flame_ext.reference import (
-    Estimator,
     LogProb,
     Reweighted,
-    Trace,
     log_prob,
     meanflow_loss,
     monotonicity_gap,
     reweighted_velocity,
     sample_flow,
 )
-from flame_ext.sampling import Flow
+from flame_ext.sampling import Estimator, Flow, Trace
 
 # Below this time z is its action to within the network's resolution and 1 / t only adds rounding.
 MIN_TIME = 1e-2
