@@ -59,7 +59,7 @@ def error_line(capsys, *words):
         (["--help"], ["train", "eval", "plot", "bench", "info", "first steps"]),
         (
             ["train", "--help"],
-            ["ENV", "--set", "--resume", "randomness (default: 0)", "examples", *ALGORITHMS],
+            ["ENV", "--steps", "--set", "--resume", "randomness (default: 0)", *ALGORITHMS],
         ),
         (["eval", "--help"], ["RUN_DIR", "--episodes", "(default: 20)", "--video", "examples"]),
         (["plot", "--help"], ["RUN_DIR", "--output", "examples"]),
