@@ -57,7 +57,7 @@ class Config:
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
         policy_tau: Least step, per policy update, of the exponential average of all that acts
             (policy, critics, the encoder whose embeddings they see) that is evaluated and saved.
-            The step is 9 / (9 + policy updates done) before; 0.0001 is reached after 90 000. 1
+            The step is 9 / (9 + policy updates done) before; 0.0002 is reached after 45 000. 1
             keeps no average. Data are collected by the policy itself.
         policy_delay: Critic updates per update of the policy and of the encoder.
         policy_batch_size: States per policy update, the first of the last critic update's batch;
@@ -135,7 +135,7 @@ class Config:
     critic_learning_rate: float = 1e-3
     policy_learning_rate: float = 1e-3
     final_policy_learning_rate: float | None = None
-    policy_tau: float = 0.0001
+    policy_tau: float = 0.0002
     policy_delay: int = 4
     policy_batch_size: int = 64
     initial_action_std: float = 0.2
