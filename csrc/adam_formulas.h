@@ -40,7 +40,10 @@ FLAME_INLINE vf adam_update(vf p, vf g, vf& m, vf& v, const AdamConstants& k) {
 }
 
 FLAME_INLINE vf soft_updated(vf target, vf online, float tau) {
-    return fma(splat(tau), online - target, target);
+    // From the nearer end, as torch.lerp: with tau = 1 it is a copy.
+    const vf difference = online - target;
+    return tau < 0.5f ? fma(splat(tau), difference, target)
+                      : fma(splat(tau - 1.0f), difference, online);
 }
 
 }  // namespace flame::FLAME_ISA

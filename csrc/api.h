@@ -8,7 +8,7 @@
 //   call
 //     unless the name says so;
 //   * sizes are int64_t where they count rows, int32_t where they count columns or layers;
-//   * arguments are checked here (check.h), kernels assume them checked;
+//   * arguments are checked in the bindings (check.h), everything below assumes them checked;
 //   * results do not depend on the number of threads.
 #pragma once
 

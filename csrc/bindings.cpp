@@ -36,7 +36,7 @@ std::vector<std::string> isas(bool (*accept)(Isa)) {
 template <typename Work>
 double best_burst(Work&& work) {
     constexpr int kBursts = 10;
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     const int threads = num_threads();
     std::vector<float> sinks(static_cast<size_t>(threads));
     double best = std::numeric_limits<double>::infinity();
@@ -167,7 +167,7 @@ void cuda_fill(uint64_t seed, uint64_t stream, uint64_t offset, int64_t n, uintp
                uintptr_t cuda_stream) {
     check_draws(n);
     check(out != 0 || n == 0, "the output pointer is null");
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     fill({seed, stream, offset}, n, reinterpret_cast<Out*>(out),
          reinterpret_cast<void*>(cuda_stream));
 }

@@ -1,9 +1,30 @@
-// One function per bindings_*.cpp; each adds its part to the module.
+// One function per bindings_*.cpp; each adds its part to the module. And what all of them need.
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 namespace flame {
+
+// Releases the GIL for its scope. Before Python 3.14 a daemon thread that wants it back while the
+// interpreter ends is unwound from here, through destructors: pybind11's guard terminates the
+// process then, this one lets the thread wait for the end.
+class WithoutGil {
+  public:
+    WithoutGil() : state_(PyEval_SaveThread()) {}
+    ~WithoutGil() {
+        try {
+            PyEval_RestoreThread(state_);
+        } catch (...) {
+            for (;;) pause();
+        }
+    }
+    WithoutGil(const WithoutGil&) = delete;
+    WithoutGil& operator=(const WithoutGil&) = delete;
+
+  private:
+    PyThreadState* state_;
+};
 
 void bind_policy(pybind11::module_& m);
 void bind_training(pybind11::module_& m);

@@ -81,7 +81,7 @@ py::tuple py_critic_updates(const PolicySampler& policy, const py::array& policy
                             epsilon};
     CriticUpdatesResult result{};
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         result = critic_updates(all);
     }
     return py::make_tuple(result.loss, result.q_mean);

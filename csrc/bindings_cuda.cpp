@@ -29,7 +29,7 @@ T* at(Pointer pointer) {
 
 template <typename Args, typename Run>
 size_t with_workspace(const Args& args, Pointer workspace, Run&& run) {
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     if (workspace != 0) run(at<void>(workspace));
     return cuda_workspace_bytes(args);
 }
@@ -38,7 +38,7 @@ void mlp_forward(const MlpSpec& spec, Pointer parameters, int64_t rows, Pointer 
                  Pointer output, Pointer stream) {
     const MlpForwardArgs args{spec,          at<float>(parameters), rows, at<float>(input),
                               spec.sizes[0], at<float>(output)};
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     cuda_mlp_forward(args, at<void>(stream));
 }
 
@@ -164,7 +164,7 @@ void flow_density(const MlpSpec& spec, Pointer parameters, int64_t states, int s
                                at<float>(log_prob),
                                at<bool>(folded),
                                nullptr};
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     cuda_flow_density(args, at<void>(stream));
 }
 
@@ -251,12 +251,12 @@ void adam(int64_t count, Pointer parameters, Pointer gradients, Pointer first_mo
                         beta1,
                         beta2,
                         epsilon};
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     cuda_adam(args, at<AdamSchedule>(schedule), at<void>(stream));
 }
 
 void soft_update(int64_t count, Pointer target, Pointer online, float tau, Pointer stream) {
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     cuda_soft_update({count, at<float>(target), at<float>(online), tau}, at<void>(stream));
 }
 

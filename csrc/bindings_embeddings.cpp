@@ -22,7 +22,7 @@ py::array_t<float> py_observe(const NetworkView& encoder, const py::array& obs, 
     py::array_t<float> observed(
         {s.rows, static_cast<int64_t>(state.spec.sizes[0] + outputs(state.spec))});
     float* to = observed.mutable_data();
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     observe({state, s.rows, s.data, s.ld, to});
     return observed;
 }
@@ -55,7 +55,7 @@ double py_encoder_step(const NetworkView& state, const NetworkView& pair,
         a.ld,
         next.data,
         next.ld};
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     return encoder_step(step);
 }
 

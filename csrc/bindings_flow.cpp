@@ -65,7 +65,7 @@ py::tuple py_reweighted_velocity(const MlpSpec& spec, const py::array& parameter
         ess.mutable_data(),
         resample ? resampled.mutable_data() : nullptr};
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         kernels().reweighted_velocity(args);
     }
     if (resample) return py::make_tuple(velocity, ess, resampled);
@@ -77,7 +77,7 @@ Array py_truncated_normal(const py::array& low, const py::array& high, const py:
     Array output(n);
     const TruncatedNormalArgs args{n, dense(low, "low", {n}), dense(high, "high", {n}),
                                    dense(uniform, "uniform", {n}), output.mutable_data()};
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     kernels().truncated_normals(args);
     return output;
 }
@@ -108,7 +108,7 @@ double py_meanflow_step(const MlpSpec& spec, const py::array& parameters,
         dense(r, "r", {rows}),
         dense(t, "t", {rows}),
         &loss};
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     kernels().meanflow_step(args);
     return loss;
 }
@@ -174,7 +174,7 @@ py::tuple py_flow_density(const MlpSpec& spec, const py::array& parameters, cons
     const FlowDensityArgs args =
         density_args(spec, parameters, obs, noise, time, scale, divergence, probe, result);
     if (args.states * args.samples > 0) {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         kernels().flow_density(args);
     }
     return py::make_tuple(result.action, result.log_prob, result.folded);
@@ -198,7 +198,7 @@ class RecordedDensity {
                                 static_cast<py::ssize_t>(args.action_dim)});
             args.transport = transport_.mutable_data();
         }
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         tape_ = kernels().flow_record(args, *memory_);
     }
 
@@ -213,7 +213,7 @@ class RecordedDensity {
             dense(d_action, "d_action", {tape_->rows, tape_->action_dim}),
             dense(d_log_prob, "d_log_prob", {tape_->rows}),
             d_transport ? dense(*d_transport, "d_transport", {tape_->rows, n, n}) : nullptr};
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         tape_->backward(args);
     }
 

@@ -15,6 +15,13 @@
 
 namespace flame {
 
+inline Activation parse_activation(const std::string& name) {
+    if (name == "relu") return Activation::kRelu;
+    if (name == "silu") return Activation::kSilu;
+    check(name == "mish", "activation='", name, "' is unknown; choose one of relu, silu, mish");
+    return Activation::kMish;
+}
+
 inline int64_t count_of(const MlpSpec& spec) { return static_cast<int64_t>(parameter_count(spec)); }
 
 // Critics take [action | observation] and return one value.
@@ -56,6 +63,8 @@ inline int policy_obs_dim(const PolicySampler& policy) {
 // embeddings beside the action.
 inline int shared_obs_dim(const PolicySampler& policy, const MlpSpec& critics, int features = 0) {
     const int obs_dim = critic_obs_dim(critics, policy.action_dim + features);
+    check(features <= obs_dim, "zs are the last ", features,
+          " columns of the observation, which has ", obs_dim);
     const int of_policy = policy_obs_dim(policy);
     check(of_policy == obs_dim, "the policy takes ", of_policy, " observations, the critics ",
           obs_dim);

@@ -88,7 +88,7 @@ py::array_t<float> py_policy_act_on_host(const MlpSpec& policy, const py::array&
                              dense(scale, "scale", {time.shape(0)}),
                              action.mutable_data(),
                              tensor_cores};
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     policy_act_on_host(args, device);
     return action;
 }

@@ -10,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "bindings.h"
 #include "bindings_arrays.h"
@@ -27,13 +28,6 @@ using Floats = py::array_t<float, py::array::c_style | py::array::forcecast | kA
 
 // numpy gives arrays over byte buffers that begin anywhere.
 bool is_aligned(const py::array& a) { return (a.flags() & kAligned) != 0; }
-
-Activation parse_activation(const std::string& name) {
-    if (name == "relu") return Activation::kRelu;
-    if (name == "silu") return Activation::kSilu;
-    check(name == "mish", "activation='", name, "' is unknown; choose one of relu, silu, mish");
-    return Activation::kMish;
-}
 
 std::vector<float> to_vector(const std::optional<Floats>& values) {
     if (!values) return {};
@@ -101,7 +95,7 @@ std::unique_ptr<PackedPolicy> pack_policy(
     d.obs_clip = obs_clip;
     d.action_middle = to_vector(action_middle);
     d.action_half = to_vector(action_half);
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     return std::make_unique<PackedPolicy>(d);
 }
 
@@ -113,8 +107,7 @@ MatrixView obs_view(py::array& obs, int64_t obs_dim) {
     };
     const bool single = is('f');
     if ((!single && !is('d')) || !is_aligned(obs)) {
-        obs = Floats::ensure(obs);
-        if (!obs) throw py::error_already_set();
+        obs = Floats(std::move(obs));
         return obs_view(obs, obs_dim);
     }
     check(obs.ndim() == 1 || obs.ndim() == 2, "obs has ", obs.ndim(),
@@ -160,7 +153,7 @@ py::array_t<float> act(const PackedPolicy& policy, py::array obs,
     float* action = out.mutable_data();
     const float* base = noise ? noise->data() : nullptr;
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         policy.act(view, num_particles, base, {seed, stream, offset}, action);
     }
     return out;
@@ -203,9 +196,7 @@ Array array_of(py::handle value) {
         auto array = py::reinterpret_borrow<Array>(value);
         if (is_aligned(array)) return array;
     }
-    Array array = Array::ensure(value);
-    if (!array) throw py::error_already_set();
-    return array;
+    return Array(py::reinterpret_borrow<py::object>(value));
 }
 
 template <typename Integer>
@@ -230,6 +221,9 @@ PyObject* act_fastcall(PyObject* self, PyObject* const* values, Py_ssize_t posit
             .ptr();
     } catch (py::error_already_set& error) {
         error.restore();
+    } catch (const py::cast_error&) {
+        PyErr_SetString(PyExc_TypeError,
+                        "act() takes integers >= 0 as num_particles, seed, stream and offset");
     } catch (const py::builtin_exception& error) {
         error.set_error();
     } catch (const std::invalid_argument& error) {
@@ -260,7 +254,7 @@ py::array_t<float> q_min(const PackedPolicy& policy, py::array obs, const Floats
     float* q = out.mutable_data();
     const float* actions = action.data();
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         policy.q_min(view, actions, q);
     }
     return out;
@@ -269,7 +263,7 @@ py::array_t<float> q_min(const PackedPolicy& policy, py::array obs, const Floats
 // Least time of one pass over the policy's weights.
 double read_weights_seconds(const PackedPolicy& policy, int repeats) {
     check(repeats >= 1, "repeats is ", repeats, "; give at least 1");
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     double best = std::numeric_limits<double>::infinity();
     volatile float sink = 0.0f;
     for (int i = 0; i < repeats; ++i) {

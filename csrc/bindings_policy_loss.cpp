@@ -39,7 +39,7 @@ py::tuple py_tanh_gaussian(const py::array& output, const py::array& noise,
     float* actions = action.mutable_data();
     float* log_probs = log_prob.mutable_data();
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         tanh_gaussian(policy, actions, log_probs);
     }
     return py::make_tuple(action, log_prob);
@@ -54,7 +54,7 @@ Array py_tanh_gaussian_gradient(const py::array& output, const py::array& noise,
     const float* by_action = dense(d_action, "d_action", {policy.rows, action_dim});
     const float* by_log_prob = dense(d_log_prob, "d_log_prob", {policy.rows});
     float* by_output = d_output.mutable_data();
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     tanh_gaussian_gradient(policy, by_action, by_log_prob, by_output);
     return d_output;
 }
@@ -70,7 +70,7 @@ py::tuple py_monotonicity_gap(const py::array& transport, double margin) {
     float* gaps = gap.mutable_data();
     float* gradients = gradient.mutable_data();
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         monotonicity_gap(rows, static_cast<int>(n), matrices, margin, gaps, gradients);
     }
     return py::make_tuple(gap, gradient);
@@ -130,7 +130,7 @@ Array py_sample(const PolicySampler& policy, const py::array& parameters, const 
     const float* draws = dense(noise, "noise", {rows, policy.action_dim});
     Array action({rows, static_cast<int64_t>(policy.action_dim)});
     float* actions = action.mutable_data();
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     sample_actions(policy, weights, rows, s.data, s.ld, draws, actions, nullptr);
     return action;
 }
@@ -183,7 +183,7 @@ py::tuple py_gaussian_loss(const PolicySampler& policy, const py::array& paramet
     const LossCall call(policy, parameters, gradients, critics, obs, noise, alpha);
     ReverseKl result{};
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         result = gaussian_loss(call.inputs, call.gradients);
     }
     return py::make_tuple(result.loss, result.log_prob);
@@ -200,7 +200,7 @@ py::tuple py_flow_reverse_kl(const PolicySampler& policy, const py::array& param
     const LossCall call(policy, parameters, gradients, critics, obs, noise, alpha);
     ReverseKl result{};
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         result = flow_reverse_kl(call.inputs, {boundary_width, monotonicity_margin, wall_scale},
                                  weight, call.gradients);
     }
@@ -244,7 +244,7 @@ py::tuple py_flow_matching(const PolicySampler& policy, const py::array& paramet
                                    seed};
     FlowMatching result{};
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         result = flow_matching(call.inputs, draws, weight, call.gradients);
     }
     return py::make_tuple(result.loss, result.ess);

@@ -18,13 +18,6 @@ using Array = py::array_t<float>;
 
 // --- MlpSpec
 
-Activation parse_activation(const std::string& name) {
-    if (name == "relu") return Activation::kRelu;
-    if (name == "silu") return Activation::kSilu;
-    check(name == "mish", "activation is '", name, "'; choose one of: relu, silu, mish");
-    return Activation::kMish;
-}
-
 MlpSpec make_spec(const std::vector<int>& sizes, int members, const std::string& activation,
                   bool layer_norm) {
     const int layers = static_cast<int>(sizes.size()) - 1;
@@ -60,7 +53,7 @@ MlpForwardArgs forward_args(const MlpSpec& spec, const py::array& parameters,
 Array py_mlp_forward(const MlpSpec& spec, const py::array& parameters, const py::array& input) {
     Array output;
     const MlpForwardArgs args = forward_args(spec, parameters, input, output);
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     kernels().mlp_forward(args);
     return output;
 }
@@ -73,7 +66,7 @@ class RecordedMlp {
         check(args.forward.rows >= 1, "input has no rows; a recorded pass needs at least one");
         check(input_columns >= 0 && input_columns <= spec.sizes[0], "input_columns is ",
               input_columns, "; it must be from 0 to ", spec.sizes[0]);
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         tape_ = kernels().mlp_record(args, *memory_);
     }
 
@@ -86,7 +79,7 @@ class RecordedMlp {
             dense(d_output, "d_output", {output_.shape(0), output_.shape(1), output_.shape(2)}),
             gradients ? writable(*gradients, "gradients", {tape_->parameter_count}) : nullptr,
             tape_->input_columns > 0 ? d_input.mutable_data() : nullptr};
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         tape_->backward(args);
         return d_input;
     }
@@ -119,7 +112,7 @@ py::object py_twin_q(const MlpSpec& spec, const py::array& parameters, const py:
                          q_min.mutable_data(),
                          each ? q_each.mutable_data() : nullptr};
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         kernels().twin_q(args);
     }
     if (each) return py::make_tuple(q_min, q_each);
@@ -152,7 +145,7 @@ py::tuple py_critic_step(const MlpSpec& spec, const py::array& parameters,
                               q_mean.data(),
                               q.mutable_data()};
     {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         kernels().critic_step(args);
     }
     return py::make_tuple(loss, q_mean, q);
@@ -179,7 +172,7 @@ py::tuple py_q_gradient(const MlpSpec& spec, const py::array& parameters, const 
                              q_min.mutable_data(),
                              gradient.mutable_data()};
     if (rows > 0) {
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         kernels().q_gradient(args);
     }
     return py::make_tuple(q_min, gradient);
@@ -202,7 +195,7 @@ void py_adam(const py::array& parameters, const py::array& gradients, const py::
                         beta1,
                         beta2,
                         epsilon};
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     kernels().adam(args);
 }
 
@@ -211,7 +204,7 @@ void py_soft_update(const py::array& target, const py::array& online, double tau
     const int64_t n = target.size();
     const SoftUpdateArgs args{n, writable(target, "target", {n}), dense(online, "online", {n}),
                               static_cast<float>(tau)};
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     kernels().soft_update(args);
 }
 

@@ -1,6 +1,8 @@
 """One update of every algorithm against what the equations say."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -291,6 +293,27 @@ def test_ten_updates_agree_between_torch_and_native(
     for name, net in agents[0].networks().items():
         twin = agents[1].networks()[name].flat
         torch.testing.assert_close(twin, net.flat, rtol=0, atol=5e-3)
+
+
+def test_accelerated_networks_are_copied_pickled_and_replaced() -> None:
+    agent = Agent(
+        make_config("sac", overrides=SMALL), OBS, ACT, make_backend("cpu", torch.device("cpu"))
+    )
+    obs, action = torch.randn(4, OBS), torch.randn(4, ACT)
+    critics = agent.critics.requires_grad_(False)
+    q = critics.candidate_q_min(obs, action.unsqueeze(1))
+    for twin in (copy.deepcopy(critics), pickle.loads(pickle.dumps(critics))):
+        assert torch.equal(twin.candidate_q_min(obs, action.unsqueeze(1)), q)
+        twin.double().float().flat.zero_()  # its memory is another one then
+        assert torch.equal(twin.candidate_q_min(obs, action.unsqueeze(1)), torch.zeros(4, 1))
+    assert torch.equal(critics.candidate_q_min(obs, action.unsqueeze(1)), q)
+
+
+def test_networks_beyond_the_kernels_are_refused_at_once() -> None:
+    for options, action_dim in (({"hidden_sizes": (130,)}, 65), ({"hidden_sizes": (8,) * 8}, ACT)):
+        config = make_config("flame", overrides={**SMALL, **options})
+        with pytest.raises(ValueError, match="Use backend='torch'"):
+            Agent(config, OBS, action_dim, make_backend("cpu", torch.device("cpu")))
 
 
 def test_native_losses_refuse_what_they_cannot_differentiate() -> None:

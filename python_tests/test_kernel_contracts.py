@@ -153,7 +153,7 @@ def test_refusals_say_what_to_do():
     frozen.flags.writeable = False
     with pytest.raises(ValueError, match="gradients is read-only"):
         _core.critic_step(spec, flat, frozen, obs, actions[:, 0].copy(), draw(4))
-    with pytest.raises(ValueError, match="activation is 'gelu'"):
+    with pytest.raises(ValueError, match="activation='gelu' is unknown"):
         _core.MlpSpec((3, 1), members=1, activation="gelu", layer_norm=False)
     with pytest.raises(ValueError, match="first step is 1"):
         _core.adam(flat.copy(), flat, flat.copy(), flat.copy(), 0, 1e-3, 0.9, 0.999, 1e-8)

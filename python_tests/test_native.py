@@ -110,6 +110,32 @@ def test_the_backend_takes_torchs_number_of_threads_unless_the_kernels_have_thei
     assert run_python(code, FLAME_EXT_NUM_THREADS="2").stdout.strip() == "2"
 
 
+def test_overlapping_runs_give_torch_its_threads_back():
+    code = (
+        "import os, torch; torch.set_num_threads(3); from flame_ext import _core; "
+        "from flame_ext.backends.cpu import CpuBackend; a, b = CpuBackend().training(), "
+        "CpuBackend().training(); a.__enter__(); b.__enter__(); "
+        "CpuBackend(); print(torch.get_num_threads(), _core.num_threads()); "
+        "a.__exit__(None, None, None); b.__exit__(None, None, None); "
+        "print(torch.get_num_threads())"
+    )
+    assert run_python(code, FLAME_EXT_NUM_THREADS="").stdout.split() == ["1", "3", "3"]
+
+
+def test_a_daemon_thread_in_a_kernel_does_not_stop_the_exit():
+    code = (
+        "import threading, time; import numpy as np; from flame_ext import _core\n"
+        "x = np.ones((4096, 512), np.float32)\n"
+        "spec = _core.MlpSpec([512, 512, 1], members=1, activation='relu', layer_norm=False)\n"
+        "flat = np.zeros(spec.parameter_count, np.float32)\n"
+        "def work():\n"
+        "    while True: _core.mlp_forward(spec, flat, x)\n"
+        "for _ in range(2): threading.Thread(target=work, daemon=True).start()\n"
+        "time.sleep(0.3)"
+    )
+    assert run_python(code).returncode == 0
+
+
 def test_import_and_report_need_no_torch():
     code = (
         "import sys, flame_ext; flame_ext.backend_info(); "

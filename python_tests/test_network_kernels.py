@@ -271,3 +271,5 @@ def test_soft_update(size):
     wanted = target + 0.005 * (online.astype(np.float64) - target)
     _core.soft_update(target, online, 0.005)
     assert np.allclose(target, wanted, rtol=2 * EPS, atol=2 * EPS)
+    _core.soft_update(target, online, 1.0)
+    assert np.array_equal(target, online)

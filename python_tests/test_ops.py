@@ -166,6 +166,14 @@ def test_columns_of_wider_rows_are_taken() -> None:
     rows = draw(B, ACT), 0.5 * wide[:, :1], wide[:, :1], draw(B, OBS), draw(B, ACT, seed=1)
     ours, theirs = (ops.meanflow_loss(make_net(), *rows, backend=name) for name in ("cpu", "torch"))
     torch.testing.assert_close(ours, theirs)
+    probe = draw(ACT, B).t()
+    options = {"estimator": "multi_step", "trace": "hutchinson", "probe": probe}
+    with torch.no_grad():
+        ours, theirs = (
+            ops.log_prob(make_net(), rows[3], rows[0], backend=name, **options).log_prob
+            for name in ("cpu", "torch")
+        )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -362,6 +362,13 @@ def test_bad_arguments_are_named():
         packed.act(obs[:, 1:], noise)
     with pytest.raises(ValueError, match=r"noise does not fit.*A = 6 and B = 2"):
         packed.act(obs, noise[:1])
+    for wrong in ("text", [0.0, [1.0]]):
+        with pytest.raises(ValueError, match=r"could not convert|inhomogeneous"):
+            packed.act(wrong)
+    with pytest.raises(TypeError, match="takes integers >= 0"):
+        packed.act(obs, seed=-1)
+    with pytest.raises(TypeError, match="takes integers >= 0"):
+        packed.act(obs, num_particles=2.0)
     with pytest.raises(ValueError, match="num_particles is 0"):
         packed.act(obs, num_particles=0)
     with pytest.raises(ValueError, match="obs has 3 axes"):

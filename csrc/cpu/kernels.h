@@ -2,12 +2,12 @@
 // source in FLAME_ISA_SOURCES (CMakeLists.txt) is compiled once per set inside namespace FLAME_ISA.
 //
 // To add a kernel:
-//   1. declare its argument struct (plain data, raw pointers) in its own header, e.g. cpu/adam.h;
-//   2. write `void adam(const AdamArgs&)` in namespace flame::FLAME_ISA in cpu/adam_kernel.cpp,
-//   using
+//   1. declare its argument struct (plain data, raw pointers) in cpu/training.h;
+//   2. write `void adam(const AdamArgs&)` in namespace flame::FLAME_ISA in cpu/adam.cpp, using
 //      cpu/simd.h and no STL, add the file to FLAME_ISA_SOURCES;
 //   3. add a function pointer below and its name to the list in kernels.cpp;
-//   4. in ordinary code (checks, threads, workspace) call flame::kernels().adam(args).
+//   4. in ordinary code, with arguments that the bindings checked, call
+//   flame::kernels().adam(args).
 #pragma once
 
 #include "cpu/policy_act.h"

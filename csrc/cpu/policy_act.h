@@ -85,20 +85,20 @@ struct ActTask {
 };
 
 // Columns of the widest output, of embedded states and of embedded actions.
-inline int64_t act_output_columns(const ActTask& task) {
+static inline int64_t act_output_columns(const ActTask& task) {
     const int64_t columns = 2 * task.action_dim;
     return columns < task.embedding_dim ? task.embedding_dim : columns;
 }
-inline int64_t act_state_columns(const ActTask& task) {
+static inline int64_t act_state_columns(const ActTask& task) {
     return task.embedding_dim > 0 ? task.obs_dim + task.embedding_dim : 0;
 }
-inline int64_t act_seen_columns(const ActTask& task) {
+static inline int64_t act_seen_columns(const ActTask& task) {
     return task.embedding_dim > 0 ? task.action_dim + task.embedding_dim : 0;
 }
 
 // Floats of workspace that one thread needs: four hidden blocks, the output, and what embeddings
 // are appended to.
-inline int64_t policy_act_workspace(const ActTask& task) {
+static inline int64_t policy_act_workspace(const ActTask& task) {
     return static_cast<int64_t>(kActTileRows) * (4 * task.width + act_output_columns(task) +
                                                  act_state_columns(task) + act_seen_columns(task));
 }

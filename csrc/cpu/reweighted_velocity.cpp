@@ -62,6 +62,7 @@ Scratch make_scratch(const ReweightedArgs& a, int group_states, int rows, int wi
     s.intervals = {doubles(padded), doubles(padded), doubles(padded),
                    doubles(padded), doubles(padded), doubles(padded)};
     s.uniform = doubles(s.interval_ld);
+    for (int j = 0; j < s.interval_ld; ++j) s.uniform[j] = 0.5;  // the padding is computed too
     if (a.source == Candidates::kStratified) {
         s.order = workspace.floats(static_cast<size_t>(a.candidates) * a.action_dim);
     }

@@ -98,12 +98,6 @@ FLAME_INLINE float sum(vf a) {
 FLAME_INLINE float sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 #endif
 
-FLAME_INLINE float max_lane(vf a) {
-    float best = a[0];
-    for (int i = 1; i < kLanes; ++i) best = a[i] > best ? a[i] : best;
-    return best;
-}
-
 // kLanes IEEE half floats (finite ones: packing refuses the others) to float32, exactly.
 FLAME_INLINE vf load_half(const uint16_t* p) {
 #if defined(FLAME_ISA_AVX512)
@@ -158,8 +152,5 @@ FLAME_INLINE vf exp_bounded(vf x) {
     return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
 #endif
 }
-
-// e^x with x clamped to [-87.3, 88.3]: the result is a positive normal float. NaN gives e^88.3.
-FLAME_INLINE vf exp(vf x) { return exp_bounded(max(min(x, splat(88.3f)), splat(-87.3f))); }
 
 }  // namespace flame::FLAME_ISA

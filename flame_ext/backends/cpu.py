@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flame_ext.backends.native_evaluator import NativeEvaluator, array, draw_seed
+from flame_ext.backends.native_evaluator import (
+    NativeEvaluator,
+    array,
+    draw_seed,
+    flow_sampler,
+    mlp_spec,
+)
 from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.config import Config
 from flame_ext.critics import Critics
 from flame_ext.embeddings import StateActionEncoder
 from flame_ext.native import load_core
-from flame_ext.networks import FlatMLP
+from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.policies.base import Actor, PolicyStep, normal_like
 from flame_ext.policies.flow import MIN_TIME, WALL_SCALE, FlowActor
 from flame_ext.policies.gaussian import GaussianActor
@@ -41,10 +48,9 @@ class CpuBackend(TorchBackend):
 
     def __init__(self) -> None:
         self._core = load_core()
-        self._adam: dict[torch.optim.Adam, _Adam] = {}
         # PyTorch's setting holds for the kernels too, unless they were given one of their own.
         if not os.environ.get("FLAME_EXT_NUM_THREADS"):
-            self._core.set_num_threads(torch.get_num_threads())
+            self._core.set_num_threads(min(_pytorch_threads.count(), _MAX_THREADS))
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -53,15 +59,16 @@ class CpuBackend(TorchBackend):
         After every parallel operation they spin for milliseconds, waiting for the next one: with
         them beside it on two cores no kernel was faster on two threads than on one.
         """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with _pytorch_threads.kept_to_one():
             yield
-        finally:
-            torch.set_num_threads(threads)
 
     def accelerate(self, network: FlatMLP) -> None:
-        network.evaluator = NativeEvaluator(network)
+        try:
+            if isinstance(network, MeanVelocityNet):
+                flow_sampler(mlp_spec(network), 1, "mean")
+            network.evaluator = NativeEvaluator(network)
+        except ValueError as error:
+            raise ValueError(f"the native kernels: {error}. Use backend='torch'.") from error
 
     def critic_updates(
         self,
@@ -82,7 +89,7 @@ class CpuBackend(TorchBackend):
             )
         rows = (batch.obs, batch.action, batch.reward, batch.terminated, batch.next_obs)
         noise = target_noise(actor, batch, generator).squeeze(1)
-        adam, trained = self._adam_of(optimizer), _evaluator(critics)
+        adam, trained = _Adam.of(optimizer), _evaluator(critics)
         loss, q_mean = self._core.critic_updates(
             native_sampler(actor, steps),
             _evaluator(actor.network).parameters,
@@ -132,7 +139,7 @@ class CpuBackend(TorchBackend):
         return loss
 
     def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
-        adam = self._adam_of(optimizer)
+        adam = _Adam.of(optimizer)
         self._core.adam(
             adam.parameters,
             adam.group["params"][0].grad.numpy(),
@@ -141,12 +148,6 @@ class CpuBackend(TorchBackend):
             **adam.options(),
         )
         adam.advance(1)
-
-    def _adam_of(self, optimizer: torch.optim.Adam) -> _Adam:
-        adam = self._adam.get(optimizer)
-        if adam is None:
-            adam = self._adam[optimizer] = _Adam.of(optimizer)
-        return adam
 
     def soft_update(self, target: Tensor, online: Tensor, tau: float) -> None:
         self._core.soft_update(array(target), array(online), tau)
@@ -228,6 +229,39 @@ class CpuBackend(TorchBackend):
             loss += weight * flow_loss
             metrics["reweighted_loss"] = flow_loss
         return PolicyStep(loss, log_prob, ess, metrics)
+
+
+class _PytorchThreads:
+    """PyTorch's number of threads, which is the process's: it comes back after the last run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs, self._count = 0, 1
+
+    def count(self) -> int:
+        """What it is, or will be again."""
+        with self._lock:
+            return self._count if self._runs else torch.get_num_threads()
+
+    @contextmanager
+    def kept_to_one(self) -> Iterator[None]:
+        """Sets it to one; any number of runs may overlap."""
+        with self._lock:
+            if self._runs == 0:
+                self._count = torch.get_num_threads()
+            self._runs += 1
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._runs -= 1
+                if self._runs == 0:
+                    torch.set_num_threads(self._count)
+
+
+_pytorch_threads = _PytorchThreads()
+_MAX_THREADS = 256  # of the kernels
 
 
 @dataclass(frozen=True)

@@ -392,6 +392,7 @@ class CudaEvaluator(NativeEvaluator):
         probe: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         flat, obs, noise = self.network.flat, obs.contiguous(), noise.contiguous()
+        probe = None if probe is None else probe.contiguous()  # a copy must live until the launch
         action, log_prob = torch.empty_like(noise), torch.empty_like(noise[..., 0])
         folded = torch.empty_like(log_prob, dtype=torch.bool)
         time, scale = self.device_table(steps, flow)
@@ -407,7 +408,7 @@ class CudaEvaluator(NativeEvaluator):
                 pointer(time),
                 pointer(scale),
                 divergence,
-                0 if probe is None else pointer(probe.contiguous(), noise.shape, flat),
+                0 if probe is None else pointer(probe, noise.shape, flat),
                 pointer(action),
                 pointer(log_prob),
                 folded.data_ptr(),

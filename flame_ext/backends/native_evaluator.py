@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -47,12 +49,25 @@ class NativeEvaluator:
     differentiates_forward = True
 
     def __init__(self, network: FlatMLP) -> None:
-        self.network, self.core = network, load_core()
-        self.spec = mlp_spec(network)
+        self.network = network
+        mlp_spec(network)  # raises where the kernels cannot run it
 
-    @functools.cached_property
+    # Looked up in each use: copies and pickles of a network carry no native objects along, and
+    # what replaces its flat buffer is seen.
+
+    @property
+    def core(self) -> ModuleType:
+        """The native module."""
+        return load_core()
+
+    @property
+    def spec(self) -> Any:
+        """The network's shape as native code takes it."""
+        return mlp_spec(self.network)
+
+    @property
     def parameters(self) -> NDArray[np.float32]:
-        """The flat buffer's memory, which stays where it is."""
+        """The flat buffer's memory."""
         return array(self.network.flat)
 
     @property
@@ -89,7 +104,8 @@ class NativeEvaluator:
 
     def q_gradient(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Qmin ``(B,)`` and its gradient with respect to the action ``(B, A)``."""
-        q, gradient = self.core.q_gradient(self.spec, self.parameters, array(obs), array(action))
+        rows = (array(x.contiguous()) for x in (obs, action))
+        q, gradient = self.core.q_gradient(self.spec, self.parameters, *rows)
         return torch.from_numpy(q), torch.from_numpy(gradient)
 
     def meanflow_gradient(
@@ -120,7 +136,7 @@ class NativeEvaluator:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Action, log-density and fold flag of samples ``(S, A)`` or ``(S, K, A)``."""
         arguments = self.density_arguments(obs, noise, steps, flow)
-        probes = None if probe is None else array(probe)
+        probes = None if probe is None else array(probe.contiguous())
         outputs = self.core.flow_density(*arguments, divergence, probes)
         action, log_prob, folded = (torch.from_numpy(x) for x in outputs)
         return action, log_prob, folded
@@ -258,7 +274,7 @@ class NativeEvaluator:
 
     def sample_gaussian(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions tanh(mean + std noise) for rows, without gradient."""
-        rows = (array(obs), array(noise.contiguous()))
+        rows = (array(x.contiguous()) for x in (obs, noise))
         return torch.from_numpy(gaussian_sampler(self.spec).sample(self.parameters, *rows))
 
     def tanh_gaussian(self, output: Tensor, noise: Tensor) -> LogProb:
@@ -347,7 +363,8 @@ class _TanhGaussian(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, noise: Tensor, core: Any) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(output, noise)
         ctx.core = core
-        sample = core.tanh_gaussian(array(output), array(noise.contiguous()), LOG_STD_RANGE)
+        rows = (array(x.contiguous()) for x in (output, noise))
+        sample = core.tanh_gaussian(*rows, LOG_STD_RANGE)
         action, log_prob = (torch.from_numpy(x) for x in sample)
         return action, log_prob
 
@@ -455,9 +472,10 @@ def per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 def paired_rows(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """States ``(S, O)`` and one sample of each ``(S, A)`` of broadcastable arguments."""
     shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
+    rows = math.prod(shape)
     return (
-        obs.expand(*shape, -1).reshape(-1, obs.shape[-1]),
-        noise.expand(*shape, -1).reshape(-1, noise.shape[-1]),
+        obs.expand(*shape, -1).reshape(rows, obs.shape[-1]),
+        noise.expand(*shape, -1).reshape(rows, noise.shape[-1]),
     )
 
 
