@@ -102,7 +102,6 @@ size_t meanflow_step(const MlpSpec& spec, Pointer parameters, Pointer gradients,
                                 spec.sizes[0] - action_dim - kTimeFeatures,
                                 at<float>(z),
                                 at<float>(velocity),
-                                at<float>(velocity),
                                 at<float>(r),
                                 at<float>(t),
                                 at<double>(loss)};

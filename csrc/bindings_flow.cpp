@@ -84,30 +84,26 @@ Array py_truncated_normal(const py::array& low, const py::array& high, const py:
 
 double py_meanflow_step(const MlpSpec& spec, const py::array& parameters,
                         const py::array& gradients, const py::array& obs, const py::array& z,
-                        const py::array& r, const py::array& t, const py::array& velocity,
-                        const std::optional<py::array>& tangent_velocity) {
+                        const py::array& r, const py::array& t, const py::array& velocity) {
     const int obs_dim = flow_obs_dim(spec, kTimeFeatures);
     const int64_t action_dim = outputs(spec);
     const int64_t rows = z.ndim() == 2 ? z.shape(0) : 0;
     check(rows >= 1, "z has shape ", shape_text(z), "; it must be (rows, ", action_dim,
           ") with at least one row");
     const RowsView s = matrix(obs, "obs", rows, obs_dim);
-    const float* v = dense(velocity, "velocity", {rows, action_dim});
     double loss = 0.0;
-    const MeanFlowStepArgs args{
-        spec,
-        dense(parameters, "parameters", {count_of(spec)}),
-        writable(gradients, "gradients", {count_of(spec)}),
-        rows,
-        static_cast<int32_t>(action_dim),
-        s.data,
-        s.ld,
-        dense(z, "z", {rows, action_dim}),
-        v,
-        tangent_velocity ? dense(*tangent_velocity, "tangent_velocity", {rows, action_dim}) : v,
-        dense(r, "r", {rows}),
-        dense(t, "t", {rows}),
-        &loss};
+    const MeanFlowStepArgs args{spec,
+                                dense(parameters, "parameters", {count_of(spec)}),
+                                writable(gradients, "gradients", {count_of(spec)}),
+                                rows,
+                                static_cast<int32_t>(action_dim),
+                                s.data,
+                                s.ld,
+                                dense(z, "z", {rows, action_dim}),
+                                dense(velocity, "velocity", {rows, action_dim}),
+                                dense(r, "r", {rows}),
+                                dense(t, "t", {rows}),
+                                &loss};
     const WithoutGil without_gil;
     kernels().meanflow_step(args);
     return loss;
@@ -236,7 +232,7 @@ void bind_flow(py::module_& m) {
           py::arg("uniform"));
     m.def("meanflow_step", &py_meanflow_step, py::arg("spec"), py::arg("parameters"),
           py::arg("gradients"), py::arg("obs"), py::arg("z"), py::arg("r"), py::arg("t"),
-          py::arg("velocity"), py::arg("tangent_velocity") = py::none());
+          py::arg("velocity"));
     m.def("flow_density", &py_flow_density, py::arg("spec"), py::arg("parameters"), py::arg("obs"),
           py::arg("noise"), py::arg("time"), py::arg("scale"), py::arg("divergence"),
           py::arg("probe") = py::none());

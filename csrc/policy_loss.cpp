@@ -199,8 +199,7 @@ FlowMatching flow_matching(const PolicyLossInputs& in, const FlowMatchingInputs&
     FlowMatching result{0.0, sum_of(ess, in.rows) / static_cast<double>(in.rows) /
                                  static_cast<double>(draws.candidates)};
     kernels().meanflow_step({p.spec, in.parameters, by_parameters, in.rows, p.action_dim, in.obs,
-                             in.obs_ld, noised.z, velocity, velocity, noised.r, noised.t,
-                             &result.loss});
+                             in.obs_ld, noised.z, velocity, noised.r, noised.t, &result.loss});
     const auto factor = static_cast<float>(weight);
     for (int64_t i = 0; i < count; ++i) gradients[i] += factor * by_parameters[i];
     return result;

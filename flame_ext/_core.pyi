@@ -302,7 +302,6 @@ def meanflow_step(
     r: _Array,
     t: _Array,
     velocity: _Array,
-    tangent_velocity: _Array | None = None,
 ) -> float: ...
 def flow_density(
     spec: MlpSpec,

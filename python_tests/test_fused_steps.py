@@ -290,6 +290,15 @@ def test_refusals_say_what_to_do() -> None:
         np.zeros_like(array(net.flat)),
         (critics, array(agent.critics.flat), None),
     )
+    wide = ((ACT + 64 + OBS + 1, 8, 1), (ACT + 64, 8, 64))
+    critics, pair = (
+        _core.MlpSpec(sizes, members=1, activation="relu", layer_norm=False) for sizes in wide
+    )
+    views = [(spec, np.zeros(spec.parameter_count, np.float32)) for spec in (critics, pair)]
+    with pytest.raises(ValueError, match="zs are the last 64 columns of the observation, which"):
+        _core.gaussian_loss(
+            sampler, *arrays[:2], (*views[0], views[1]), draw(4, OBS + 1), draw(4, ACT), 0.1
+        )
     draws = draw(4, ACT), draw(4, ACT), np.full((4, 3), 0.5, np.float32)
     with pytest.raises(ValueError, match="this policy is not a flow; flow_matching takes one"):
         _core.flow_matching(

@@ -244,9 +244,7 @@ def test_meanflow_step(activation, layer_norm, rows, obs_dim, action_dim, hidden
     t = np.random.default_rng(rows).uniform(0.01, 1, rows).astype(np.float32)
     r = np.where(np.arange(rows) % 3 == 0, t, 0.5 * t).astype(np.float32)
     gradients = np.zeros_like(array(net.flat))
-    loss = _core.meanflow_step(
-        mlp_spec(net), array(net.flat), gradients, obs, z, r, t, velocity, None
-    )
+    loss = _core.meanflow_step(mlp_spec(net), array(net.flat), gradients, obs, z, r, t, velocity)
     results = []
     for dtype in (torch.float32, torch.float64):
         copied = copy.deepcopy(net).to(dtype)

@@ -93,28 +93,36 @@ struct Step {
     const float* columns;
 };
 
-// W_s s + W_time f + b of every state.
-const float* state_parts(const FlowDensityArgs& a, const PackedLayer& layer, int step, float* part,
-                         ptrdiff_t ld, Workspace& workspace) {
-    const float* init[kMaxTileRows];
+// W_s s + b of every state, which all steps share.
+void state_parts(const FlowDensityArgs& a, const PackedLayer& layer, float* part, ptrdiff_t ld) {
     const int obs_dim = layer.in - a.action_dim - a.time_features;
-    float* bias = workspace.floats(ld);
-    init[0] = layer.bias;
-    gemm_packed(1, layer.out, layer.in - a.time_features, a.time_features, layer.in,
-                a.time + static_cast<ptrdiff_t>(step) * a.time_features, a.time_features,
-                layer.forward, init, bias, ld);
-    const int64_t chunks = divide_up(a.states, kMaxTileRows);
-    parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
-        const float* rows_init[kMaxTileRows];
+    parallel_for(divide_up(a.states, kMaxTileRows), 1, [&](int64_t begin, int64_t end) {
+        const float* init[kMaxTileRows];
         for (int64_t c = begin; c < end; ++c) {
             const int64_t first = c * kMaxTileRows;
             const int rows = row_count(first, a.states, kMaxTileRows);
-            fill_rows(rows_init, rows, bias, 0);
+            fill_rows(init, rows, layer.bias, 0);
             gemm_packed(rows, layer.out, a.action_dim, obs_dim, layer.in, a.obs + first * a.obs_ld,
-                        a.obs_ld, layer.forward, rows_init, part + first * ld, ld);
+                        a.obs_ld, layer.forward, init, part + first * ld, ld);
         }
     });
-    return part;
+}
+
+// With the step's W_time f.
+void add_time(const FlowDensityArgs& a, const PackedLayer& layer, int step, const float* states,
+              float* part, ptrdiff_t ld) {
+    Workspace workspace;
+    float* time = workspace.floats(ld);
+    gemm_packed(1, layer.out, layer.in - a.time_features, a.time_features, layer.in,
+                a.time + static_cast<ptrdiff_t>(step) * a.time_features, a.time_features,
+                layer.forward, nullptr, time, ld);
+    parallel_for(a.states, kMaxTileRows, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            for (int c = 0; c < layer.out; c += kLanes) {
+                store(part + i * ld + c, load(states + i * ld + c) + load(time + c));
+            }
+        }
+    });
 }
 
 // First-layer linear outputs and tangents of a chunk at position 0 of a scratch tape.
@@ -179,12 +187,15 @@ void flow_density(const FlowDensityArgs& a) {
     const PackedLayer* layers = packed.layers[0];
     const int tangents = tangent_count(a.divergence, a.action_dim);
     const ptrdiff_t ld = padded_columns(layers[0].out);
+    float* states = workspace.floats(static_cast<size_t>(a.states) * ld);
+    state_parts(a, layers[0], states, ld);
     float* part = workspace.floats(static_cast<size_t>(a.states) * ld);
     const float* columns = action_columns(layers[0], a.action_dim, workspace);
     const int64_t rows = a.states * a.samples;
     start(a);
     for (int s = 0; s < a.steps; ++s) {
-        const Step step{s, state_parts(a, layers[0], s, part, ld, workspace), ld, columns};
+        add_time(a, layers[0], s, states, part, ld);
+        const Step step{s, part, ld, columns};
         const int chunk = tangent_chunk(rows, tangents);
         parallel_for(divide_up(rows, chunk), 1, [&](int64_t begin, int64_t end) {
             Workspace scratch;

@@ -38,8 +38,8 @@ void first_tangent(const MeanFlowStepArgs& a, const PackedLayer& layer, const In
                    const RowRange& range, float* x, ptrdiff_t ld) {
     const float* init[kTapeRows];
     gemm_packed(range.rows, layer.out, 0, a.action_dim, layer.in,
-                a.tangent_velocity + range.first * a.action_dim, a.action_dim, layer.forward,
-                nullptr, x, ld);
+                a.velocity + range.first * a.action_dim, a.action_dim, layer.forward, nullptr, x,
+                ld);
     fill_rows(init, range.rows, x, ld);
     gemm_packed(range.rows, layer.out, layer.in - kTimeFeatures, kTimeFeatures, layer.in,
                 inputs.time_tangent + range.first * kTimeFeatures, kTimeFeatures, layer.forward,

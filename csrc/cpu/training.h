@@ -124,7 +124,7 @@ struct QGradientArgs {
     float* gradient;  // (rows, A)
 };
 
-// mean_b |u - sg(v - (t - r) JVP)|^2, JVP = tangent of u along (tangent_velocity, dr = 0, dt = 1);
+// mean_b |u - sg(v - (t - r) JVP)|^2, JVP = tangent of u along (v, dr = 0, dt = 1);
 // the network's input columns are [z (A) | observation (O) | time features (kTimeFeatures)].
 struct MeanFlowStepArgs {
     MlpSpec spec;
@@ -134,12 +134,11 @@ struct MeanFlowStepArgs {
     int32_t action_dim;
     const float* obs;  // (rows, O)
     int64_t obs_ld;
-    const float* z;                 // (rows, A) dense, like the two below
-    const float* velocity;          // v
-    const float* tangent_velocity;  // v again, or another estimate of it
-    const float* r;                 // (rows)
-    const float* t;                 // (rows)
-    double* loss;                   // one value
+    const float* z;         // (rows, A) dense, like the one below
+    const float* velocity;  // v
+    const float* r;         // (rows)
+    const float* t;         // (rows)
+    double* loss;           // one value
 };
 
 enum class Divergence : int32_t { kNone = 0, kLogDet = 1, kTrace = 2, kProbe = 3 };

@@ -1,7 +1,7 @@
 // The MeanFlow loss and its gradient (Geng et al. 2025, Eqs. 9-11): value, one tangent and backward
 // pass of a tile of rows in one launch, then weight gradients, then the loss's sum.
 //
-// obs (rows, O) with row distance obs_ld; z, velocity, tangent_velocity (rows, A) dense; r, t
+// obs (rows, O) with row distance obs_ld; z, velocity (rows, A) dense; r, t
 // (rows); gradients (flat buffer) is added to; loss one value: device memory of the caller. The
 // tangent is under a stop-gradient: it shares the value's activation derivatives and is not kept.
 // Workspace: the tape, about 16 bytes per row and hidden unit.
@@ -60,7 +60,7 @@ struct MeanFlowStepKernel {
 
     FLAME_BODY float input_tangent(int64_t b, int c) const {
         const int obs_end = net.layers[0].in - kTimeFeatures;
-        if (c < a.action_dim) return a.tangent_velocity[b * a.action_dim + c];
+        if (c < a.action_dim) return a.velocity[b * a.action_dim + c];
         return c < obs_end ? 0.0f : time_feature(c - obs_end, a.t[b], a.r[b]).derivative;
     }
 
