@@ -243,7 +243,7 @@ def test_updates_of_one_environment_step(
 
     for agent in (native, plain):
         updates(agent)
-    assert native.alpha == pytest.approx(float(plain.alpha), rel=1e-3)
+    assert native.temperature.alpha == pytest.approx(plain.temperature.alpha, rel=1e-3)
     name = f"{count} critic and {count // together} policy updates, {algorithm}, {embedding_dim}"
     compare(benchmark, name, lambda: updates(native), lambda: updates(plain))
 
@@ -257,7 +257,9 @@ def test_fused_critic_update(benchmark: Any, algorithm: str) -> None:
     def update(agent: Agent, method: Callable[..., dict[str, float]]) -> dict[str, float]:
         networks = agent.actor, agent.critics, agent.target_critics
         optimizer = agent.optimizers["critics"]
-        return method(agent.backend, *networks, optimizer, batch, agent.alpha, agent.generator)
+        return method(
+            agent.backend, *networks, optimizer, batch, agent.temperature.alpha, agent.generator
+        )
 
     fused = functools.partial(update, agents[0], type(agents[0].backend).critic_updates)
     single = functools.partial(update, agents[1], TorchBackend.critic_updates)

@@ -72,11 +72,6 @@ class Agent:
                 self.optimizers[name] = _adam(network.flat, config.embedding_learning_rate)
         self.updates = 0
 
-    @property
-    def alpha(self) -> Tensor:
-        """The entropy temperature, a scalar."""
-        return torch.tensor(self.temperature.alpha, device=self.device)
-
     def set_progress(self, fraction: float) -> None:
         """Anneals the policy's learning rate; `fraction` of the run that is done."""
         final = self.config.final_policy_learning_rate
@@ -141,7 +136,7 @@ class Agent:
             self.target_critics,
             self.optimizers["critics"],
             observed,
-            self.alpha,
+            self.temperature.alpha,
             self.generator,
             updates,
         )
@@ -180,7 +175,7 @@ class Agent:
 
     def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
         result = self.backend.actor_step(
-            self.actor, obs, action, self.critics, self.alpha, self.generator
+            self.actor, obs, action, self.critics, self.temperature.alpha, self.generator
         )
         self.backend.optimizer_step(self.optimizers["actor"])
         metrics = {**result.metrics, "policy_loss": result.loss}

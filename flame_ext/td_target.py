@@ -22,7 +22,7 @@ def td_target(
     target_critics: Critics,
     batch: Batch,
     noise: Tensor,
-    alpha: Tensor,
+    alpha: float,
     generator: torch.Generator,
 ) -> Tensor:
     """Reward + gamma (1 - terminated) (Qmin'(s', a') - [entropy] alpha log pi(a'|s')), ``(B,)``.
@@ -35,7 +35,7 @@ def td_target(
         target_critics: Q'.
         batch: B transitions, their observations as the policy takes them.
         noise: Base samples of a' ``(B, target_particles, A)``, see `target_noise`.
-        alpha: Temperature, a scalar.
+        alpha: Temperature.
         generator: Draws the probes of an entropy estimator that takes them.
     """
     c = actor.config

@@ -100,7 +100,7 @@ def critic_updates(agent: Agent, batch: Batch, updates: int = 1) -> dict[str, fl
         agent.target_critics,
         agent.optimizers["critics"],
         batch,
-        agent.alpha,
+        agent.temperature.alpha,
         agent.generator,
         updates,
     )

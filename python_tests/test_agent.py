@@ -48,7 +48,9 @@ def make_batch(seed: int = 0, terminated: float = 0.0) -> Batch:
 
 def target_of(agent: Agent, batch: Batch) -> torch.Tensor:
     noise = target_noise(agent.actor, batch, agent.generator)
-    return td_target(agent.actor, agent.target_critics, batch, noise, agent.alpha, agent.generator)
+    return td_target(
+        agent.actor, agent.target_critics, batch, noise, agent.temperature.alpha, agent.generator
+    )
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -147,7 +149,7 @@ def test_td_target_of_sac(entropy_in_target: bool) -> None:
     action = torch.tanh(mean + std * noise)
     value = agent.target_critics.q_min(batch.next_obs, action)
     if entropy_in_target:
-        value = value - agent.alpha * squash.log_prob(action).sum(-1)
+        value = value - agent.temperature.alpha * squash.log_prob(action).sum(-1)
     torch.testing.assert_close(target, batch.reward + 0.99 * value, rtol=1e-4, atol=1e-4)
 
 
@@ -161,7 +163,9 @@ def test_the_targets_action_is_the_policys_whatever_estimates_its_density() -> N
     with torch.no_grad():
         action = agent.actor.action(batch.next_obs, noise)
         log_prob = agent.actor.sample(batch.next_obs, noise, agent.generator).log_prob
-        value = agent.target_critics.q_min(batch.next_obs, action) - agent.alpha * log_prob
+        value = (
+            agent.target_critics.q_min(batch.next_obs, action) - agent.temperature.alpha * log_prob
+        )
     torch.testing.assert_close(target, batch.reward + 0.99 * value)
 
 

@@ -77,7 +77,7 @@ class CpuBackend(TorchBackend):
         target_critics: Critics,
         optimizer: torch.optim.Adam,
         batch: Batch,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
         updates: int = 1,
     ) -> dict[str, float]:
@@ -102,7 +102,7 @@ class CpuBackend(TorchBackend):
             array(noise),
             reward_scale=c.reward_scale,
             gamma=c.gamma,
-            alpha=float(alpha) if c.entropy_in_target else 0.0,
+            alpha=alpha if c.entropy_in_target else 0.0,
             tau=c.tau,
             updates=updates,
             pair=_pair(critics),
@@ -158,7 +158,7 @@ class CpuBackend(TorchBackend):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> PolicyStep:
         if isinstance(actor, GaussianActor):
@@ -172,12 +172,12 @@ class CpuBackend(TorchBackend):
         actor: GaussianActor,
         obs: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> PolicyStep:
         noise = normal_like(obs, (len(obs), actor.action_dim), generator)
         loss, log_prob = self._core.gaussian_loss(
-            *_loss_arguments(actor, critics, obs), array(noise), float(alpha)
+            *_loss_arguments(actor, critics, obs), array(noise), alpha
         )
         return PolicyStep(loss, log_prob, None, {})
 
@@ -187,11 +187,11 @@ class CpuBackend(TorchBackend):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> PolicyStep:
         """As `FlowActor.loss`, with its gradient."""
-        c, temperature = actor.config, float(alpha)
+        c = actor.config
         arguments = _loss_arguments(actor, critics, obs)
         loss, metrics = 0.0, {}
         log_prob, ess = None, None
@@ -200,7 +200,7 @@ class CpuBackend(TorchBackend):
             kl, log_prob, fold_rate = self._core.flow_reverse_kl(
                 *arguments,
                 array(noise),
-                temperature,
+                alpha,
                 weight=c.reverse_kl_weight,
                 boundary_width=c.boundary_width,
                 monotonicity_margin=c.monotonicity_margin,
@@ -211,13 +211,13 @@ class CpuBackend(TorchBackend):
         if c.reweighting_weight > 0:
             uniform = actor.draw_time_uniforms(obs, generator)
             source, noise = actor.draw_ends(obs, action, critics, alpha, generator)
-            weight = c.reweighting_weight * temperature
+            weight = c.reweighting_weight * alpha
             flow_loss, ess = self._core.flow_matching(
                 *arguments,
                 array(source),
                 array(noise),
                 array(uniform),
-                temperature,
+                alpha,
                 weight=weight,
                 min_time=MIN_TIME,
                 instantaneous_fraction=c.instantaneous_fraction,

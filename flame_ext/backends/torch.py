@@ -37,7 +37,7 @@ class TorchBackend:
         target_critics: Critics,
         optimizer: torch.optim.Adam,
         batch: Batch,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
         updates: int = 1,
     ) -> dict[str, float]:
@@ -49,7 +49,7 @@ class TorchBackend:
             target_critics: Their averages.
             optimizer: The critics' Adam.
             batch: ``updates`` equal parts, one for each step in order.
-            alpha: Temperature, a scalar.
+            alpha: Temperature.
             generator: Draws the next actions' noise of all steps at once.
             updates: Number of steps.
 
@@ -92,7 +92,7 @@ class TorchBackend:
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> PolicyStep:
         """Gradient of the policy's loss on states ``(B, O)`` and actions ``(B, A)``."""

@@ -76,7 +76,7 @@ class Actor(ABC):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> ActorLoss:
         """The policy's loss; critics and alpha are constants.
@@ -85,7 +85,7 @@ class Actor(ABC):
             obs: States ``(B, O)``.
             action: What was done there, ``(B, A)`` in [-1, 1].
             critics: Frozen twin critics.
-            alpha: Temperature, scalar.
+            alpha: Temperature.
             generator: Source of the draws.
         """
 
@@ -103,6 +103,6 @@ def uniform_like(
     return uniform.clamp_(min=torch.finfo(reference.dtype).eps)
 
 
-def reverse_kl(sample: LogProb, q_min: Tensor, alpha: Tensor) -> Tensor:
+def reverse_kl(sample: LogProb, q_min: Tensor, alpha: float) -> Tensor:
     """E[alpha log pi(a | s) - Qmin(s, a)], SAC's policy objective (Haarnoja et al. 2018, Eq. 7)."""
     return (alpha * sample.log_prob - q_min).mean()

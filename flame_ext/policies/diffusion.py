@@ -70,7 +70,7 @@ class DiffusionActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> ActorLoss:
         shape = (len(obs), self.action_dim)

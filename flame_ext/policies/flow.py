@@ -140,7 +140,7 @@ class FlowActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> ActorLoss:
         c = self.config
@@ -163,7 +163,7 @@ class FlowActor(Actor):
         return ActorLoss(loss, mean_log_prob, ess, metrics)
 
     def _reverse_kl(
-        self, obs: Tensor, critics: Critics, alpha: Tensor, generator: torch.Generator
+        self, obs: Tensor, critics: Critics, alpha: float, generator: torch.Generator
     ) -> tuple[Tensor, LogProb]:
         """E[alpha log pi - Qmin] through the exact density."""
         noise = normal_like(obs, (len(obs), self.action_dim), generator)
@@ -194,7 +194,7 @@ class FlowActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """The collapsed MeanFlow loss on the reweighted velocity, and the mean ESS fraction."""
@@ -232,7 +232,7 @@ class FlowActor(Actor):
         action: Tensor,
         t: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, Reweighted]:
         source, noise = self.draw_ends(obs, action, critics, alpha, generator)
@@ -247,7 +247,7 @@ class FlowActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Actions a of `Config.z_source` and noise eps of z = (1 - t) a + t eps, ``(B, A)``."""
@@ -259,7 +259,7 @@ class FlowActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> Tensor:
         """Actions that are noised to z, `Config.z_source`."""
@@ -279,7 +279,7 @@ class FlowActor(Actor):
         obs: Tensor,
         t: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, Reweighted]:
         """Candidates from the policy itself, weighted towards the target by a damped step."""

@@ -69,7 +69,7 @@ class GaussianActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: Tensor,
+        alpha: float,
         generator: torch.Generator,
     ) -> ActorLoss:
         noise = normal_like(obs, (len(obs), self.action_dim), generator)

@@ -23,7 +23,7 @@ def reverse_reweighted(
     z: Tensor,
     signal: Tensor,
     scale: Tensor,
-    alpha: Tensor,
+    alpha: float,
     num_candidates: int,
     sampling: CandidateSampling,
     generator: torch.Generator,
@@ -36,14 +36,14 @@ def reverse_reweighted(
         z: ``(B, A)``, equal to signal * action + scale * noise.
         signal: ``(B, 1)``.
         scale: ``(B, 1)``.
-        alpha: Temperature, scalar.
+        alpha: Temperature.
         num_candidates: K.
         sampling: `Config.candidate_sampling`.
         generator: Source of the uniform draws.
     """
     if critics.evaluator is not None and critics.encoder is None:
         velocity, ess = critics.evaluator.reweighted_velocity(
-            obs, z, signal, scale, float(alpha), num_candidates, sampling, generator
+            obs, z, signal, scale, alpha, num_candidates, sampling, generator
         )
         return Reweighted(velocity, ess, None)
     uniform = candidate_uniforms(z, num_candidates, sampling, generator)
