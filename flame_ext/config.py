@@ -55,9 +55,11 @@ class Config:
         critic_learning_rate: Adam step of the critics.
         policy_learning_rate: Adam step of the policy.
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
+        policy_gradient_clip: Policy gradients longer than this times the root mean square length of
+            the last 1000 are shortened to it; 0 leaves them.
         policy_tau: Least step, per policy update, of the exponential average of all that acts
             (policy, critics, the encoder whose embeddings they see) that is evaluated and saved.
-            The step is 9 / (9 + policy updates done) before; 0.0002 is reached after 45 000. 1
+            The step is 9 / (9 + policy updates done) before; 0.0005 is reached after 18 000. 1
             keeps no average. Data are collected by the policy itself.
         policy_delay: Critic updates per update of the policy and of the encoder.
         policy_batch_size: States per policy update, the first of the last critic update's batch;
@@ -135,7 +137,8 @@ class Config:
     critic_learning_rate: float = 1e-3
     policy_learning_rate: float = 1e-3
     final_policy_learning_rate: float | None = None
-    policy_tau: float = 0.0002
+    policy_gradient_clip: float = 10.0
+    policy_tau: float = 0.0005
     policy_delay: int = 4
     policy_batch_size: int = 64
     initial_action_std: float = 0.2
@@ -265,6 +268,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "embedding_tau": (1e-12, 1),
     "policy_learning_rate": (0, _INF),
     "final_policy_learning_rate": (0, _INF),
+    "policy_gradient_clip": (0, _INF),
     "policy_tau": (1e-12, 1),
     "policy_delay": (1, _INF),
     "policy_batch_size": (1, _INF),
@@ -306,6 +310,7 @@ _PAPER: dict[str, Any] = {
     "policy_learning_rate": 3e-4,
     "reward_scale": 0.2,
     "final_policy_learning_rate": 3e-5,
+    "policy_gradient_clip": 0.0,
     "policy_tau": 1.0,
     "policy_delay": 2,
     "policy_batch_size": 256,
@@ -363,6 +368,7 @@ _ALGORITHM: dict[str, dict[str, Any]] = {
         "train_particles": 1,
         "target_particles": 1,
         "eval_particles": 1,
+        "policy_gradient_clip": 0.0,
         "policy_tau": 1.0,
         "entropy_in_target": True,
         "alpha_learning_rate": 1e-3,

@@ -43,6 +43,7 @@ RESULT_FILES = {"evaluations.csv": ".csv", "config.json": ".json"}
 # Options that committed runs are older than, with the values at which those runs were made.
 YOUNGER_OPTIONS = {
     "policy_tau": 1.0,
+    "policy_gradient_clip": 0.0,
     "embedding_dim": 0,
     "embedding_learning_rate": 1e-3,
     "embedding_tau": 0.002,
