@@ -209,8 +209,10 @@ class Agent:
         assert gradient is not None
         beta2 = optimizer.param_groups[0]["betas"][1]
         mean_square = adam_moments(optimizer)["exp_avg_sq"].sum() / (1 - beta2**steps)
-        limit = self.config.policy_gradient_clip * mean_square.sqrt()
-        gradient.mul_((limit / gradient.norm()).clamp(max=1.0))
+        # Where all gradients were zero nothing is usual yet; on CUDA nobody waits for an answer.
+        usual = torch.where(mean_square > 0, mean_square.sqrt(), torch.inf)
+        scale = self.config.policy_gradient_clip * usual / gradient.norm()
+        gradient.mul_(scale.clamp(max=1.0))
 
     @torch.no_grad()
     def _average_deployed(self) -> None:

@@ -110,6 +110,25 @@ def test_a_policy_gradient_is_clipped_to_what_is_usual() -> None:
     assert lengths[3] < 2 * usual
 
 
+def test_clipping_waits_for_the_first_gradient() -> None:
+    agent, batch = make_agent(policy_gradient_clip=2.0), make_batch()
+    step = agent.backend.actor_step
+
+    def zeroed(*args: Any) -> Any:
+        result = step(*args)
+        agent.actor.network.flat.grad.zero_()
+        return result
+
+    agent.backend.actor_step = zeroed  # type: ignore[method-assign]
+    for _ in range(2):
+        agent.update(batch)
+    agent.backend.actor_step = step  # type: ignore[method-assign]
+    agent.update(batch)
+    gradient = agent.actor.network.flat.grad
+    assert gradient.isfinite().all()
+    assert gradient.norm() > 0
+
+
 def test_the_deployed_policy_acts_and_another_explores() -> None:
     agent, batch = make_agent(policy_tau=0.25), make_batch()
     agent.update(batch)
