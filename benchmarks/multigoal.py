@@ -46,7 +46,6 @@ SHARED = {
     "initial_alpha": 0.3,
     "entropy_in_target": True,
     "policy_tau": 1.0,
-    "policy_gradient_clip": 0.0,
     "exploration_noise": 0.2,
     "eval_interval": 0,
     "eval_episodes": 5,

@@ -137,7 +137,7 @@ class Config:
     critic_learning_rate: float = 1e-3
     policy_learning_rate: float = 1e-3
     final_policy_learning_rate: float | None = None
-    policy_gradient_clip: float = 10.0
+    policy_gradient_clip: float = 0.0
     policy_tau: float = 0.0005
     policy_delay: int = 4
     policy_batch_size: int = 64
@@ -310,7 +310,6 @@ _PAPER: dict[str, Any] = {
     "policy_learning_rate": 3e-4,
     "reward_scale": 0.2,
     "final_policy_learning_rate": 3e-5,
-    "policy_gradient_clip": 0.0,
     "policy_tau": 1.0,
     "policy_delay": 2,
     "policy_batch_size": 256,
@@ -368,7 +367,6 @@ _ALGORITHM: dict[str, dict[str, Any]] = {
         "train_particles": 1,
         "target_particles": 1,
         "eval_particles": 1,
-        "policy_gradient_clip": 0.0,
         "policy_tau": 1.0,
         "entropy_in_target": True,
         "alpha_learning_rate": 1e-3,
