@@ -26,7 +26,8 @@ from torch import Tensor
 
 from flame_ext import _core
 from flame_ext.backends.cpu import CpuBackend
-from flame_ext.backends.native_evaluator import NativeEvaluator, array, mlp_spec
+from flame_ext.backends.native_evaluator import NativeEvaluator
+from flame_ext.backends.native_views import array, mlp_spec
 from flame_ext.backends.torch import adam_moments
 from flame_ext.critics import Critics
 from flame_ext.networks import MeanVelocityNet

@@ -10,7 +10,7 @@ import torch
 
 from flame_ext import _core
 from flame_ext.agent import Agent
-from flame_ext.backends.native_evaluator import array
+from flame_ext.backends.native_views import array
 from flame_ext.critics import Critics
 from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.reference import stratify

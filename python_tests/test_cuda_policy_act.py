@@ -24,7 +24,7 @@ from kernel_inputs import (
 )
 
 from flame_ext import _core, reference
-from flame_ext.backends.native_evaluator import array, flow_table, mlp_spec
+from flame_ext.backends.native_views import array, flow_table, mlp_spec
 from flame_ext.critics import Critics
 from flame_ext.networks import MeanVelocityNet
 from flame_ext.sampling import Flow

@@ -20,7 +20,7 @@ from torch import Tensor
 from flame_ext import _core, reference
 from flame_ext.agent import Agent
 from flame_ext.backends import cpu, make_backend, native_evaluator
-from flame_ext.backends.native_evaluator import array, mlp_spec
+from flame_ext.backends.native_views import array, mlp_spec
 from flame_ext.config import make_config
 from flame_ext.policies import flow, gaussian, reweighting
 from flame_ext.replay import Batch, ReplayBuffer

@@ -10,7 +10,7 @@ import torch
 from kernel_inputs import Array, draw, make_critics, make_policy
 
 from flame_ext import _core
-from flame_ext.backends.native_evaluator import array, flow_table, mlp_spec
+from flame_ext.backends.native_views import array, flow_table, mlp_spec
 from flame_ext.networks import FlatMLP
 
 each_isa = pytest.mark.usefixtures("isa")

@@ -112,7 +112,7 @@ def test_the_backend_takes_torchs_number_of_threads_unless_the_kernels_have_thei
 
 def test_overlapping_runs_give_torch_its_threads_back():
     code = (
-        "import os, torch; torch.set_num_threads(3); from flame_ext import _core; "
+        "import torch; torch.set_num_threads(3); from flame_ext import _core; "
         "from flame_ext.backends.cpu import CpuBackend; a, b = CpuBackend().training(), "
         "CpuBackend().training(); a.__enter__(); b.__enter__(); "
         "CpuBackend(); print(torch.get_num_threads(), _core.num_threads()); "

@@ -13,7 +13,8 @@ import torch
 from kernel_inputs import ACTIVATIONS, EPS, Array, assert_as_accurate, draw, make_critics, shaken
 
 from flame_ext import _core
-from flame_ext.backends.native_evaluator import NativeEvaluator, array, mlp_spec
+from flame_ext.backends.native_evaluator import NativeEvaluator
+from flame_ext.backends.native_views import array, mlp_spec
 from flame_ext.critics import Critics
 from flame_ext.networks import FlatMLP
 

@@ -25,7 +25,8 @@ from kernel_inputs import (
 )
 
 from flame_ext import _core, reference
-from flame_ext.backends.native_evaluator import NativeEvaluator, array, flow_table, mlp_spec
+from flame_ext.backends.native_evaluator import NativeEvaluator
+from flame_ext.backends.native_views import array, flow_table, mlp_spec
 from flame_ext.networks import GaussianPolicyNet, MeanVelocityNet
 
 each_isa = pytest.mark.usefixtures("isa")

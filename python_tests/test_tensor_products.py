@@ -14,7 +14,7 @@ import torch
 from kernel_inputs import EPS, Array, assert_as_accurate, draw, make_critics
 
 from flame_ext import _core
-from flame_ext.backends.native_evaluator import array, mlp_spec
+from flame_ext.backends.native_views import array, mlp_spec
 
 LANES = np.arange(32)
 GROUP, IN_GROUP = LANES // 4, LANES % 4

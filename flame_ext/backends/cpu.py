@@ -14,13 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flame_ext.backends.native_evaluator import (
-    NativeEvaluator,
-    array,
-    draw_seed,
-    flow_sampler,
-    mlp_spec,
-)
+from flame_ext.backends.native_evaluator import NativeEvaluator, draw_seed
+from flame_ext.backends.native_views import array, flow_sampler, mlp_spec
 from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.config import Config

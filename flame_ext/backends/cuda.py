@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from flame_ext.backends.cuda_call import pointer, rows_pointer, run_with_workspace, stream
-from flame_ext.backends.native_evaluator import (
-    NativeEvaluator,
-    chooser,
-    draw_seed,
-    flow_table,
-    mlp_spec,
-)
+from flame_ext.backends.native_evaluator import NativeEvaluator, chooser, draw_seed
+from flame_ext.backends.native_views import flow_table, mlp_spec
 from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.critics import Critics

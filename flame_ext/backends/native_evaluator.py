@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from types import ModuleType
@@ -14,6 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flame_ext.backends.native_views import (
+    array,
+    denoising_sampler,
+    flow_sampler,
+    flow_table,
+    gaussian_sampler,
+    mlp_spec,
+)
 from flame_ext.critics import Critics
 from flame_ext.native import load_core
 from flame_ext.networks import FlatMLP
@@ -29,10 +36,6 @@ from flame_ext.sampling import (
     Estimator,
     Flow,
     Trace,
-    ddim_steps,
-    flow_steps,
-    step_rows,
-    time_feature_rows,
 )
 
 # What a kernel computes for `reference.log_prob`'s trace option.
@@ -436,32 +439,6 @@ class _MeanFlowLoss(torch.autograd.Function):
         return d_loss * gradient, *[None] * 6
 
 
-@functools.cache
-def flow_table(steps: int, flow: Flow) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Time features ``(steps, F)`` and step scales ``(steps,)`` of `flow_steps`."""
-    table = flow_steps(steps, flow)
-    return time_feature_rows(table), np.array([step.q for step in table], np.float32)
-
-
-@functools.cache
-def gaussian_sampler(spec: Any) -> Any:
-    """The tanh Gaussian of a network."""
-    return load_core().PolicySampler.gaussian(spec, LOG_STD_RANGE)
-
-
-@functools.cache
-def flow_sampler(spec: Any, steps: int, flow: Flow) -> Any:
-    """`steps` steps along the flow of a network."""
-    return load_core().PolicySampler.flow(spec, *flow_table(steps, flow))
-
-
-@functools.cache
-def denoising_sampler(spec: Any, steps: int) -> Any:
-    """`steps` denoising steps of a network."""
-    table = ddim_steps(steps)
-    return load_core().PolicySampler.denoising(spec, time_feature_rows(table), step_rows(table))
-
-
 def per_state(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """States ``(S, O)`` and samples ``(S, K, A)`` or ``(S, A)`` of broadcastable arguments."""
     if noise.dim() == 3 and obs.dim() == 3 and obs.shape[:2] == (len(noise), 1):
@@ -490,22 +467,3 @@ def draw_seed(generator: torch.Generator | None) -> int:
     """One seed for a kernel's own generator."""
     device = None if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
-
-
-def mlp_spec(network: FlatMLP) -> Any:
-    """The network's shape as the kernels take it."""
-    shape = tuple(network.layer_sizes), network.members, network.activation, network.layer_norm
-    return _mlp_spec(*shape)
-
-
-@functools.cache
-def _mlp_spec(sizes: tuple[int, ...], members: int, activation: str, layer_norm: bool) -> Any:
-    return load_core().MlpSpec(
-        list(sizes), members=members, activation=activation, layer_norm=layer_norm
-    )
-
-
-def array(tensor: Tensor) -> NDArray[np.float32]:
-    """The tensor's memory as numpy."""
-    values: NDArray[np.float32] = tensor.detach().numpy()
-    return values

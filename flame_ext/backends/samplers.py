@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flame_ext.backends.native_evaluator import (
+from flame_ext.backends.native_views import (
     denoising_sampler,
     flow_sampler,
     gaussian_sampler,
