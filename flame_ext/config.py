@@ -96,9 +96,10 @@ class Config:
         reweighting_weight: Weight of alpha times the Q-reweighted flow-matching loss.
         reverse_kl_weight: Weight of E[alpha log pi - Qmin] through the exact one-step density.
         monotonicity_margin: The one-step map should have a Jacobian whose symmetric part has no
-            eigenvalue below this; a Gaussian wall of this width stands against it. A strictly
-            monotone map is injective, so that its density is exact, and by Brenier's theorem one
-            of them reaches any target. Without the wall, folding fakes entropy. 0 turns it off.
+            eigenvalue below this; a wall stands against it, quadratic down to eigenvalue 0 and
+            linear below. A strictly monotone map is injective, so that its density is exact, and
+            by Brenier's theorem one of them reaches any target. Without the wall, folding fakes
+            entropy. 0 turns it off.
         boundary_width: Outside the box the reverse-KL target falls off as a Gaussian of this
             standard deviation around the clipped action, times a weight that grows with Q; without
             it entropy leaks out there. A narrow wall keeps actions from saturating.

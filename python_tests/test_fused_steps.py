@@ -170,10 +170,16 @@ def equal_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def policy_step(
-    backend: str, algorithm: str, dtype: torch.dtype, rows: int, **options: Any
+    backend: str,
+    algorithm: str,
+    dtype: torch.dtype,
+    rows: int,
+    policy_scale: float = 1.0,
+    **options: Any,
 ) -> tuple[Array, dict[str, float]]:
-    """The policy's gradient and everything that the loss reports."""
+    """The policy's gradient, its weights times `policy_scale`, and everything the loss reports."""
     agent = make_agent(backend, algorithm, policy_delay=1, **options)
+    agent.actor.network.flat.data.mul_(policy_scale)
     for network in agent.networks().values():
         network.to(dtype)
     obs, action = to_tensors(dtype, draw(rows, OBS), np.tanh(draw(rows, ACT)))
@@ -197,6 +203,7 @@ def policy_step(
         ("sac", {}),
         ("sac", {"policy_layer_norm": True, "policy_activation": "relu"}),
         ("flame", {"monotonicity_margin": 0.9}),
+        ("flame", {"monotonicity_margin": 0.1, "policy_scale": 4.0}),
         ("flame", {"monotonicity_margin": 0.0, "reverse_kl_weight": 0.5, "num_candidates": 5}),
         ("flame", {"reweighting_weight": 0.0, "policy_layer_norm": True}),
         ("flame", {"reverse_kl_weight": 0.0, "z_source": "uniform"}),
@@ -221,6 +228,8 @@ def test_policy_losses_are_as_accurate_as_pytorch(
             "cpu", algorithm, torch.float32, rows, **options | {"monotonicity_margin": 0.0}
         )
         assert reported["loss"] > without["loss"], "the wall stood nowhere"
+    if "policy_scale" in options and rows > 1:
+        assert reported["fold_rate"] > 0.0, "no map folded"
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flame_ext.config import Config
@@ -187,7 +188,10 @@ class FlowActor(Actor):
         native = self._native()
         measure = monotonicity_gap if native is None else native.monotonicity_gap
         gap = measure(sample.transport, c.monotonicity_margin)
-        return wall + gap.square() / (2 * c.monotonicity_margin**2)
+        # Linear where the map folds: the square of one deep fold outweighs thousands of batches.
+        margin = c.monotonicity_margin
+        depth = F.huber_loss(gap, torch.zeros_like(gap), reduction="none", delta=margin)
+        return wall + depth / margin**2
 
     def _reweighted_loss(
         self,
