@@ -41,6 +41,7 @@ inline void cpu_pause() {
 #endif
 }
 
+// The variable's number of threads; 0 where it is not set or gives none.
 int env_threads(const char* name) {
     const char* text = std::getenv(name);
     if (text == nullptr) return 0;
@@ -51,9 +52,15 @@ int env_threads(const char* name) {
 
 // FLAME_EXT_NUM_THREADS, else OMP_NUM_THREADS (as torch and BLAS), else the CPUs we may run on.
 int default_threads() {
-    for (const char* name : {"FLAME_EXT_NUM_THREADS", "OMP_NUM_THREADS"}) {
-        if (const int n = env_threads(name)) return n;
+    const char* own = std::getenv("FLAME_EXT_NUM_THREADS");
+    if (own != nullptr && *own != '\0') {
+        const int n = env_threads("FLAME_EXT_NUM_THREADS");
+        check(n > 0, "FLAME_EXT_NUM_THREADS='", own, "' is not a number of threads from 1 to ",
+              kMaxThreads);
+        return n;
     }
+    // Others read it too, in more forms than ours: what we cannot take is no error.
+    if (const int n = env_threads("OMP_NUM_THREADS")) return n;
     int n = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)
     cpu_set_t set;

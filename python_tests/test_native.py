@@ -100,6 +100,16 @@ def test_number_of_threads_from_the_environment():
     assert run_python(code, **env, FLAME_EXT_NUM_THREADS="").stdout.strip() == "2"
 
 
+@pytest.mark.parametrize("value", ["all", "0", "-1", "100000"])
+def test_a_number_of_threads_that_is_none_is_refused(value):
+    code = (
+        "from flame_ext import _core\n"
+        "try: _core.num_threads()\nexcept ValueError as error: print(error)"
+    )
+    printed = run_python(code, FLAME_EXT_NUM_THREADS=value).stdout
+    assert f"FLAME_EXT_NUM_THREADS='{value}' is not a number of threads" in printed
+
+
 def test_the_backend_takes_torchs_number_of_threads_unless_the_kernels_have_their_own():
     code = (
         "import torch; torch.set_num_threads(3); from flame_ext import _core; "
