@@ -177,8 +177,6 @@ class Agent:
         result = self.backend.actor_step(
             self.actor, obs, action, self.critics, self.temperature.alpha, self.generator
         )
-        if self.config.policy_gradient_clip > 0:
-            self._clip_policy_gradient()
         self.backend.optimizer_step(self.optimizers["actor"])
         metrics = {**result.metrics, "policy_loss": result.loss}
         log_prob = result.log_prob
@@ -194,25 +192,6 @@ class Agent:
             self.temperature.step(log_prob, result.ess)
         metrics["alpha"] = self.temperature.alpha
         return metrics
-
-    @torch.no_grad()
-    def _clip_policy_gradient(self) -> None:
-        """Against the usual length of the gradient, which Adam's second moments know.
-
-        The exact density's gradient has the inverse of the map's Jacobian: where that is nearly
-        singular one state can outweigh ten thousand batches, and Adam's first moment would keep it.
-        """
-        steps = self.updates // self.config.policy_delay - 1  # that Adam has taken
-        if steps == 0:
-            return
-        optimizer, gradient = self.optimizers["actor"], self.actor.network.flat.grad
-        assert gradient is not None
-        beta2 = optimizer.param_groups[0]["betas"][1]
-        mean_square = adam_moments(optimizer)["exp_avg_sq"].sum() / (1 - beta2**steps)
-        # Where all gradients were zero nothing is usual yet; on CUDA nobody waits for an answer.
-        usual = torch.where(mean_square > 0, mean_square.sqrt(), torch.inf)
-        scale = self.config.policy_gradient_clip * usual / gradient.norm()
-        gradient.mul_(scale.clamp(max=1.0))
 
     @torch.no_grad()
     def _average_deployed(self) -> None:

@@ -55,8 +55,6 @@ class Config:
         critic_learning_rate: Adam step of the critics.
         policy_learning_rate: Adam step of the policy.
         final_policy_learning_rate: The policy's Adam step at the end of the run, reached linearly.
-        policy_gradient_clip: Policy gradients longer than this times the root mean square length of
-            the last 1000 are shortened to it; 0 leaves them.
         policy_tau: Least step, per policy update, of the exponential average of all that acts
             (policy, critics, the encoder whose embeddings they see) that is evaluated and saved.
             The step is 9 / (9 + policy updates done) before; 0.0005 is reached after 18 000. 1
@@ -138,7 +136,6 @@ class Config:
     critic_learning_rate: float = 1e-3
     policy_learning_rate: float = 1e-3
     final_policy_learning_rate: float | None = None
-    policy_gradient_clip: float = 0.0
     policy_tau: float = 0.0005
     policy_delay: int = 4
     policy_batch_size: int = 64
@@ -269,7 +266,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "embedding_tau": (1e-12, 1),
     "policy_learning_rate": (0, _INF),
     "final_policy_learning_rate": (0, _INF),
-    "policy_gradient_clip": (0, _INF),
     "policy_tau": (1e-12, 1),
     "policy_delay": (1, _INF),
     "policy_batch_size": (1, _INF),

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -88,45 +87,6 @@ def test_an_average_of_all_that_acts_is_deployed() -> None:
             average += tau * (networks[acting[name]].flat.detach() - average)
     for name, average in averages.items():
         torch.testing.assert_close(networks[name].flat, average)
-
-
-def test_a_policy_gradient_is_clipped_to_what_is_usual() -> None:
-    agent, batch = make_agent(policy_gradient_clip=2.0), make_batch()
-    lengths = []
-    for scale in (1.0, 1.0, 1e6, 1.0):
-        step = agent.backend.actor_step
-
-        def scaled(*args: object, step: Any = step, scale: float = scale) -> object:
-            result = step(*args)
-            agent.actor.network.flat.grad.mul_(scale)
-            return result
-
-        agent.backend.actor_step = scaled  # type: ignore[method-assign]
-        agent.update(batch)
-        agent.backend.actor_step = step  # type: ignore[method-assign]
-        lengths.append(float(agent.actor.network.flat.grad.norm()))
-    usual = math.sqrt(sum(0.999 ** (1 - i) * lengths[i] ** 2 for i in range(2)) / (1 + 0.999))
-    assert lengths[2] == pytest.approx(2 * usual, rel=1e-4)
-    assert lengths[3] < 2 * usual
-
-
-def test_clipping_waits_for_the_first_gradient() -> None:
-    agent, batch = make_agent(policy_gradient_clip=2.0), make_batch()
-    step = agent.backend.actor_step
-
-    def zeroed(*args: Any) -> Any:
-        result = step(*args)
-        agent.actor.network.flat.grad.zero_()
-        return result
-
-    agent.backend.actor_step = zeroed  # type: ignore[method-assign]
-    for _ in range(2):
-        agent.update(batch)
-    agent.backend.actor_step = step  # type: ignore[method-assign]
-    agent.update(batch)
-    gradient = agent.actor.network.flat.grad
-    assert gradient.isfinite().all()
-    assert gradient.norm() > 0
 
 
 def test_the_deployed_policy_acts_and_another_explores() -> None:

@@ -43,7 +43,6 @@ RESULT_FILES = {"evaluations.csv": ".csv", "config.json": ".json"}
 # Options that committed runs are older than, with the values at which those runs were made.
 YOUNGER_OPTIONS = {
     "policy_tau": 1.0,
-    "policy_gradient_clip": 0.0,
     "embedding_dim": 0,
     "embedding_learning_rate": 1e-3,
     "embedding_tau": 0.002,
@@ -251,8 +250,8 @@ def check_request(run: Run, directory: Path, arguments: argparse.Namespace) -> N
 
 def _differences(own: dict[str, Any], other: dict[str, Any]) -> str:
     # The harness itself sees to the steps, which older runs do not record; others record options
-    # that are gone, one that was off in all of them and one that embeddings alone obeyed.
-    ignored = {"total_steps", "assessment_episodes"}
+    # that are gone, two that were off in all of them and one that embeddings alone obeyed.
+    ignored = {"total_steps", "assessment_episodes", "policy_gradient_clip"}
     if own["embedding_dim"] == 0:
         ignored.add("embedding_interval")
     keys = sorted((own.keys() | other.keys()) - ignored)
