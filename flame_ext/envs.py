@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import gymnasium
 from gymnasium import spaces, wrappers
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from flame_ext import multigoal as _multigoal  # noqa: F401  (registers flame_ext/MultiGoal-v0)
@@ -21,6 +22,7 @@ from flame_ext.env_handle import (
 )
 from flame_ext.env_state import Environment, EnvState
 from flame_ext.errors import EnvironmentDataError, nearest_hint
+from flame_ext.mujoco_warnings import as_python_warnings
 
 __all__ = [
     "EnvFactory",
@@ -163,9 +165,14 @@ def _check_id(env_id: str) -> None:
     )
 
 
+def _make(env: str | EnvSpec, **kwargs: Any) -> Environment:
+    with as_python_warnings(env):
+        return gymnasium.make(env, **kwargs)
+
+
 def _make_by_id(env_id: str, **kwargs: Any) -> Environment:
     try:
-        return gymnasium.make(env_id, **kwargs)
+        return _make(env_id, **kwargs)
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(f"{env_id} needs a package that is not installed: {error}") from error
     except gymnasium.error.Error as error:
@@ -198,7 +205,7 @@ def _single_of(vector: VectorEnv[Any, Any, Any]) -> Environment:
             f"No separate evaluation environment can be built from {vector}, which has no spec. "
             "Pass an id or a factory with num_envs instead."
         )
-    return gymnasium.make(spec)
+    return _make(spec)
 
 
 def _twins_of(env: Environment, count: int) -> list[Environment]:
@@ -216,7 +223,7 @@ def _twin_of(env: Environment) -> Environment:
     reasons = []
     if env.spec is not None:
         try:
-            return gymnasium.make(env.spec)
+            return _make(env.spec)
         except Exception as error:  # User code: anything; the copy is tried next.
             reasons.append(str(error))
     try:
