@@ -1,12 +1,19 @@
-"""The directory of a new run."""
+"""The directory of a run: a new one, and one process at a time in it."""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flame_ext.errors import RunDirectoryError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def new_run_dir(run_dir: str | Path | None, env_id: str | None, algorithm: str, seed: int) -> Path:
@@ -27,3 +34,30 @@ def new_run_dir(run_dir: str | Path | None, env_id: str | None, algorithm: str, 
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keeps other trainers out of the directory; does nothing where the system has no such locks.
+
+    Raises:
+        RunDirectoryError: If another trainer, of this process or another one, is at work in it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    directory = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(directory)
+        raise RunDirectoryError(
+            f"another trainer is at work in {run_dir}: wait for its end or stop it, or give "
+            "another run_dir"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(directory)

@@ -39,7 +39,7 @@ from flame_ext.policy import POLICY_FILE, PolicySpec, fixed_noise, save_policy
 from flame_ext.process_settings import denormals_flushed, keep_freed_memory
 from flame_ext.progress import Progress
 from flame_ext.replay import Batch, ReplayBuffer
-from flame_ext.run_dir import new_run_dir
+from flame_ext.run_dir import held, new_run_dir
 from flame_ext.tally import Tally
 
 CONFIG_FILE = "config.json"
@@ -215,9 +215,16 @@ class Trainer:
         Args:
             total_steps: Counted from the run's very first step; None takes that of the last call,
                 also of a resumed run, and at first the configured one.
+
+        Raises:
+            RunDirectoryError: If another trainer is at work in the run's directory.
         """
         if total_steps is not None:
             self._total_steps = total_steps
+        with held(self.run_dir):
+            return self._run()
+
+    def _run(self) -> RunResult:
         self._stopped_by = None
         if self._obs is None:
             self._obs = self.env.reset(self.seed)

@@ -243,6 +243,23 @@ def test_directories_are_never_overwritten(tmp_path: Path) -> None:
         Trainer.resume(tmp_path / "run")
 
 
+def test_a_directory_takes_one_trainer_at_a_time(tmp_path: Path) -> None:
+    run, before_and_after = tmp_path / "run", []
+
+    def intrude(trainer: Trainer, _: object) -> None:
+        trainer.save()
+        before_and_after.append((run / "evaluations.csv").read_bytes())
+        with pytest.raises(RunDirectoryError, match="another trainer is at work"):
+            Trainer.resume(run).run(total_steps=400)
+        before_and_after.append((run / "evaluations.csv").read_bytes())
+
+    watch = flame_ext.callbacks.FunctionCallback(intrude, event="evaluation")
+    Trainer(TASK, config=TINY, run_dir=run, callbacks=[watch]).run(total_steps=80)
+    before, after = before_and_after
+    assert before == after
+    assert Trainer.resume(run).run(total_steps=120).steps == 120, "it was not given back"
+
+
 def test_a_hostile_checkpoint_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     tiny(run).run(total_steps=60)
