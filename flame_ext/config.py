@@ -90,7 +90,9 @@ class Config:
         z_source: Actions that are noised to z: uniform, the policy's own, those of the replay
             buffer, or samples of the target (one candidate resampled by its weight).
         instantaneous_fraction: Fraction of the batch with r = t.
-        acting_fraction: Fraction of the batch with (r, t) = (0, 1), the pair that acts.
+        acting_fraction: Fraction of the batch with (r, t) = (0, 1), the pair that acts. The reverse
+            KL moves u there alone, so that the identity's time derivative means nothing: keep 0
+            beside it.
         reweighting_weight: Weight of alpha times the Q-reweighted flow-matching loss.
         reverse_kl_weight: Weight of E[alpha log pi - Qmin] through the exact one-step density.
         monotonicity_margin: The one-step map should have a Jacobian whose symmetric part has no
@@ -156,7 +158,7 @@ class Config:
     proposal_ess: float = 0.5
     z_source: ZSource = "replay"
     instantaneous_fraction: float = 0.5
-    acting_fraction: float = 0.25
+    acting_fraction: float = 0.0
     reweighting_weight: float = 1.0
     reverse_kl_weight: float = 1.0
     monotonicity_margin: float = 0.02
@@ -322,7 +324,6 @@ _PAPER: dict[str, Any] = {
     "proposal": "reverse",
     "z_source": "replay",
     "instantaneous_fraction": 0.0,
-    "acting_fraction": 0.0,
     "reverse_kl_weight": 0.0,
     "train_particles": 32,
     "target_particles": 32,
@@ -341,7 +342,6 @@ _MULTI_STEP: dict[str, Any] = {
     "proposal": "reverse",
     "reverse_kl_weight": 0.0,
     "instantaneous_fraction": 1.0,
-    "acting_fraction": 0.0,
     "num_candidates": 32,
     "eval_particles": 16,
     "initial_action_std": 0.35,
