@@ -66,9 +66,9 @@ double add_walls(const PolicyLossInputs& in, const Walls& walls, double weight, 
     monotonicity_gap(in.rows, n, transport, margin, gap, d_transport);
     for (int64_t b = 0; b < in.rows; ++b) {
         const auto depth = static_cast<double>(gap[b]);
-        const double bent = std::min(depth, margin);  // linear from there on
-        const double slope = bent / (margin * margin);
-        sum += slope * (depth - 0.5 * bent);
+        const double capped = std::min(depth, margin);  // linear from there on
+        const double slope = capped / (margin * margin);
+        sum += slope * (depth - 0.5 * capped);
         const auto factor = static_cast<float>(weight / rows * slope);
         for (int64_t i = b * n * n; i < (b + 1) * n * n; ++i) d_transport[i] *= factor;
     }

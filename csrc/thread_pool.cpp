@@ -41,9 +41,8 @@ inline void cpu_pause() {
 #endif
 }
 
-// The variable's number of threads; 0 where it is not set or gives none.
-int env_threads(const char* name) {
-    const char* text = std::getenv(name);
+// A variable's number of threads; 0 where it is not set (null) or gives none.
+int threads_in(const char* text) {
     if (text == nullptr) return 0;
     char* end = nullptr;
     const long value = std::strtol(text, &end, 10);
@@ -54,13 +53,13 @@ int env_threads(const char* name) {
 int default_threads() {
     const char* own = std::getenv("FLAME_EXT_NUM_THREADS");
     if (own != nullptr && *own != '\0') {
-        const int n = env_threads("FLAME_EXT_NUM_THREADS");
+        const int n = threads_in(own);
         check(n > 0, "FLAME_EXT_NUM_THREADS='", own, "' is not a number of threads from 1 to ",
               kMaxThreads);
         return n;
     }
     // Others read it too, in more forms than ours: what we cannot take is no error.
-    if (const int n = env_threads("OMP_NUM_THREADS")) return n;
+    if (const int n = threads_in(std::getenv("OMP_NUM_THREADS"))) return n;
     int n = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)
     cpu_set_t set;

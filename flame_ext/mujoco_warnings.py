@@ -19,7 +19,8 @@ def as_python_warnings(env: str | EnvSpec) -> Iterator[None]:
     again. That a model uses what is deprecated only its authors can mend; such a remark is a
     DeprecationWarning, which Python does not show unless it is asked to.
     """
-    if not _is_mujoco(env):
+    spec = _spec_of(env)
+    if spec is None or not _is_mujoco(spec):
         yield
         return
     import mujoco
@@ -33,19 +34,16 @@ def as_python_warnings(env: str | EnvSpec) -> Iterator[None]:
         mujoco.set_mju_user_warning(before)
         for remark in remarks:
             category = DeprecationWarning if "deprecated" in remark else UserWarning
-            warnings.warn(f"{_id_of(env)}: {remark}", category, stacklevel=1)
+            warnings.warn(f"{spec.id}: {remark}", category, stacklevel=1)
 
 
-def _id_of(env: str | EnvSpec) -> str:
-    return env if isinstance(env, str) else env.id
-
-
-def _is_mujoco(env: str | EnvSpec) -> bool:
-    """Whether Gymnasium makes `env` with MuJoCo, which is not imported for others."""
-    if importlib.util.find_spec("mujoco") is None:
-        return False
+def _spec_of(env: str | EnvSpec) -> EnvSpec | None:
     try:
-        spec = env if isinstance(env, EnvSpec) else gymnasium.spec(env)
-    except (gymnasium.error.Error, ImportError):
-        return False  # making it will say what is wrong
-    return "mujoco" in str(spec.entry_point)
+        return env if isinstance(env, EnvSpec) else gymnasium.spec(env)
+    except gymnasium.error.Error:
+        return None  # making it will say what is wrong
+
+
+def _is_mujoco(spec: EnvSpec) -> bool:
+    """Whether MuJoCo, which is not imported for others, simulates it and is installed."""
+    return "mujoco" in str(spec.entry_point) and importlib.util.find_spec("mujoco") is not None

@@ -48,16 +48,15 @@ def held(run_dir: Path) -> Iterator[None]:
         return
     directory = os.open(run_dir, os.O_RDONLY)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(directory)
-        raise RunDirectoryError(
-            f"another trainer is at work in {run_dir}: wait for its end or stop it, or give "
-            "another run_dir"
-        ) from error
-    except OSError:
-        pass  # a file system without locks
-    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunDirectoryError(
+                f"another trainer is at work in {run_dir}: wait for its end or stop it, or give "
+                "another run_dir"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(directory)

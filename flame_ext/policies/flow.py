@@ -183,15 +183,15 @@ class FlowActor(Actor):
         c = self.config
         outside = sample.action - sample.action.clamp(-1, 1)
         wall = outside.square().sum(-1) / (2 * c.boundary_width**2)
-        if sample.transport is None or c.monotonicity_margin == 0:
+        margin = c.monotonicity_margin
+        if sample.transport is None or margin == 0:
             return wall
         native = self._native()
         measure = monotonicity_gap if native is None else native.monotonicity_gap
-        gap = measure(sample.transport, c.monotonicity_margin)
+        depth = measure(sample.transport, margin)
         # Linear where the map folds: the square of one deep fold outweighs thousands of batches.
-        margin = c.monotonicity_margin
-        depth = F.huber_loss(gap, torch.zeros_like(gap), reduction="none", delta=margin)
-        return wall + depth / margin**2
+        penalty = F.huber_loss(depth, torch.zeros_like(depth), reduction="none", delta=margin)
+        return wall + penalty / margin**2
 
     def _reweighted_loss(
         self,
