@@ -54,7 +54,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if core.cuda_devices():
         return
     built = core.build_info()["cuda_toolkit"]
-    reason = "no CUDA device is visible" if built else "this build has no CUDA (no nvcc was found)"
+    reason = "this build has no CUDA (no nvcc was found)"
+    if built:
+        reason = core.cuda_problem() or "no CUDA device is visible"
     for item in marked:
         item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -43,7 +43,7 @@ def ours(candidates: int, sampling: str) -> tuple[Callable[[], object], Callable
     from flame_ext.agent import Agent
     from flame_ext.backends import make_backend
     from flame_ext.config import make_config
-    from flame_ext.play import untrained_policy
+    from flame_ext.latency import untrained_policy
     from flame_ext.replay import Batch
 
     options = {"num_candidates": candidates, "policy_delay": 1, "batch_size": BATCH}

@@ -30,8 +30,8 @@ from flame_ext.backends.native_evaluator import NativeEvaluator
 from flame_ext.backends.native_views import array, mlp_spec
 from flame_ext.backends.torch import adam_moments
 from flame_ext.critics import Critics
+from flame_ext.latency import untrained_policy
 from flame_ext.networks import MeanVelocityNet
-from flame_ext.play import untrained_policy
 
 FLOAT = 4  # bytes
 DENSITY_SAMPLES = 8

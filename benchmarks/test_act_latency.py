@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
 from flame_ext import _core
-from flame_ext.play import untrained_policy
+from flame_ext.latency import untrained_policy
 from flame_ext.sampling import flow_steps, time_feature_rows
 
 SIZES = {"halfcheetah": (17, 6), "humanoid": (348, 17)}

@@ -14,6 +14,8 @@
 
 #include <stdint.h>
 
+#include <string>
+
 namespace flame {
 
 // --- Instruction sets (cpu/dispatch.cpp)
@@ -45,8 +47,8 @@ struct PhiloxKey {
 
 // --- CUDA (cuda/device.cu, cuda/philox.cu); declared always, defined only in a build with CUDA
 
-// 0 where there is no driver or no device.
-int cuda_device_count();
+// 0 where there is no driver or no device, or where a problem (which is then set) hides them.
+int cuda_device_count(std::string* problem = nullptr);
 // Name and compute capability of a device, truncated to `size` characters; throws without devices.
 void cuda_device_name(int device, char* name, int size, int* major, int* minor);
 // The first n draws of `key` into device memory, on `stream` (a cudaStream_t).

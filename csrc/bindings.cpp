@@ -114,6 +114,14 @@ std::vector<std::string> cuda_devices() {
     return devices;
 }
 
+std::string cuda_problem() {
+    std::string problem;
+#if defined(FLAME_HAVE_CUDA)
+    cuda_device_count(&problem);
+#endif
+    return problem;
+}
+
 // --- Random numbers
 
 using Words = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
@@ -190,6 +198,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("peak_gflops", &peak_gflops);
     m.def("read_gbps", &read_gbps, py::arg("size"));
     m.def("cuda_devices", &cuda_devices);
+    m.def("cuda_problem", &cuda_problem);
 
     m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
     m.def("philox_bits", &philox_bits, py::arg("seed"), py::arg("stream"), py::arg("offset"),

@@ -51,7 +51,7 @@ size_t twin_q(const MlpSpec& spec, Pointer parameters, int64_t states, int candi
                          candidates,
                          action_dim,
                          at<float>(obs),
-                         spec.sizes[0] - action_dim,
+                         critic_obs_dim(spec, action_dim),
                          at<float>(actions),
                          at<float>(q_min),
                          nullptr};
@@ -63,11 +63,19 @@ size_t twin_q(const MlpSpec& spec, Pointer parameters, int64_t states, int candi
 size_t critic_step(const MlpSpec& spec, Pointer parameters, Pointer gradients, int64_t rows,
                    int action_dim, Pointer obs, Pointer action, Pointer target, Pointer loss,
                    Pointer q_mean, Pointer workspace, Pointer stream) {
-    const CriticStepArgs args{
-        spec,       at<float>(parameters), at<float>(gradients),       rows,
-        action_dim, at<float>(obs),        spec.sizes[0] - action_dim, at<float>(action),
-        action_dim, at<float>(target),     at<double>(loss),           at<double>(q_mean),
-        nullptr};
+    const CriticStepArgs args{spec,
+                              at<float>(parameters),
+                              at<float>(gradients),
+                              rows,
+                              action_dim,
+                              at<float>(obs),
+                              critic_obs_dim(spec, action_dim),
+                              at<float>(action),
+                              action_dim,
+                              at<float>(target),
+                              at<double>(loss),
+                              at<double>(q_mean),
+                              nullptr};
     return with_workspace(args, workspace,
                           [&](void* memory) { cuda_critic_step(args, memory, at<void>(stream)); });
 }
@@ -80,7 +88,7 @@ size_t q_gradient(const MlpSpec& spec, Pointer parameters, int64_t rows, int act
                              rows,
                              action_dim,
                              at<float>(obs),
-                             spec.sizes[0] - action_dim,
+                             critic_obs_dim(spec, action_dim),
                              at<float>(action),
                              action_dim,
                              at<float>(q_min),
@@ -99,7 +107,7 @@ size_t meanflow_step(const MlpSpec& spec, Pointer parameters, Pointer gradients,
                                 rows,
                                 action_dim,
                                 at<float>(obs),
-                                spec.sizes[0] - action_dim - kTimeFeatures,
+                                flow_obs_dim(spec, kTimeFeatures),
                                 at<float>(z),
                                 at<float>(velocity),
                                 at<float>(r),
@@ -114,6 +122,9 @@ size_t reweighted_velocity(const MlpSpec& spec, Pointer parameters, int64_t stat
                            double alpha, const std::string& sampling, uint64_t seed,
                            uint64_t offset, Pointer draw_offset, Pointer velocity, Pointer ess,
                            bool tensor_cores, Pointer workspace, Pointer stream) {
+    check(candidates >= 1, "num_candidates is ", candidates, "; at least 1 is needed");
+    check(action_dim <= kMaxActionColumns, "z has ", action_dim, " columns; at most ",
+          kMaxActionColumns, " are supported");
     const ReweightedArgs args{spec,
                               at<float>(parameters),
                               nullptr,
@@ -121,7 +132,7 @@ size_t reweighted_velocity(const MlpSpec& spec, Pointer parameters, int64_t stat
                               candidates,
                               action_dim,
                               at<float>(obs),
-                              spec.sizes[0] - action_dim,
+                              critic_obs_dim(spec, action_dim),
                               at<float>(z),
                               at<float>(signal),
                               at<float>(scale),
@@ -151,7 +162,7 @@ void flow_density(const MlpSpec& spec, Pointer parameters, int64_t states, int s
                                samples,
                                action_dim,
                                at<float>(obs),
-                               spec.sizes[0] - action_dim - time_features,
+                               flow_obs_dim(spec, time_features),
                                at<float>(noise),
                                steps,
                                time_features,
@@ -190,7 +201,7 @@ size_t flow_record(const MlpSpec& spec, Pointer parameters, int64_t rows, int ti
     FlowDensityArgs args = recorded_step(spec, parameters, rows, time_features, scale);
     args.time = at<float>(time);
     args.obs = at<float>(obs);
-    args.obs_ld = spec.sizes[0] - args.action_dim - time_features;
+    args.obs_ld = flow_obs_dim(spec, time_features);
     args.noise = at<float>(noise);
     args.action = at<float>(action);
     args.log_prob = at<float>(log_prob);
@@ -217,6 +228,11 @@ size_t policy_act(const MlpSpec& policy, Pointer parameters, const MlpSpec* crit
                   Pointer noise, int steps, int time_features, Pointer time, Pointer scale,
                   Pointer action, bool tensor_cores, Pointer workspace, Pointer stream) {
     const int action_dim = policy.sizes[policy.num_layers];
+    const int obs_dim = flow_obs_dim(policy, time_features);
+    if (critics != nullptr) {
+        check(critic_obs_dim(*critics, action_dim) == obs_dim, "the policy takes ", obs_dim,
+              " observations, the critics ", critic_obs_dim(*critics, action_dim));
+    }
     const PolicyActArgs args{policy,
                              at<float>(parameters),
                              critics != nullptr ? *critics : MlpSpec{},
@@ -225,7 +241,7 @@ size_t policy_act(const MlpSpec& policy, Pointer parameters, const MlpSpec* crit
                              samples,
                              action_dim,
                              at<float>(obs),
-                             policy.sizes[0] - action_dim - time_features,
+                             obs_dim,
                              at<float>(noise),
                              steps,
                              time_features,

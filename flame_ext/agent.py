@@ -226,6 +226,10 @@ class Agent:
             networks |= {f"deployed_{name}": net for name, net in deployed.items()}
         return networks
 
+    def is_finite(self) -> bool:
+        """Whether every weight of every network is."""
+        return all(bool(net.flat.isfinite().all()) for net in self.networks().values())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that learning depends on, as named tensors."""
         state = {f"{name}.flat": net.flat.detach() for name, net in self.networks().items()}

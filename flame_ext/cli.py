@@ -46,7 +46,7 @@ _EVAL_EPILOG = """\
 examples:
   flame-ext eval runs/cheetah --episodes 20
   flame-ext eval runs/cheetah/best --num-particles 32
-  flame-ext eval runs/cheetah --video cheetah.mp4
+  flame-ext eval runs/cheetah --video cheetah.gif
 """
 
 _PLOT_EPILOG = """\
@@ -54,6 +54,12 @@ examples:
   flame-ext plot runs/cheetah                                 its learning curve
   flame-ext plot runs/flame-* runs/sac-* --output curves.png  mean and band over seeds
   flame-ext plot runs/goals-flame runs/goals-sac              paths and Q in the multi-goal task
+"""
+
+_BENCH_EPILOG = """\
+examples:
+  flame-ext bench policy.safetensors   median and tail of this policy on this machine, without torch
+  flame-ext bench --task humanoid      untrained policies of that task's sizes side by side
 """
 
 
@@ -158,13 +164,18 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add("--stochastic", action="store_true", help="sample actions instead of repeatable ones")
     add("--seed", type=int, default=0, metavar="S", help="decides the episodes")
     add("--env", metavar="ENV", help="Gymnasium id (default: the run's)")
-    add("--video", type=Path, metavar="FILE", help="also film one episode, .mp4 or .gif")
+    add("--video", type=Path, metavar="FILE", help="also film one episode, .gif or .mp4")
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="run directories")
-    add("--output", type=Path, metavar="FILE", help="picture, .png, .pdf or .svg")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=".png, .pdf or .svg (default: in the run's directory; of several, here)",
+    )
     add(
         "--kind",
         choices=("auto", "curves", "multigoal"),
@@ -181,12 +192,21 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from flame_ext.latency import TASK_SIZES
+
     add = parser.add_argument
     add(
+        "policy",
+        nargs="?",
+        type=Path,
+        metavar="POLICY",
+        help="a policy file or run directory (default: untrained policies of every algorithm)",
+    )
+    add(
         "--task",
-        choices=("halfcheetah", "humanoid"),
+        choices=tuple(TASK_SIZES),
         default="halfcheetah",
-        help="observation and action sizes",
+        help="observation and action sizes of untrained policies",
     )
     add("--seconds", type=float, default=0.3, metavar="T", help="measuring time per number")
 
@@ -287,6 +307,7 @@ def _train(options: argparse.Namespace) -> None:
             callbacks=callbacks,
         )
     print(f"run directory  {trainer.run_dir}", file=sys.stderr)
+    print(f"backend        {trainer.backend.name}, device {trainer.device}", file=sys.stderr)
     try:
         result = trainer.run(options.steps)
     except KeyboardInterrupt:
@@ -410,9 +431,13 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from flame_ext.play import latency_table
+    from flame_ext.latency import policy_latencies, task_latencies
+    from flame_ext.policy import load
 
-    print(latency_table(options.task, seconds=options.seconds))
+    if options.policy is None:
+        print(task_latencies(options.task, seconds=options.seconds))
+    else:
+        print(policy_latencies(load(options.policy), seconds=options.seconds))
 
 
 def _info(options: argparse.Namespace) -> None:  # noqa: ARG001
@@ -427,7 +452,7 @@ _COMMANDS: dict[str, tuple[str, str, _Fill, _Command]] = {
     "train": ("train a policy in an environment", _TRAIN_EPILOG, _add_train, _train),
     "eval": ("play episodes with a trained policy", _EVAL_EPILOG, _add_eval, _eval),
     "plot": ("draw learning curves or the multi-goal task", _PLOT_EPILOG, _add_plot, _plot),
-    "bench": ("measure how long policies take to act", "", _add_bench, _bench),
+    "bench": ("measure how long policies take to act", _BENCH_EPILOG, _add_bench, _bench),
     "info": ("report on the installation", "", _add_nothing, _info),
 }
 

@@ -333,7 +333,20 @@ _PAPER: dict[str, Any] = {
 
 # Where an algorithm's defaults differ from the class's: `flame`'s policy step costs several times
 # `sac`'s, so it takes half of the batch.
-_DEFAULT: dict[str, dict[str, Any]] = {"flame": {"policy_batch_size": 32}}
+_MULTI_STEP_DEFAULT: dict[str, Any] = {
+    "num_candidates": 32,
+    "eval_particles": 16,
+    "initial_action_std": 0.35,
+    "temperature": "ess",
+    "alpha_learning_rate": 1e-3,
+    "target_ess": 0.15,
+}
+_DEFAULT: dict[str, dict[str, Any]] = {
+    "flame": {"policy_batch_size": 32},
+    "flame-r": _MULTI_STEP_DEFAULT,
+    "sac": {},
+    "diffusion": _MULTI_STEP_DEFAULT,
+}
 
 # What makes an algorithm itself, in every preset. FLAME-R and the diffusion policy sample in
 # several steps, where the exact density of section 4.1 does not apply.
@@ -342,12 +355,6 @@ _MULTI_STEP: dict[str, Any] = {
     "proposal": "reverse",
     "reverse_kl_weight": 0.0,
     "instantaneous_fraction": 1.0,
-    "num_candidates": 32,
-    "eval_particles": 16,
-    "initial_action_std": 0.35,
-    "temperature": "ess",
-    "alpha_learning_rate": 1e-3,
-    "target_ess": 0.15,
 }
 _ALGORITHM: dict[str, dict[str, Any]] = {
     "flame": {},
@@ -369,7 +376,7 @@ _ALGORITHM: dict[str, dict[str, Any]] = {
         "alpha_learning_rate": 1e-3,
         "target_entropy_scale": -1.0,
     },
-    "diffusion": _MULTI_STEP,
+    "diffusion": {**_MULTI_STEP, "temperature": "ess"},
 }
 
 
@@ -401,7 +408,7 @@ def make_config(
         return overrides
     fields = {field.name: field for field in dataclasses.fields(Config)}
     values: dict[str, Any] = {"algorithm": algorithm}
-    values |= _PAPER if preset == "paper" else _DEFAULT.get(algorithm, {})
+    values |= _PAPER if preset == "paper" else _DEFAULT[algorithm]
     values |= _ALGORITHM[algorithm]
     overrides = overrides or {}
     _check_algorithm(algorithm, overrides.get("algorithm", algorithm))

@@ -74,8 +74,7 @@ class VectorEnvHandle:
         self.num_envs = int(vector.num_envs)
         self.obs_dim = spaces.flatdim(vector.single_observation_space)
         self.action_dim = int(np.prod(action_space.shape))
-        self.action_low: FloatArray = action_space.low.ravel().astype(np.float32)
-        self.action_high: FloatArray = action_space.high.ravel().astype(np.float32)
+        self.action_low, self.action_high = _float32_bounds(action_space)
         self.spec_id = _sufficient_id(spec_of(vector))
         self._seed = seed
         self._action_space = action_space
@@ -264,6 +263,16 @@ class VectorEnvHandle:
         if self.vector is base and isinstance(base, SyncVectorEnv):
             return tuple(base.envs)
         return ()
+
+
+def _float32_bounds(space: spaces.Box) -> tuple[FloatArray, FloatArray]:
+    """Flat bounds, rounded into the box: 0.1 of float64 is less than that of float32."""
+    low, high = space.low.ravel().astype(np.float32), space.high.ravel().astype(np.float32)
+    inf = np.float32(np.inf)
+    return (
+        np.where(low < space.low.ravel(), np.nextafter(low, inf), low),
+        np.where(high > space.high.ravel(), np.nextafter(high, -inf), high),
+    )
 
 
 def check_observation_space(space: spaces.Space[Any]) -> None:

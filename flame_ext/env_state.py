@@ -17,6 +17,8 @@ import numpy as np
 from gymnasium import wrappers
 from numpy.typing import NDArray
 
+from flame_ext.fresh_observation import FreshObservation
+
 Environment = gymnasium.Env[Any, Any]
 
 # Wrappers that keep nothing from one step to the next but the counter of TimeLimit.
@@ -28,6 +30,7 @@ _KNOWN_WRAPPERS = (
     wrappers.RescaleAction,
     wrappers.RescaleObservation,
     wrappers.TimeLimit,
+    FreshObservation,
 )
 
 # Attributes of a Gymnasium environment that no step changes, or that are handled by themselves.

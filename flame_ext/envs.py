@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import gymnasium
 from gymnasium import spaces, wrappers
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.wrappers import vector as vector_wrappers
 
 from flame_ext import multigoal as _multigoal  # noqa: F401  (registers flame_ext/MultiGoal-v0)
 from flame_ext.env_handle import (
@@ -22,6 +23,7 @@ from flame_ext.env_handle import (
 )
 from flame_ext.env_state import Environment, EnvState
 from flame_ext.errors import EnvironmentDataError, nearest_hint
+from flame_ext.fresh_observation import FreshObservation
 from flame_ext.mujoco_warnings import as_python_warnings
 
 __all__ = [
@@ -34,6 +36,13 @@ __all__ = [
     "make_eval_env",
     "make_vector_env",
 ]
+
+# Wrappers that learn across episodes.
+_STATISTICS = (
+    wrappers.NormalizeObservation,
+    wrappers.NormalizeReward,
+    vector_wrappers.NormalizeReward,  # the other one refuses SAME_STEP itself
+)
 
 EnvFactory: TypeAlias = Callable[[], Environment]
 EnvLike: TypeAlias = "str | Environment | VectorEnv[Any, Any, Any] | EnvFactory"
@@ -130,10 +139,11 @@ def _build_vector(factories: list[EnvFactory]) -> VectorEnv[Any, Any, Any]:
     def flat(factory: EnvFactory) -> EnvFactory:
         def make() -> Environment:
             env = factory()
+            _refuse_statistics(env)
             check_observation_space(env.observation_space)
             check_action_space(env.action_space)
             if isinstance(env.observation_space, spaces.Box):
-                return env
+                return FreshObservation(env)
             return wrappers.FlattenObservation(env)
 
         return make
@@ -150,6 +160,19 @@ def _build_vector(factories: list[EnvFactory]) -> VectorEnv[Any, Any, Any]:
             "environment at every call, for example lambda: MyEnv()."
         )
     return vector
+
+
+def _refuse_statistics(env: Environment | VectorEnv[Any, Any, Any]) -> None:
+    """Raise for wrappers whose statistics evaluation, replay and the saved policy would lack."""
+    layer: Any = env
+    while isinstance(layer, gymnasium.Wrapper | VectorWrapper):
+        if isinstance(layer, _STATISTICS):
+            raise ValueError(
+                f"{type(layer).__name__} keeps running statistics that evaluations, the replay "
+                "buffer and the saved policy do not share. Leave it out and use the options "
+                "normalize_observations=true or reward_scale."
+            )
+        layer = layer.env
 
 
 def _check_id(env_id: str) -> None:
@@ -180,6 +203,7 @@ def _make_by_id(env_id: str, **kwargs: Any) -> Environment:
 
 
 def _check_vector(vector: VectorEnv[Any, Any, Any], num_envs: int | None) -> None:
+    _refuse_statistics(vector)
     mode = vector.metadata.get("autoreset_mode")
     if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.SAME_STEP.value):
         raise ValueError(
@@ -203,7 +227,7 @@ def _single_of(vector: VectorEnv[Any, Any, Any]) -> Environment:
     if spec is None:
         raise ValueError(
             f"No separate evaluation environment can be built from {vector}, which has no spec. "
-            "Pass an id or a factory with num_envs instead."
+            "Pass eval_env, such as a factory of one environment."
         )
     return _make(spec)
 
@@ -232,5 +256,5 @@ def _twin_of(env: Environment) -> Environment:
         reasons.append(str(error))
     raise ValueError(
         f"No separate evaluation environment can be built from {env}: {'; '.join(reasons)}. Pass "
-        "an id or a factory (lambda: MyEnv()) instead of an object."
+        "an id or a factory (lambda: MyEnv()) instead of an object, or eval_env."
     )

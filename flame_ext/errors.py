@@ -18,6 +18,10 @@ class EnvironmentDataError(FlameError):
     """An environment returned NaN or infinity."""
 
 
+class DivergenceError(FlameError):
+    """Learning diverged: the networks' weights are no longer finite."""
+
+
 class RunDirectoryError(FlameError):
     """A run directory exists, is missing or does not hold what is needed."""
 

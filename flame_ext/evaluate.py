@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_ext.env_handle import VectorEnvHandle
+from flame_ext.errors import FlameError
 
 # Episodes run side by side, so that the policy acts on a batch; how many decides the start states.
 MAX_EVAL_ENVS = 10
+# An episode of so many steps is taken for one that never ends.
+MAX_EPISODE_STEPS = 100_000
 
 ActFunction = Callable[[NDArray[np.float32]], NDArray[Any]]
 
@@ -62,14 +65,25 @@ def run_episodes(
         act: Maps observations ``(n, O)`` to actions ``(n, A)`` in [-1, 1].
         episodes: How many.
         seed: Reset seed.
+
+    Raises:
+        FlameError: If an episode does not end.
     """
     quota = [len(range(i, episodes, env.num_envs)) for i in range(env.num_envs)]
     returns: list[float] = []
     lengths: list[int] = []
     obs = env.reset(seed)
+    steps = np.zeros(env.num_envs, np.int64)
     while any(quota):
+        if steps.max() >= MAX_EPISODE_STEPS:
+            raise FlameError(
+                f"an evaluation's episode has not ended after {MAX_EPISODE_STEPS:,} steps. Give "
+                "the environment a time limit, as by gymnasium.wrappers.TimeLimit."
+            )
+        steps += 1
         step = env.step(act(obs))
         finished = np.flatnonzero(step.terminated | step.truncated)
+        steps[finished] = 0
         results = zip(finished, step.episode_returns, step.episode_lengths, strict=True)
         for index, episode_return, length in results:
             if quota[index]:

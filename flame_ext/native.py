@@ -25,8 +25,8 @@ def load_core() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"the native module flame_ext._core does not load ({error}). Install the package with "
-            "`pip install .` from its root and run outside of the source tree (a directory "
-            "'flame_ext' in the current directory hides the installed one under `python -m`), "
+            "`pip install .` from its root and run Python in another directory (there the sources "
+            "in 'flame_ext' hide the installed package), "
             "or choose backend='torch'."
         ) from error
 
@@ -37,8 +37,11 @@ class BackendInfo:
 
     Attributes:
         version: Version of the package.
+        torch_version: Installed torch, or an empty string.
+        auto_backend: What ``backend="auto"`` picks with ``device="cpu"``.
+        auto_reason: Why.
         native: Whether the native module loads.
-        native_error: Why it does not, or an empty string.
+        native_error: Why it does not, or an empty string; what follows is empty then.
         compiler: C++ compiler that built it.
         build_type: CMake build type, with the sanitizers if any.
         isas_compiled: Instruction sets in the build, in rising order.
@@ -48,26 +51,25 @@ class BackendInfo:
         cuda_archs: Architectures in the build, empty without CUDA.
         cuda_toolkit: Version of nvcc, empty without CUDA.
         cuda_devices: Devices that the native module sees.
-        torch_version: Installed torch, or an empty string.
-        auto_backend: What ``backend="auto"`` picks with ``device="cpu"``.
-        auto_reason: Why.
+        cuda_problem: Why it sees none although there is a driver, such as one that is too old.
     """
 
     version: str
-    native: bool
-    native_error: str
-    compiler: str
-    build_type: str
-    isas_compiled: tuple[str, ...]
-    isas_supported: tuple[str, ...]
-    isa: str
-    threads: int
-    cuda_archs: str
-    cuda_toolkit: str
-    cuda_devices: tuple[str, ...]
     torch_version: str
     auto_backend: BackendName
     auto_reason: str
+    native: bool
+    native_error: str = ""
+    compiler: str = ""
+    build_type: str = ""
+    isas_compiled: tuple[str, ...] = ()
+    isas_supported: tuple[str, ...] = ()
+    isa: str = ""
+    threads: int = 0
+    cuda_archs: str = ""
+    cuda_toolkit: str = ""
+    cuda_devices: tuple[str, ...] = ()
+    cuda_problem: str = ""
 
     def __str__(self) -> str:
         if self.native:
@@ -80,7 +82,7 @@ class BackendInfo:
         cuda = "not in this build"
         if self.cuda_toolkit:
             cuda = f"toolkit {self.cuda_toolkit}, {self.cuda_archs}; "
-            cuda += f"devices: {_join(self.cuda_devices)}"
+            cuda += f"devices: {self.cuda_problem or _join(self.cuda_devices)}"
         rows = [
             ("flame_ext", self.version),
             ("native module", native),
@@ -125,36 +127,18 @@ def backend_info() -> BackendInfo:
     Raises:
         ValueError: ``FLAME_EXT_ISA`` names an instruction set that is unknown or unsupported here.
     """
-    version = _installed_version("flame_ext")
-    torch_version = _installed_version("torch")
+    installed = (_installed_version("flame_ext"), _installed_version("torch"))
+    auto = auto_backend("cpu")
     try:
         core = load_core()
     except ImportError as error:
-        auto, reason = auto_backend("cpu")
-        return BackendInfo(
-            version=version,
-            native=False,
-            native_error=str(error),
-            compiler="",
-            build_type="",
-            isas_compiled=(),
-            isas_supported=(),
-            isa="",
-            threads=0,
-            cuda_archs="",
-            cuda_toolkit="",
-            cuda_devices=(),
-            torch_version=torch_version,
-            auto_backend=auto,
-            auto_reason=reason,
-        )
-    auto, reason = auto_backend("cpu")
+        return BackendInfo(*installed, *auto, native=False, native_error=str(error))
     build = core.build_info()
     sanitize = f" with {build['sanitize']} sanitizers" if build["sanitize"] else ""
     return BackendInfo(
-        version=version,
+        *installed,
+        *auto,
         native=True,
-        native_error="",
         compiler=build["compiler"],
         build_type=build["build_type"] + sanitize,
         isas_compiled=tuple(core.isa_compiled()),
@@ -164,7 +148,5 @@ def backend_info() -> BackendInfo:
         cuda_archs=build["cuda_archs"],
         cuda_toolkit=build["cuda_toolkit"],
         cuda_devices=tuple(core.cuda_devices()),
-        torch_version=torch_version,
-        auto_backend=auto,
-        auto_reason=reason,
+        cuda_problem=core.cuda_problem(),
     )

@@ -101,7 +101,7 @@ def reweighted_velocity(
         The velocity and its effective sample size; the weights only from PyTorch.
 
     Raises:
-        ValueError: If the shapes or the temperature do not fit.
+        ValueError: If the shapes, the temperature or the number of candidates do not fit.
         BackendUnavailableError: If the build or machine lacks the backend.
     """
     if t.shape != (len(z), 1) or z.shape[1:] != (critics.action_dim,):
@@ -109,6 +109,8 @@ def reweighted_velocity(
             f"z has shape {tuple(z.shape)} and t {tuple(t.shape)}; expected "
             f"(B, {critics.action_dim}) and (B, 1)"
         )
+    if num_candidates < 1:
+        raise ValueError(f"num_candidates={num_candidates}: give at least 1")
     if not float(alpha) > 0:
         raise ValueError(f"alpha={float(alpha)} must be positive: weights are exp(Q / alpha)")
     native = _native(backend, "reweighted_velocity", [critics], (obs, z, t))

@@ -1,9 +1,8 @@
-"""Playing with saved policies: episodes, films and acting latency, behind ``flame-ext``."""
+"""Playing with saved policies: episodes and films, behind ``flame-ext eval``."""
 
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,9 @@ from numpy.typing import NDArray
 
 from flame_ext.envs import VectorEnvHandle, make_eval_env, make_vector_env
 from flame_ext.evaluate import MAX_EVAL_ENVS, run_episodes
-from flame_ext.policy import Policy, PolicySpec, make_engine
+from flame_ext.policy import Policy
 
 _FRAMES_PER_SECOND = 30  # of an environment that does not say
-# Observation and action sizes of the tasks that latency is quoted for.
-_TASK_SIZES = {"halfcheetah": (17, 6), "humanoid": (348, 17)}
-_BATCHES = (1, 256)
 
 
 @dataclass(frozen=True)
@@ -147,69 +143,3 @@ def _unit_actions(
         return policy.spec.unit_action(action)
 
     return act
-
-
-def latency_table(task: str = "halfcheetah", *, seconds: float = 0.3) -> str:
-    """Median time of `Policy.act` with untrained networks of the default sizes, as a table.
-
-    Args:
-        task: ``halfcheetah`` (17 observations, 6 actions) or ``humanoid`` (348, 17).
-        seconds: Measuring time per number.
-
-    Raises:
-        ValueError: If ``seconds`` is not positive.
-    """
-    if not seconds > 0:
-        raise ValueError(f"seconds={seconds} was given; it must be positive.")
-    obs_dim, action_dim = _TASK_SIZES[task]
-    cases = [("flame", 1), ("flame", 32), ("flame-r", 1), ("diffusion", 1), ("sac", 1)]
-    head = f"{'policy':<12}{'evaluations':>12}{'best of':>9}"
-    lines = [head + "".join(f"{f'batch {batch}':>14}" for batch in _BATCHES)]
-    rng = np.random.default_rng(0)
-    for algorithm, particles in cases:
-        policy = untrained_policy(algorithm, obs_dim, action_dim)
-        row = f"{algorithm:<12}{policy.spec.config['sampling_steps']:>12}{particles:>9}"
-        for batch in _BATCHES:
-            obs = rng.standard_normal((batch, obs_dim)).astype(np.float32)
-            row += f"{_median_microseconds(policy, obs, particles, seconds):>11.0f} us"
-        lines.append(row)
-    lines.append(f"{task}: {obs_dim} observations, {action_dim} actions; engine {policy.backend}")
-    return "\n".join(lines)
-
-
-def untrained_policy(
-    algorithm: str, obs_dim: int, action_dim: int, preset: str = "default", **overrides: Any
-) -> Policy:
-    """A policy with fresh weights and the preset's options of ``algorithm``, but `overrides`."""
-    from flame_ext.build import deployed_networks, make_actor, make_critics, make_encoder
-    from flame_ext.config import make_config
-
-    config = make_config(algorithm, preset, overrides)
-    sizes = obs_dim, action_dim
-    critics = make_critics(config, *sizes, make_encoder(config, *sizes))
-    networks = deployed_networks(make_actor(config, *sizes), critics)
-    spec = PolicySpec(
-        algorithm=algorithm,
-        config=config.to_dict(),
-        obs_dim=obs_dim,
-        action_dim=action_dim,
-        action_low=(-1.0,) * action_dim,
-        action_high=(1.0,) * action_dim,
-        env_id=None,
-    )
-    tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
-    return Policy(spec, make_engine(spec, tensors))
-
-
-def _median_microseconds(
-    policy: Policy, obs: NDArray[np.float32], particles: int, seconds: float
-) -> float:
-    for _ in range(3):  # Caches, lazy initialisation.
-        policy.act(obs, num_particles=particles)
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        start = time.perf_counter()
-        policy.act(obs, num_particles=particles)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times)) * 1e6

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import secrets
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,13 +203,15 @@ def make_engine(
         tensors: ``actor.flat``, ``critics.flat``; for embeddings ``state_encoder.flat`` and
             ``pair_encoder.flat``, for normalised observations ``normalizer.shift`` and
             ``normalizer.scale``; float32.
-        backend: ``cpu`` (native), ``torch``, or ``auto``: native where the module loads.
+        backend: ``cpu`` (native), ``torch``, or ``auto``: native, or PyTorch with a warning where
+            the module does not load.
         precision: ``fp32`` or ``fp16`` weights; the latter native only.
         seed: Seeds the engine's own noise.
 
     Raises:
         ValueError: For an unknown backend, or float16 where it is not offered.
-        BackendUnavailableError: If ``cpu`` is asked for and the native module does not load.
+        BackendUnavailableError: If the native module does not load and ``cpu`` is asked for or
+            torch is not installed.
     """
     check_choice("backend", backend, ("auto", "cpu", "torch"))
     if backend != "torch":
@@ -216,8 +220,9 @@ def make_engine(
 
             return NativeActingEngine(spec, tensors, seed=seed, precision=precision)
         except ImportError as error:
-            if backend == "cpu":
+            if backend == "cpu" or importlib.util.find_spec("torch") is None:
                 raise BackendUnavailableError(str(error)) from error
+            warnings.warn(f"acting in PyTorch: {error}", RuntimeWarning, stacklevel=3)
     if precision != "fp32":
         raise ValueError(f"precision={precision!r} needs the native backend; use 'fp32'")
     from flame_ext.acting.pytorch import TorchActingEngine

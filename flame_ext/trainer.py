@@ -29,10 +29,16 @@ from flame_ext.checkpoint import (
 )
 from flame_ext.config import Config, make_config
 from flame_ext.envs import EnvLike, EnvState, VectorEnvHandle, make_eval_env, make_vector_env
-from flame_ext.errors import BackendUnavailableError, EnvironmentDataError, RunDirectoryError
+from flame_ext.errors import (
+    BackendUnavailableError,
+    DivergenceError,
+    EnvironmentDataError,
+    RunDirectoryError,
+)
 from flame_ext.evaluate import MAX_EVAL_ENVS, Evaluation, run_episodes
 from flame_ext.interrupts import interrupts_between_steps
 from flame_ext.loggers import EvaluationLog, MultiLogger, make_loggers
+from flame_ext.native import auto_backend
 from flame_ext.normalizer import ObservationNormalizer
 from flame_ext.policies.base import uniform_like
 from flame_ext.policy import POLICY_FILE, PolicySpec, fixed_noise, save_policy
@@ -89,11 +95,12 @@ class Trainer:
         preset: ``default`` or ``paper``.
         config: Options by name that differ from the preset, or a complete `Config`.
         backend: ``auto``, ``torch``, ``cpu`` or ``cuda``; only ``auto`` chooses by itself.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is ``cpu`` for that backend,
-            else ``cuda`` where PyTorch sees a device.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is ``cpu`` where the native
+            CPU kernels are used, else ``cuda`` where PyTorch sees a device.
         run_dir: A new directory; None makes one below ``runs/``.
         seed: Decides weights, draws and the environments' randomness.
         callbacks: Called while the run goes on; may stop it.
+        eval_env: What evaluations play in, as for `env`; None makes it from `env`.
 
     Raises:
         ValueError: For options or spaces that cannot be used.
@@ -113,20 +120,26 @@ class Trainer:
         run_dir: str | Path | None = None,
         seed: int = 0,
         callbacks: Sequence[Callback] = (),
+        eval_env: EnvLike | None = None,
         _resuming: bool = False,
     ) -> None:
-        self.config = make_config(algorithm, preset, config)
+        wanted = make_config(algorithm, preset, config)
         self.seed, self.callbacks = seed, tuple(callbacks)
         # Evaluation and training episodes must not share seeds.
         self._eval_seed = seed + 1_000_003
         self.device = _resolve_device(device, backend)
         self._asked_for = {"backend": backend, "device": device}
-        self.env = _make_training_env(env, self.config, seed)
+        self.env = _make_training_env(env, wanted, seed)
+        # Environment objects come in their own number.
+        self.config = dataclasses.replace(wanted, num_envs=self.env.num_envs)
         self._env_id = env if isinstance(env, str) else self.env.spec_id
         self.eval_env = make_eval_env(
-            env, num_envs=min(self.config.eval_episodes, MAX_EVAL_ENVS), seed=self._eval_seed
+            env if eval_env is None else eval_env,
+            num_envs=min(self.config.eval_episodes, MAX_EVAL_ENVS),
+            seed=self._eval_seed,
         )
         sizes = (self.env.obs_dim, self.env.action_dim)
+        _check_sizes(sizes, (self.eval_env.obs_dim, self.eval_env.action_dim))
         self.backend = make_backend(backend, self.device)
         self.agent = Agent(self.config, *sizes, self.backend, seed=seed, device=self.device)
         self.replay = ReplayBuffer(self.config.buffer_size, *sizes, device=self.device)
@@ -136,7 +149,6 @@ class Trainer:
             else None
         )
         self.global_step = 0
-        self._total_steps = self.config.total_steps
         self.evaluations: list[Evaluation] = []
         self._update_debt = 0.0
         self._obs: np.ndarray | None = None
@@ -149,8 +161,7 @@ class Trainer:
             self.run_dir = Path(run_dir)
         else:
             self.run_dir = new_run_dir(run_dir, self._env_id, algorithm, seed)
-        config_json = json.dumps(self.config.to_dict(), indent=1)
-        (self.run_dir / CONFIG_FILE).write_text(config_json + "\n")
+        self._write_config()
 
     @classmethod
     def resume(
@@ -161,6 +172,7 @@ class Trainer:
         backend: str | None = None,
         device: str | None = None,
         callbacks: Sequence[Callback] = (),
+        eval_env: EnvLike | None = None,
     ) -> Trainer:
         """Continues a run from its checkpoint, bit-equal to never having stopped.
 
@@ -172,6 +184,7 @@ class Trainer:
             backend: As in the constructor; None takes the run's.
             device: As in the constructor; None takes the run's.
             callbacks: As in the constructor; callbacks are not saved.
+            eval_env: As in the constructor; not saved either.
 
         Raises:
             RunDirectoryError: If there is no usable checkpoint.
@@ -200,6 +213,7 @@ class Trainer:
             run_dir=run_dir,
             seed=manifest["seed"],
             callbacks=callbacks,
+            eval_env=eval_env,
             _resuming=True,
         )
         trainer._restore(tensors, manifest)
@@ -217,10 +231,13 @@ class Trainer:
                 also of a resumed run, and at first the configured one.
 
         Raises:
+            DivergenceError: If the networks' weights are no longer finite; the checkpoint and the
+                policy saved last are kept.
             RunDirectoryError: If another trainer is at work in the run's directory.
         """
         if total_steps is not None:
-            self._total_steps = total_steps
+            self.config = dataclasses.replace(self.config, total_steps=total_steps)
+            self._write_config()
         with held(self.run_dir):
             return self._run()
 
@@ -232,7 +249,7 @@ class Trainer:
         log = make_loggers(self.run_dir)
         evaluation_log = EvaluationLog(self.run_dir)
         progress = Progress(
-            self._total_steps, initial=self.global_step, algorithm=self.config.algorithm
+            self.config.total_steps, initial=self.global_step, algorithm=self.config.algorithm
         )
         self._call("on_start")
         try:
@@ -263,7 +280,7 @@ class Trainer:
         evaluation_log: EvaluationLog,
         progress: Progress,
     ) -> None:
-        c, total = self.config, self._total_steps
+        c, total = self.config, self.config.total_steps
         while self.global_step < total and self._stopped_by is None and not interrupted.is_set():
             before = self.global_step
             self.agent.set_progress(before / total)
@@ -276,7 +293,8 @@ class Trainer:
                 self._evaluate(log, evaluation_log, progress)
             if self._due(before, c.checkpoint_interval) and self.global_step < total:
                 self.save()
-        if not interrupted.is_set():
+        evaluated = bool(self.evaluations) and self.evaluations[-1].step == self.global_step
+        if not evaluated and not interrupted.is_set():
             self._evaluate(log, evaluation_log, progress)
         if interrupted.is_set():
             raise KeyboardInterrupt
@@ -372,7 +390,18 @@ class Trainer:
                 self.stop(type(callback).__name__)
 
     def save(self) -> None:
-        """Writes the checkpoint and the policy file."""
+        """Writes the checkpoint and the policy file.
+
+        Raises:
+            DivergenceError: If a weight is not finite; nothing is written then.
+        """
+        if not self.agent.is_finite():
+            raise DivergenceError(
+                f"learning diverged: at step {self.global_step:,} weights are NaN or infinite. "
+                f"What {self.run_dir} holds of earlier steps is kept. Check the scale of rewards "
+                "(reward_scale) and observations (normalize_observations), or lower the learning "
+                "rates."
+            )
         env_state = self.env.get_state() if self._obs is not None else None
         tensors = with_prefix("agent", self.agent.state_dict())
         tensors |= with_prefix("replay", self.replay.state_dict())
@@ -384,7 +413,6 @@ class Trainer:
             "config": self.config.to_dict(),
             "env_id": self._env_id,
             "asked_for": self._asked_for,
-            "total_steps": self._total_steps,
             "seed": self.seed,
             "global_step": self.global_step,
             "update_debt": self._update_debt,
@@ -408,7 +436,6 @@ class Trainer:
             self.normalizer.load_state_dict(strip_prefix("normalizer", tensors))
         self.global_step = manifest["global_step"]
         self._update_debt = manifest["update_debt"]
-        self._total_steps = manifest.get("total_steps", self.config.total_steps)
         self._earlier_wall_time = manifest["wall_time"]
         self.evaluations = [Evaluation(**_from_json(e)) for e in manifest["evaluations"]]
         if manifest["env_state"] is None:
@@ -421,6 +448,10 @@ class Trainer:
             return
         arrays = {n: t.numpy() for n, t in strip_prefix("env", tensors).items()}
         self._obs = self.env.set_state(EnvState(arrays, manifest["env_state"]))
+
+    def _write_config(self) -> None:
+        text = json.dumps(self.config.to_dict(), indent=1)
+        (self.run_dir / CONFIG_FILE).write_text(text + "\n")
 
     def _save_policy(self, path: Path) -> None:
         spec = PolicySpec(
@@ -449,10 +480,19 @@ def _make_training_env(env: EnvLike, config: Config, seed: int) -> VectorEnvHand
     return make_vector_env(env, num_envs=None if is_object else config.num_envs, seed=seed)
 
 
+def _check_sizes(trained: tuple[int, int], evaluated: tuple[int, int]) -> None:
+    if trained != evaluated:
+        raise ValueError(
+            f"env has {trained[0]} observations and {trained[1]} actions, eval_env {evaluated[0]} "
+            f"and {evaluated[1]}: they must be of one kind."
+        )
+
+
 def _resolve_device(device: str, backend: str) -> torch.device:
     if device == "auto":
-        on_cuda = backend != "cpu" and torch.cuda.is_available()
-        return torch.device("cuda" if on_cuda else "cpu")
+        # Networks of this size leave a GPU idle in PyTorch, launch after launch.
+        native = "cpu" in (backend, auto_backend("cpu")[0] if backend == "auto" else None)
+        return torch.device("cpu" if native or not torch.cuda.is_available() else "cuda")
     try:
         resolved = torch.device(device)
     except RuntimeError as error:

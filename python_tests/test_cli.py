@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from flame_ext import cli, play
+from flame_ext import cli, latency, play
 from flame_ext.config import ALGORITHMS, Config, make_config
 from flame_ext.plots import run_facts
 
@@ -302,13 +302,26 @@ def test_plot_chooses_the_picture(run_dir, tmp_path, capsys):
 
 
 def test_bench_has_a_row_per_policy(capsys, monkeypatch):
-    monkeypatch.setattr(play, "_BATCHES", (1,))
+    monkeypatch.setattr(latency, "_BATCHES", (1,))
     assert cli.main(["bench", "--seconds", "0.001"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines[1:-1]]
     assert [row[0] for row in rows] == ["flame", "flame", "flame-r", "diffusion", "sac"]
     assert all(float(row[3]) > 0 for row in rows)
     assert "17 observations, 6 actions" in lines[-1]
+
+
+def test_bench_measures_one_policy(run_dir, capsys):
+    assert cli.main(["bench", str(run_dir), "--seconds", "0.001"]) == 0
+    head, *rows, last = capsys.readouterr().out.splitlines()
+    assert head.split()[-4:] == ["median", "99.9", "%", "longest"]
+    for row in rows:
+        median, tail, longest = (float(cell) for cell in row.split()[2::2])
+        assert 0 < median <= tail <= longest
+    assert [row.split()[:2] for row in rows] == [
+        [batch, n] for batch in ("1", "256") for n in ("1", "32")
+    ]
+    assert last == "sac: 2 observations, 2 actions; engine cpu"
 
 
 def test_info_reports_the_installation(capsys):

@@ -22,6 +22,16 @@ def test_paper_preset_has_the_published_settings() -> None:
     assert config.reverse_kl_weight == 0
 
 
+def test_paper_preset_is_one_for_all_flow_policies() -> None:
+    config = make_config("flame-r", "paper")
+    assert (config.num_candidates, config.eval_particles, config.temperature) == (
+        100,
+        32,
+        "entropy",
+    )
+    assert (config.flow, config.sampling_steps) == ("instantaneous", 20)
+
+
 def test_overrides_win_over_the_preset() -> None:
     config = make_config("flame-r", "paper", {"num_candidates": 7, "hidden_sizes": [8, 8]})
     assert (config.num_candidates, config.hidden_sizes) == (7, (8, 8))

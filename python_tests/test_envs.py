@@ -101,6 +101,23 @@ def test_environments_end_one_by_one():
     assert (second.episode_returns, second.episode_lengths) == ((30.0,), (2,))
 
 
+def test_an_environment_may_return_one_array_again_and_again():
+    """Its reset would overwrite the last observation, which Gymnasium keeps by reference."""
+
+    class Reusing(Counter):
+        def _obs(self):
+            self.shared = getattr(self, "shared", np.zeros(2))
+            self.shared[:] = self.count, self.episode
+            return self.shared
+
+    handle = make_vector_env(lambda: Reusing(truncate=True))
+    handle.reset()
+    steps = [handle.step(np.zeros((1, 2))) for _ in range(3)]
+    assert steps[-1].truncated[0]
+    assert steps[-1].next_obs.tolist() == [[3, 1]]
+    assert steps[-1].obs.tolist() == [[0, 2]]
+
+
 def test_arrays_handed_out_are_copies():
     handle = make_vector_env(Counter)
     obs = handle.reset()
@@ -137,6 +154,19 @@ def test_actions_are_scaled_to_any_box(low, high):
     assert env.action_space.contains(env.action)
     assert handle.action_low.tolist() == [np.float32(low)] * 2
     assert handle.action_high.tolist() == [np.float32(high)] * 2
+
+
+def test_actions_stay_in_boxes_whose_bounds_float32_rounds_outwards():
+    env = Counter()
+    env.action_space = spaces.Box(-0.1, 0.1, (2,), np.float64)
+    assert float(np.float32(0.1)) > 0.1
+    handle = make_vector_env(env)
+    handle.reset()
+    for unit in (-1.0, 1.0):
+        handle.step(np.full((1, 2), unit, dtype=np.float32))
+        assert env.action_space.contains(env.action)
+        assert env.action == pytest.approx(unit * 0.1)
+    assert env.action_space.contains(handle.action_high.astype(np.float64))
 
 
 def test_unit_box_actions_pass_without_rounding():
@@ -274,6 +304,19 @@ def test_unknown_ids_are_answered_with_the_nearest_name():
         make_vector_env("flame/MultiGoal-v0")
     with pytest.raises(ValueError, match="is unknown"):
         make_eval_env("zzzzzzzz")
+
+
+@pytest.mark.parametrize("name", ["NormalizeObservation", "NormalizeReward"])
+def test_wrappers_with_statistics_of_their_own_are_refused(name):
+    wrapper = getattr(gymnasium.wrappers, name)
+    with pytest.raises(ValueError, match=f"{name} keeps .* normalize_observations=true"):
+        make_vector_env(lambda: gymnasium.wrappers.TimeLimit(wrapper(Counter()), 5))
+
+
+def test_also_around_vector_environments():
+    vector = gymnasium.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync", **SAME_STEP)
+    with pytest.raises(ValueError, match="NormalizeReward keeps"):
+        make_vector_env(gymnasium.wrappers.vector.NormalizeReward(vector))
 
 
 def test_an_object_for_several_environments_is_refused():
@@ -434,14 +477,10 @@ def test_environments_with_a_hidden_memory_have_no_state():
     class Odd(gymnasium.Wrapper):
         pass
 
-    for factory in (Listed, lambda: Odd(Counter()), wrapped_normaliser):
+    for factory in (Listed, lambda: Odd(Counter())):
         handle = make_vector_env(factory)
         handle.reset()
         assert handle.get_state() is None
-
-
-def wrapped_normaliser():
-    return gymnasium.wrappers.NormalizeObservation(Counter())
 
 
 def test_a_space_that_is_sampled_from_is_restored():

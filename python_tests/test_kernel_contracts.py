@@ -121,6 +121,15 @@ def test_a_candidate_of_infinitely_low_q_has_no_weight(uniform):
 
 
 @each_target
+@pytest.mark.parametrize("uniform", [(0.99, 0.5, 0.5), (0.5, 0.99, 0.5), (0.5, 0.5, 0.99)])
+def test_a_candidate_of_infinitely_high_q_is_not_hidden(uniform):
+    """As of a softmax: an overflowing critic must show."""
+    velocity, ess, _ = reweighted_uniform(linear_critics(3e38), uniform)
+    assert np.isnan(velocity).all()
+    assert np.isnan(ess)
+
+
+@each_target
 def test_candidates_that_do_not_compare_leave_the_first():
     velocity, _, resampled = reweighted_uniform(linear_critics(np.nan), (0.25, 0.5, 0.75))
     assert np.isnan(velocity).all()

@@ -48,6 +48,8 @@ def test_report_without_native_module(monkeypatch):
     assert not info.native
     assert info.auto_backend == "torch"
     assert "pip install" in str(info)
+    with pytest.warns(RuntimeWarning, match="training in PyTorch: the native module"):
+        assert make_backend("auto", torch.device("cpu")).name == "torch"
 
 
 def test_generic_is_always_there_and_order_rises():

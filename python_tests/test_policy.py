@@ -13,7 +13,7 @@ from flame_ext.agent import Agent
 from flame_ext.backends import TorchBackend
 from flame_ext.build import deployed_networks
 from flame_ext.config import ALGORITHMS, make_config
-from flame_ext.errors import RunDirectoryError
+from flame_ext.errors import BackendUnavailableError, RunDirectoryError
 from flame_ext.policy import Policy, PolicySpec, fixed_noise, load, save_policy
 
 OBS, ACT = 5, 3
@@ -69,6 +69,17 @@ def test_half_precision_stays_close(tmp_path: Path, embedding_dim: int) -> None:
     np.testing.assert_allclose(
         half.act(obs, deterministic=True), policy.act(obs, deterministic=True), atol=5e-3
     )
+
+
+def test_a_missing_native_module_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Acting is slower then, or impossible: neither should be a riddle."""
+    make_policy(tmp_path, "flame")
+    monkeypatch.setitem(sys.modules, "flame_ext._core", None)
+    with pytest.warns(RuntimeWarning, match="acting in PyTorch: the native module"):
+        assert load(tmp_path).backend == "torch"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailableError, match="pip install"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("embedding_dim", [0, 8])

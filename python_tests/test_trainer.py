@@ -11,9 +11,15 @@ import pytest
 import torch
 
 import flame_ext
+from flame_ext import evaluate
 from flame_ext.callbacks import Callback
 from flame_ext.checkpoint import read_checkpoint
-from flame_ext.errors import EnvironmentDataError, RunDirectoryError
+from flame_ext.errors import (
+    DivergenceError,
+    EnvironmentDataError,
+    FlameError,
+    RunDirectoryError,
+)
 from flame_ext.trainer import Trainer
 
 TASK = "flame_ext/MultiGoal-v0"
@@ -271,24 +277,91 @@ def test_a_hostile_checkpoint_is_refused(tmp_path: Path) -> None:
         flame_ext.load(run)
 
 
+class Counting(gymnasium.Env):  # type: ignore[type-arg]
+    """Observes how many steps it has made; truncated after 7, never terminated."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):  # type: ignore[no-untyped-def]
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):  # type: ignore[no-untyped-def]
+        self.steps += 1
+        obs = np.array([self.steps], np.float32)
+        return obs, 1.0, False, self.steps == 7, {}
+
+
 def test_a_truncated_episode_bootstraps_from_its_final_observation(tmp_path: Path) -> None:
-    """The row stored at a time limit holds the last observation, not the next episode's first."""
-    trainer = Trainer(
-        "InvertedPendulum-v5",
-        algorithm="sac",
-        config={**TINY, "num_envs": 1},
-        run_dir=tmp_path / "r",
+    """The rows stored hold the steps that were made, and no end that the critics would learn."""
+    trainer = Trainer(Counting, config={**TINY, "num_envs": 1}, run_dir=tmp_path / "r")
+    trainer.run(total_steps=70)
+    rows = trainer.replay.state_dict()["rows"]
+    obs, next_obs, terminated = rows[:, 0], rows[:, 1], rows[:, -1]
+    assert torch.equal(obs, torch.arange(7.0).repeat(10))
+    assert torch.equal(next_obs, obs + 1)
+    assert not terminated.any()
+
+
+def test_a_terminated_episode_does_not_bootstrap(tmp_path: Path) -> None:
+    class Ending(Counting):
+        def step(self, action):  # type: ignore[no-untyped-def]
+            obs, reward, _, truncated, info = super().step(action)
+            return obs, reward, truncated, False, info
+
+    trainer = Trainer(Ending, config={**TINY, "num_envs": 1}, run_dir=tmp_path / "r")
+    trainer.run(total_steps=70)
+    rows = trainer.replay.state_dict()["rows"]
+    assert torch.equal(rows[:, -1], (rows[:, 1] == 7).float())
+
+
+def test_an_object_resumes_by_its_id_with_as_many_environments(tmp_path: Path) -> None:
+    trainer = Trainer(gymnasium.make("Pendulum-v1"), config=TINY, run_dir=tmp_path / "run")
+    assert trainer.config.num_envs == 1
+    trainer.run(total_steps=40)
+    options = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (options["num_envs"], options["total_steps"]) == (1, 40)
+    assert Trainer.resume(tmp_path / "run").run(total_steps=60).steps == 60
+
+
+def test_evaluations_may_have_an_environment_of_their_own(tmp_path: Path) -> None:
+    """Worker processes cannot be copied; and sizes must fit."""
+    vector = gymnasium.vector.AsyncVectorEnv(
+        [Counting] * 2, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
     )
-    trainer.run(total_steps=120)
-    state = trainer.replay.state_dict()["rows"]
-    obs, next_obs, terminated = state[:-1, :4], state[:, 4:8], state[:, -1]
-    ends = terminated.nonzero().squeeze(1)
-    assert len(ends) > 3
-    following = torch.isclose(next_obs[:-1], state[1:, :4]).all(1)
-    assert not following[ends[ends < len(following)]].any()
-    ordinary = (terminated[:-1] == 0).nonzero().squeeze(1)
-    assert following[ordinary].all()
-    assert obs.shape[1] == 4
+    with pytest.raises(ValueError, match="Pass eval_env"):
+        Trainer(vector, config=TINY, run_dir=tmp_path / "none")
+    with pytest.raises(ValueError, match="eval_env 3 and 1"):
+        Trainer(vector, config=TINY, run_dir=tmp_path / "other", eval_env="Pendulum-v1")
+    result = Trainer(vector, config=TINY, run_dir=tmp_path / "run", eval_env=Counting).run(60)
+    assert result.final_return == 7
+    vector.close()
+
+
+def test_diverged_weights_never_replace_what_was_saved(tmp_path: Path) -> None:
+    tiny(tmp_path / "run").run(total_steps=80)
+    trainer = Trainer.resume(tmp_path / "run")
+    policy = (tmp_path / "run" / "policy.safetensors").read_bytes()
+    with torch.no_grad():
+        trainer.agent.actor.network.flat[3] = torch.nan
+    with pytest.raises(DivergenceError, match=r"learning diverged: at step 80 .* is kept"):
+        trainer.run(total_steps=160)
+    assert (tmp_path / "run" / "policy.safetensors").read_bytes() == policy
+    assert Trainer.resume(tmp_path / "run").run(total_steps=160).steps == 160
+
+
+def test_an_episode_without_end_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Endless(Counting):
+        def step(self, action):  # type: ignore[no-untyped-def]
+            return np.zeros(1, np.float32), 0.0, False, False, {}
+
+    monkeypatch.setattr(evaluate, "MAX_EPISODE_STEPS", 50)
+    with pytest.raises(FlameError, match=r"not ended after 50 steps.*TimeLimit"):
+        Trainer(Endless, config=TINY, run_dir=tmp_path / "run").run(total_steps=40)
 
 
 @pytest.mark.slow

@@ -32,6 +32,11 @@ def interquartile_mean(scores: Scores) -> float:
     return float(stats.trim_mean(scores.ravel(), 0.25))
 
 
+def ratio(ours: Scores, baseline: Scores) -> Scores:
+    """Scores as multiples of the baseline's mean on each task."""
+    return ours / baseline.mean(axis=1, keepdims=True)
+
+
 def probability_of_improvement(ours: Scores, theirs: Scores) -> float:
     """Chance that a run of ours beats one of theirs, averaged over tasks, Sec. 4.3; ties half."""
     difference = ours[:, :, None] - theirs[:, None, :]

@@ -8,7 +8,7 @@ be repeated, on another machine too, until the matrix is complete. The algorithm
 Stable-Baselines3's SAC (`sb3_sac.py`); it starts again when interrupted.
 
 Run: python benchmarks/learning/matrix.py --tasks HalfCheetah-v5 --algorithms flame sac \
-         --seeds 3 --steps 100000 --jobs 2 --results benchmarks/results/halfcheetah-100k
+         --seeds 3 --steps 100000 --jobs 2 --runs runs/compare --results runs/compare-results
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from aggregate import bootstrap, interquartile_mean, probability_of_improvement
+from aggregate import bootstrap, interquartile_mean, probability_of_improvement, ratio
+from numpy.typing import NDArray
 from provenance import provenance
 
 from flame_ext.cli import parse_overrides
@@ -214,7 +215,8 @@ def report(matrix: Matrix) -> None:
     for run in finished:
         evaluations = read_evaluations(matrix.directory(run))
         curves.setdefault((run.task, run.algorithm), {})[run.seed] = evaluations
-    lines = ["| task | algorithm | seeds | last | per seed | mean of last 10 % | best | minutes |"]
+    lines = ["Return, mean +- standard deviation over seeds; minutes of wall time.", ""]
+    lines += ["| task | algorithm | seeds | last | per seed | mean of last 10 % | best | minutes |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
     lines += [
         _table_row(*cell, list(runs.values()), matrix.arguments.steps)
@@ -275,7 +277,7 @@ def _comparison(curves: Curves, arguments: argparse.Namespace) -> list[str]:
     }
     base = tails[arguments.baseline]
     if base.mean(1).min() <= 0:
-        return []  # a ratio to a negative return says nothing
+        return [f"No ratios: {arguments.baseline} has a mean return that is not positive."]
     lines = [
         f"Mean return of the last 10 % divided by {arguments.baseline}'s on the task, seeds "
         f"{', '.join(map(str, seeds))}; 95 % "
@@ -285,7 +287,10 @@ def _comparison(curves: Curves, arguments: argparse.Namespace) -> list[str]:
         "| --- | --- | --- |",
     ]
     for algorithm, scores in tails.items():
-        iqm = bootstrap(interquartile_mean, scores / base.mean(1, keepdims=True))
+        if algorithm == arguments.baseline:  # one draw of its seeds on both sides of the ratio
+            iqm = bootstrap(lambda own: interquartile_mean(ratio(own, own)), scores)
+        else:
+            iqm = bootstrap(lambda own, b: interquartile_mean(ratio(own, b)), scores, base)
         better = bootstrap(probability_of_improvement, scores, base)
         lines.append(f"| {algorithm} | {iqm} | {better} |")
     return lines
@@ -295,6 +300,12 @@ def _tail_mean(run: Evaluations, steps: int) -> float:
     """Mean return over the evaluations of the last 10 %: one alone says little."""
     returns = np.array(run["mean_return"])
     return float(returns[np.array(run["step"]) > 0.9 * steps].mean())
+
+
+def _spread(values: NDArray[np.float64]) -> str:
+    """Mean and standard deviation over seeds (that of a sample); one seed has none."""
+    deviation = f" +- {values.std(ddof=1):.0f}" if len(values) > 1 else ""
+    return f"{values.mean():.0f}{deviation}"
 
 
 def _table_row(task: str, algorithm: str, runs: list[Evaluations], steps: int) -> str:
@@ -307,10 +318,10 @@ def _table_row(task: str, algorithm: str, runs: list[Evaluations], steps: int) -
         task,
         algorithm,
         str(len(runs)),
-        f"{last.mean():.0f} +- {last.std():.0f}",
+        _spread(last),
         " ".join(f"{value:.0f}" for value in last),
-        f"{tail.mean():.0f} +- {tail.std():.0f}",
-        f"{best.mean():.0f} +- {best.std():.0f}",
+        _spread(tail),
+        _spread(best),
         f"{minutes.mean():.1f}",
     ]
     return f"| {' | '.join(cells)} |"
@@ -330,6 +341,7 @@ def main() -> None:
     parser.add_argument(
         "--set",
         nargs="*",
+        action="extend",
         default=[],
         help="options as KEY=VALUE for every run, ALGORITHM:KEY=VALUE for those of one algorithm",
     )

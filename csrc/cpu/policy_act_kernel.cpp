@@ -14,13 +14,13 @@
 #include "cpu/simd.h"
 #include "embedding_scale.h"
 #include "mlp_activation.h"
+#include "mlp_spec.h"
 #include "partition.h"
 #include "philox.h"
 
 namespace flame::FLAME_ISA {
 namespace {
 
-constexpr float kLayerNormEps = 1e-5f;
 // Vectors of outputs that one row, or a tile of rows, computes together.
 #if defined(FLAME_ISA_AVX512)
 constexpr int kRowVecs = 4;                  // a whole panel

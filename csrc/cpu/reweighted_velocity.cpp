@@ -181,16 +181,14 @@ void add_candidate(const ReweightedArgs& a, const Scratch& s, int position, doub
     double* velocity = s.velocity + position * a.action_dim;
     const float* action = s.action + row * a.action_dim;
     const float* noise = s.noise + row * a.action_dim;
-    double weight = 1.0;
     if (logit > sums.maximum || logit != logit) {
         const double shrink = __builtin_exp(sums.maximum - logit);
         sums.maximum = logit;
         sums.weight *= shrink;
         sums.weight2 *= shrink * shrink;
         for (int j = 0; j < a.action_dim; ++j) velocity[j] *= shrink;
-    } else {
-        weight = __builtin_exp(logit - sums.maximum);
     }
+    const double weight = __builtin_exp(logit - sums.maximum);  // NaN where both are infinite
     sums.weight += weight;
     sums.weight2 += weight * weight;
     for (int j = 0; j < a.action_dim; ++j) {

@@ -1,18 +1,23 @@
 // What the machine has. Works without a driver: then there are no devices.
 #include <cstdio>
+#include <string>
 
 #include "api.h"
 #include "cuda/cuda_check.h"
 
 namespace flame {
 
-int cuda_device_count() {
+int cuda_device_count(std::string* problem) {
     int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess) {
-        cudaGetLastError();
-        return 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaSuccess) return count;
+    cudaGetLastError();
+    int driver = 0;  // stays 0 where there is none
+    cudaDriverGetVersion(&driver);
+    if (problem != nullptr && driver != 0 && status != cudaErrorNoDevice) {
+        *problem = cudaGetErrorString(status);
     }
-    return count;
+    return 0;
 }
 
 void cuda_device_name(int device, char* name, int size, int* major, int* minor) {

@@ -52,7 +52,6 @@ struct WeightGradientsKernel {
     int64_t rows;
     int group;  // a value and its tangents, which have no part in the bias
     int64_t tiles;
-    int num_layers;
     int blocks;  // per member
     GradientLayer layers[kMaxLayers];
 
@@ -234,7 +233,6 @@ static inline void weight_gradients(const Launcher& launch, const MlpSpec& spec,
     kernel.rows = tape.samples * tape.group;
     kernel.group = tape.group;
     kernel.tiles = tape.tiles;
-    kernel.num_layers = spec.num_layers;
     for (int l = 0; l < spec.num_layers; ++l) {
         kernel.layers[l] = gradient_layer(spec, tape, l, gradients);
         kernel.blocks += kernel.layers[l].blocks;

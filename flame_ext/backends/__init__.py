@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -22,7 +23,7 @@ Backend = TorchBackend
 
 
 def make_backend(name: str, device: pytorch.device) -> Backend:
-    """The backend that trains on `device`; only ``auto`` chooses by itself.
+    """The backend that trains on `device`; only ``auto`` chooses, and warns of a slow CPU.
 
     Raises:
         BackendUnavailableError: If this build or machine lacks the backend.
@@ -30,7 +31,9 @@ def make_backend(name: str, device: pytorch.device) -> Backend:
     """
     check_choice("backend", name, BACKENDS)
     if name == "auto":
-        name, _ = auto_backend(device.type)
+        name, reason = auto_backend(device.type)
+        if (name, device.type) == ("torch", "cpu"):
+            warnings.warn(f"training in PyTorch: {reason}", RuntimeWarning, stacklevel=3)
     if name == "torch":
         return TorchBackend()
     _require(name)

@@ -43,8 +43,10 @@ def require_cuda() -> None:
             "reinstall where nvcc is on the PATH, or use backend='torch', 'cpu' or 'auto'"
         )
     if not core.cuda_devices():
+        problem = core.cuda_problem()
         raise BackendUnavailableError(
-            "backend='cuda' finds no CUDA device; use backend='torch', 'cpu' or 'auto'"
+            f"backend='cuda' finds no CUDA device{problem and f' ({problem})'}; use "
+            "backend='torch', 'cpu' or 'auto'"
         )
 
 
