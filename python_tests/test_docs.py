@@ -9,7 +9,7 @@ import pytest
 from flame_ext.config import Config
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(ROOT.glob("docs/*.md"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def test_every_option_is_in_the_table_and_nothing_else():
