@@ -11,7 +11,8 @@ everything else needs ``torch.no_grad()`` or parameters that require no gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -66,10 +67,11 @@ def one_step_action(
     if native is not None:
         particles = noise.unsqueeze(1) if critics is None else noise
         return native(net).best_action(obs, particles, critics, 1, "mean")
-    if critics is None:
-        return reference.one_step_action(net, obs, noise)
-    particles = reference.one_step_action(net, obs.unsqueeze(1), noise)
-    return reference.best_of(critics, obs, particles)
+    with _evaluated_by_pytorch(networks):
+        if critics is None:
+            return reference.one_step_action(net, obs, noise)
+        particles = reference.one_step_action(net, obs.unsqueeze(1), noise)
+        return reference.best_of(critics, obs, particles)
 
 
 def reweighted_velocity(
@@ -121,7 +123,8 @@ def reweighted_velocity(
         return Reweighted(velocity, ess, None)
     uniform = candidate_uniforms(z, num_candidates, sampling, generator)
     action, noise = reference.reverse_candidates(z, 1 - t, t, uniform)
-    logits = critics.candidate_q_min(obs, action) / alpha
+    with _evaluated_by_pytorch([critics]):
+        logits = critics.candidate_q_min(obs, action) / alpha
     return reference.reweighted_velocity(logits, action, noise)
 
 
@@ -151,7 +154,8 @@ def meanflow_loss(
     native = _native(backend, "meanflow_loss", [net], rows, lambda _: True)
     if native is not None:
         return native(net).meanflow_loss(z, r, t, obs, velocity)
-    return reference.meanflow_loss(net, z, r, t, obs, velocity)
+    with _evaluated_by_pytorch([net]):
+        return reference.meanflow_loss(net, z, r, t, obs, velocity)
 
 
 def log_prob(
@@ -185,9 +189,10 @@ def log_prob(
         return native(net).log_prob(
             obs, noise, estimator=estimator, steps=steps, trace=trace, flow=flow, probe=probe
         )
-    return reference.log_prob(
-        net, obs, noise, estimator=estimator, steps=steps, trace=trace, flow=flow, probe=probe
-    )
+    with _evaluated_by_pytorch([net]):
+        return reference.log_prob(
+            net, obs, noise, estimator=estimator, steps=steps, trace=trace, flow=flow, probe=probe
+        )
 
 
 def _native(
@@ -229,6 +234,21 @@ def _native(
         )
         raise ValueError(f"backend={name!r} has {lacks} use backend='torch' or 'auto'")
     return None
+
+
+@contextmanager
+def _evaluated_by_pytorch(networks: Sequence[FlatMLP]) -> Iterator[None]:
+    """An agent's networks evaluate themselves natively, which forward-mode tangents do not pass."""
+    encoders = [net.encoder for net in networks if isinstance(net, Critics) and net.encoder]
+    plain = [*networks, *(net for encoder in encoders for net in encoder.networks().values())]
+    evaluators = [net.evaluator for net in plain]
+    try:
+        for net in plain:
+            net.evaluator = None
+        yield
+    finally:
+        for net, evaluator in zip(plain, evaluators, strict=True):
+            net.evaluator = evaluator
 
 
 def _has_tangent(x: Tensor) -> bool:

@@ -10,7 +10,6 @@ import torch
 
 from flame_ext import _core
 from flame_ext.agent import Agent
-from flame_ext.backends.native_views import array
 from flame_ext.critics import Critics
 from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.reference import stratify
@@ -77,18 +76,23 @@ def philox_candidates(
     return stratify(uniform.double(), order).clamp(max=1 - EPS / 4)
 
 
-def assert_as_accurate(ours: Array, single: torch.Tensor, exact: torch.Tensor) -> None:
+def _greatest(x: torch.Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def assert_as_accurate(
+    ours: Array | torch.Tensor, single: torch.Tensor, exact: torch.Tensor
+) -> None:
     """Our error is at most twice that of float32 PyTorch, both against float64.
 
     The floor of a few roundings of the largest value covers results that float32 PyTorch happens to
     get nearly exact.
     """
-    wanted = exact.detach().double().numpy()
+    ours, single, wanted = (torch.as_tensor(x).detach().cpu() for x in (ours, single, exact))
     assert ours.shape == wanted.shape
-    assert np.isfinite(wanted).all()
-    error = float(np.abs(ours - wanted).max(initial=0.0))
-    theirs = float(np.abs(array(single).astype(np.float64) - wanted).max(initial=0.0))
-    floor = 4 * EPS * float(np.abs(wanted).max(initial=0.0))
+    assert wanted.isfinite().all()
+    error, theirs = (_greatest(x.double() - wanted.double()) for x in (ours, single))
+    floor = 4 * EPS * _greatest(wanted)
     assert error <= 2 * theirs + floor, f"error {error:.3g}, float32 PyTorch has {theirs:.3g}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import critic_updates
+from kernel_inputs import assert_as_accurate, critic_updates
 from torch import Tensor
 
 from flame_ext import ops, reference
@@ -27,7 +27,6 @@ from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.replay import Batch, ReplayBuffer
 
 pytestmark = pytest.mark.gpu
-EPS = torch.finfo(torch.float32).eps
 SHAPES = [
     (3, 1, 1, (8,)),
     (31, 17, 6, (64, 64, 64)),
@@ -59,12 +58,6 @@ def exact(net: FlatMLP) -> Any:
     copied = copy.deepcopy(net).double()
     copied.evaluator = None
     return copied
-
-
-def assert_as_accurate(ours: Tensor, single: Tensor, wanted: Tensor) -> None:
-    error = (ours.double() - wanted).abs().max()
-    theirs = (single.double() - wanted).abs().max()
-    assert error <= 2 * theirs + 4 * EPS * wanted.abs().max()
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])

@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_inputs import assert_as_accurate
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flame_ext import ops
+from flame_ext.agent import Agent
+from flame_ext.backends import make_backend
+from flame_ext.config import make_config
 from flame_ext.critics import Critics
 from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import MeanVelocityNet
@@ -30,14 +35,6 @@ def make_critics() -> Critics:
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_as_accurate(ours: Tensor, single: Tensor, exact: Tensor) -> None:
-    """The error against float64 is at most twice float32 PyTorch's, plus a few roundings."""
-    assert ours.shape == exact.shape
-    error, theirs = (x.double().sub(exact).abs().max() for x in (ours.detach(), single.detach()))
-    floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
-    assert error <= 2 * theirs + floor
 
 
 def both(net: MeanVelocityNet, *rows: Tensor) -> list[tuple[Any, ...]]:
@@ -240,3 +237,27 @@ def test_a_second_derivative_raises() -> None:
     (first,) = torch.autograd.grad(sample.log_prob.sum(), net.flat, create_graph=True)
     with pytest.raises(RuntimeError):
         first.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_pytorch_is_asked_also_of_networks_that_evaluate_themselves() -> None:
+    """An agent's: their kernels would drop a forward-mode tangent without a word."""
+    agent = Agent(
+        make_config("flame", overrides={"hidden_sizes": (33, 24), "embedding_dim": 4}),
+        OBS,
+        ACT,
+        make_backend("cpu", torch.device("cpu")),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    net, noise = agent.actor.network, draw(B, ACT)
+    plain = copy.deepcopy(net)
+    plain.evaluator = None
+    obs, direction = draw(B, net.obs_dim, seed=1), draw(B, ACT, seed=2)
+    tangents = []
+    for network in (net, plain):
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(noise, direction)
+            action = ops.one_step_action(network, obs, dual, backend="torch")
+            tangents.append(forward_ad.unpack_dual(action).tangent)
+    torch.testing.assert_close(*tangents, rtol=0, atol=0)
+    assert net.evaluator is not None
