@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flame_ext.callbacks import Callback
     from flame_ext.config import Config, make_config
     from flame_ext.native import BackendInfo, backend_info
+    from flame_ext.onnx_export import export_onnx
     from flame_ext.policy import Policy, load
     from flame_ext.trainer import RunResult, Trainer
 
@@ -26,6 +27,7 @@ _EXPORTS = {
     "RunResult": "flame_ext.trainer",
     "Trainer": "flame_ext.trainer",
     "backend_info": "flame_ext.native",
+    "export_onnx": "flame_ext.onnx_export",
     "load": "flame_ext.policy",
     "make_config": "flame_ext.config",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "backend_info",
     "callbacks",
+    "export_onnx",
     "load",
     "make_config",
     "ops",

@@ -56,6 +56,11 @@ examples:
   flame-ext plot runs/goals-flame runs/goals-sac              paths and Q in the multi-goal task
 """
 
+_EXPORT_EPILOG = """\
+The model takes obs (batch, O), raw, and noise (batch, A), zeros for the deterministic action, and
+gives action (batch, A) in the environment's units. Needs the package onnx.
+"""
+
 _BENCH_EPILOG = """\
 examples:
   flame-ext bench policy.safetensors   median and tail of this policy on this machine, without torch
@@ -209,6 +214,17 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help="observation and action sizes of untrained policies",
     )
     add("--seconds", type=float, default=0.3, metavar="T", help="measuring time per number")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("policy", type=Path, metavar="POLICY", help="a policy file or run directory")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the model (default: policy.onnx beside the policy)",
+    )
 
 
 def _add_nothing(parser: argparse.ArgumentParser) -> None:
@@ -440,6 +456,15 @@ def _bench(options: argparse.Namespace) -> None:
         print(policy_latencies(load(options.policy), seconds=options.seconds))
 
 
+def _export(options: argparse.Namespace) -> None:
+    from flame_ext.onnx_export import export_onnx
+
+    folder = options.policy if options.policy.is_dir() else options.policy.parent
+    output = options.output or folder / "policy.onnx"
+    export_onnx(options.policy, output)
+    print(output)
+
+
 def _info(options: argparse.Namespace) -> None:  # noqa: ARG001
     from flame_ext.native import backend_info
 
@@ -453,6 +478,7 @@ _COMMANDS: dict[str, tuple[str, str, _Fill, _Command]] = {
     "eval": ("play episodes with a trained policy", _EVAL_EPILOG, _add_eval, _eval),
     "plot": ("draw learning curves or the multi-goal task", _PLOT_EPILOG, _add_plot, _plot),
     "bench": ("measure how long policies take to act", _BENCH_EPILOG, _add_bench, _bench),
+    "export": ("write a policy as an ONNX model", _EXPORT_EPILOG, _add_export, _export),
     "info": ("report on the installation", "", _add_nothing, _info),
 }
 

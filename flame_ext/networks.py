@@ -5,7 +5,7 @@ kernels one operation each; the layout below is the single truth that C++ reads 
 
 Layout, per layer in order: weight ``(members, out, in)``, bias ``(members, out)`` and, for hidden
 layers with LayerNorm, gain and offset ``(members, out)``. Every tensor starts at a multiple of
-`ALIGNMENT` floats; padding is zero and receives no gradient.
+`PARAMETER_ALIGNMENT` floats; padding is zero and receives no gradient.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame_ext.sampling import (
+    LAYER_NORM_EPS,
     LOG_STD_MAX,
     LOG_STD_MIN,
+    PARAMETER_ALIGNMENT,
     TIME_FEATURES,
     TIME_FREQUENCIES,
     Activation,
     CandidateSampling,
 )
-
-ALIGNMENT = 16
-LAYER_NORM_EPS = 1e-5
 
 
 def _relu_derivative(x: Tensor) -> Tensor:
@@ -253,7 +252,7 @@ class FlatMLP(nn.Module):
 
 
 def _padded(size: int) -> tuple[int, int]:
-    return size, -size % ALIGNMENT
+    return size, -size % PARAMETER_ALIGNMENT
 
 
 def _broadcast(parameter: Tensor, like: Tensor) -> Tensor:

@@ -249,10 +249,11 @@ def load(
     precision: Precision = "fp32",
     seed: int | None = None,
 ) -> Policy:
-    """Loads a policy from a run directory, its ``best/`` folder or a policy file.
+    """Loads a policy to act with.
 
     Args:
-        path: A run directory gives the latest policy, ``RUN_DIR/best`` the best evaluated one.
+        path: A policy file, or a run directory for the latest policy and ``RUN_DIR/best`` for the
+            best evaluated one.
         backend: ``auto``, ``cpu`` or ``torch``, see `make_engine`.
         precision: ``fp32`` or ``fp16``.
         seed: Seeds the noise of stochastic actions; None draws a fresh one.
@@ -261,6 +262,14 @@ def load(
         RunDirectoryError: If no policy is there, or the file is not one.
         ValueError: If the policy is of an algorithm that this version does not know.
     """
+    spec, tensors = read_policy(path)
+    if seed is None:
+        seed = secrets.randbits(63)
+    return Policy(spec, make_engine(spec, tensors, backend=backend, precision=precision, seed=seed))
+
+
+def read_policy(path: str | Path) -> tuple[PolicySpec, dict[str, Array]]:
+    """What a saved policy is, and its weights by name; arguments and errors as in `load`."""
     file = _find(Path(path))
     from safetensors import SafetensorError, safe_open
 
@@ -283,9 +292,7 @@ def load(
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise RunDirectoryError(f"{file} is not a flame_ext policy: {error}") from error
     check_choice("algorithm", spec.algorithm, ALGORITHMS)
-    if seed is None:
-        seed = secrets.randbits(63)
-    return Policy(spec, make_engine(spec, tensors, backend=backend, precision=precision, seed=seed))
+    return spec, tensors
 
 
 def _find(path: Path) -> Path:

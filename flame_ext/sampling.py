@@ -22,6 +22,10 @@ CandidateSampling = Literal["stratified", "random"]
 TIME_FREQUENCIES = np.linspace(0.5, 3.0, 8)
 TIME_FEATURES = 4 * len(TIME_FREQUENCIES)
 
+# Every tensor of a flat parameter buffer starts at a multiple of so many floats.
+PARAMETER_ALIGNMENT = 16
+LAYER_NORM_EPS = 1e-5
+
 # Bounds of a Gaussian policy's log standard deviation.
 LOG_STD_RANGE = LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 

@@ -9,13 +9,13 @@ from torch import nn
 from flame_ext.critics import Critics
 from flame_ext.networks import (
     ACTIVATIONS,
-    ALIGNMENT,
     TIME_FEATURES,
     FlatMLP,
     GaussianPolicyNet,
     MeanVelocityNet,
     time_features,
 )
+from flame_ext.sampling import PARAMETER_ALIGNMENT
 
 MODULES = {"relu": nn.ReLU, "silu": nn.SiLU, "mish": nn.Mish}
 
@@ -61,8 +61,8 @@ def test_layout_is_aligned_and_padding_gets_no_gradient() -> None:
     net = MeanVelocityNet(3, 2, (7, 5))
     start = net.flat.data_ptr()
     for layer in net.layers():
-        assert (layer.weight.data_ptr() - start) % (4 * ALIGNMENT) == 0
-        assert (layer.bias.data_ptr() - start) % (4 * ALIGNMENT) == 0
+        assert (layer.weight.data_ptr() - start) % (4 * PARAMETER_ALIGNMENT) == 0
+        assert (layer.bias.data_ptr() - start) % (4 * PARAMETER_ALIGNMENT) == 0
     z, obs, times = torch.randn(4, 2), torch.randn(4, 3), torch.rand(4, 1)
     net.velocity(z, times, times, obs).sum().backward()
     used = sum(layer.weight.numel() + layer.bias.numel() for layer in net.layers())
