@@ -223,7 +223,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="the model (default: policy.onnx beside the policy)",
+        help="default: policy.onnx beside the policy",
     )
 
 

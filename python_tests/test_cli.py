@@ -56,7 +56,7 @@ def error_line(capsys, *words):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--help"], ["train", "eval", "plot", "bench", "info", "first steps"]),
+        (["--help"], ["train", "eval", "plot", "bench", "export", "info", "first steps"]),
         (
             ["train", "--help"],
             ["ENV", "--steps", "--set", "--resume", "randomness (default: 0)", *ALGORITHMS],
