@@ -5,6 +5,7 @@
 #include "cpu/kernels.h"
 #include "cpu/workspace.h"
 #include "embeddings.h"
+#include "scalar_rules.h"
 
 namespace flame {
 namespace {
@@ -31,8 +32,8 @@ Transitions prepare(const CriticUpdates& u, Workspace& workspace) {
 
 // y = reward + gamma (1 - terminated) (Qmin'(s', a') - alpha log pi(a' | s')) of transitions
 // [first, first + rows)
-void td_target(const CriticUpdates& u, const Transitions& all, int64_t first, int64_t rows,
-               float* target, Workspace& workspace) {
+void td_targets(const CriticUpdates& u, const Transitions& all, int64_t first, int64_t rows,
+                float* target, Workspace& workspace) {
     float* q_min = workspace.floats(rows);
     kernels().twin_q({u.critics, u.target_parameters, rows, 1, all.next.columns,
                       u.next_obs + first * u.next_obs_ld, u.next_obs_ld,
@@ -40,9 +41,8 @@ void td_target(const CriticUpdates& u, const Transitions& all, int64_t first, in
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = first + i;
         const float entropy = all.log_prob ? -u.alpha * all.log_prob[at] : 0.0f;
-        const float goes_on = 1.0f - u.terminated[at * u.terminated_ld];
-        target[i] =
-            u.reward_scale * u.reward[at * u.reward_ld] + u.gamma * goes_on * (q_min[i] + entropy);
+        target[i] = td_target(u.reward_scale * u.reward[at * u.reward_ld],
+                              u.terminated[at * u.terminated_ld], u.gamma, q_min[i], entropy);
     }
 }
 
@@ -53,7 +53,7 @@ void update_part(const CriticUpdates& u, const Transitions& all, int part,
     const int64_t rows = u.rows / u.updates;
     const int64_t first = part * rows;
     float* target = workspace.floats(rows);
-    td_target(u, all, first, rows, target, workspace);
+    td_targets(u, all, first, rows, target, workspace);
     float* gradients = workspace.floats(u.parameter_count);
     std::fill_n(gradients, u.parameter_count, 0.0f);
     double loss[kMaxMembers];

@@ -7,6 +7,7 @@
 #include "cpu/record_memory.h"
 #include "embeddings.h"
 #include "monotonicity.h"
+#include "scalar_rules.h"
 #include "tanh_gaussian.h"
 
 namespace flame {

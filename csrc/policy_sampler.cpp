@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/workspace.h"
+#include "scalar_rules.h"
 #include "tanh_gaussian.h"
 
 namespace flame {

@@ -26,9 +26,6 @@ struct PolicySampler {
     bool is_flow() const { return !scale.empty(); }
 };
 
-// A flow's action as the environment takes it.
-inline float into_box(float action) { return std::min(std::max(action, -1.0f), 1.0f); }
-
 // One sample along the flow per row; the caller says which density and where results go.
 inline FlowDensityArgs flow_samples(const PolicySampler& policy, const float* parameters,
                                     int64_t rows, const float* obs, int64_t obs_ld,

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "scalar_rules.h"
 #include "thread_pool.h"
 
 namespace flame {
@@ -48,7 +49,6 @@ void for_rows(int64_t rows, Body&& body) {
 }  // namespace
 
 void tanh_gaussian(const TanhGaussian& p, float* action, float* log_prob) {
-    const double half_log_two_pi = 0.91893853320467274178;
     const double log_two = 0.69314718055994530942;
     for_rows(p.rows, [&](int64_t b) {
         double sum = 0.0;
@@ -60,7 +60,7 @@ void tanh_gaussian(const TanhGaussian& p, float* action, float* log_prob) {
                                             std::log1p(static_cast<double>(c.action.e)));
             const double noise = static_cast<double>(c.noise);
             const double log_std = static_cast<double>(c.log_std);
-            sum -= 0.5 * noise * noise + half_log_two_pi + log_std + log_slope;
+            sum -= 0.5 * noise * noise + kHalfLog2Pi + log_std + log_slope;
         }
         log_prob[b] = static_cast<float>(sum);
     });

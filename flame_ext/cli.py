@@ -1,4 +1,4 @@
-"""The command ``flame-ext``: train, evaluate, draw, measure, and report on the installation.
+"""The command ``flame-ext``: train, evaluate, draw, measure, export, report on the installation.
 
 Heavy packages are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -13,9 +13,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flame_ext.errors import FlameError
+
+if TYPE_CHECKING:
+    from flame_ext.config import Config
+    from flame_ext.trainer import Trainer
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
@@ -279,7 +283,22 @@ def _parse_value(text: str) -> Any:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from flame_ext.callbacks import Callback, StopAfterSeconds, StopOnReturn
+    config = _train_config(options)
+    if options.show_config:
+        print(describe_config(config))
+        return
+    trainer = _make_trainer(options, config)
+    print(f"run directory  {trainer.run_dir}", file=sys.stderr)
+    print(f"backend        {trainer.backend.name}, device {trainer.device}", file=sys.stderr)
+    try:
+        result = trainer.run(options.steps)
+    except KeyboardInterrupt:
+        print(f"\nsaved; go on with: flame-ext train --resume {trainer.run_dir}", file=sys.stderr)
+        raise
+    _report(result)
+
+
+def _train_config(options: argparse.Namespace) -> Config:
     from flame_ext.config import make_config
 
     overrides = parse_overrides(options.overrides)
@@ -289,47 +308,38 @@ def _train(options: argparse.Namespace) -> None:
         _refuse_with_resume(options)
     if options.steps is not None:
         overrides["total_steps"] = options.steps
-    config = make_config(options.algorithm, options.preset, overrides)
-    if options.show_config:
-        print(describe_config(config))
-        return
+    return make_config(options.algorithm, options.preset, overrides)
+
+
+def _make_trainer(options: argparse.Namespace, config: Config) -> Trainer:
+    from flame_ext.callbacks import Callback, StopAfterSeconds, StopOnReturn
+    from flame_ext.trainer import Trainer
+
     callbacks: list[Callback] = []
     if options.stop_on_return is not None:
         callbacks.append(StopOnReturn(options.stop_on_return))
     if options.stop_after_seconds is not None:
         callbacks.append(StopAfterSeconds(options.stop_after_seconds))
-
-    from flame_ext.trainer import Trainer
-
     if options.resume is not None:
-        trainer = Trainer.resume(
+        return Trainer.resume(
             options.resume,
             env=options.env,
             backend=options.backend,
             device=options.device,
             callbacks=callbacks,
         )
-    else:
-        if options.env is None:
-            raise ValueError("no environment was given; as in `flame-ext train HalfCheetah-v5`.")
-        trainer = Trainer(
-            options.env,
-            algorithm=options.algorithm,
-            config=config,
-            backend=options.backend or "auto",
-            device=options.device or "auto",
-            run_dir=options.run_dir,
-            seed=options.seed,
-            callbacks=callbacks,
-        )
-    print(f"run directory  {trainer.run_dir}", file=sys.stderr)
-    print(f"backend        {trainer.backend.name}, device {trainer.device}", file=sys.stderr)
-    try:
-        result = trainer.run(options.steps)
-    except KeyboardInterrupt:
-        print(f"\nsaved; go on with: flame-ext train --resume {trainer.run_dir}", file=sys.stderr)
-        raise
-    _report(result)
+    if options.env is None:
+        raise ValueError("no environment was given; as in `flame-ext train HalfCheetah-v5`.")
+    return Trainer(
+        options.env,
+        algorithm=options.algorithm,
+        config=config,
+        backend=options.backend or "auto",
+        device=options.device or "auto",
+        run_dir=options.run_dir,
+        seed=options.seed,
+        callbacks=callbacks,
+    )
 
 
 def _refuse_with_resume(options: argparse.Namespace) -> None:

@@ -1,22 +1,29 @@
 """The documentation keeps up with the code: options are explained, links lead somewhere."""
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from flame_ext.config import Config
+from flame_ext.config import make_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
-def test_every_option_is_in_the_table_and_nothing_else():
+def test_every_option_is_in_the_table_with_its_values():
     text = (ROOT / "docs/training.md").read_text()
     options = text.split("## Options", 1)[1]
-    listed = re.findall(r"^\| `(\w+)` \|", options, flags=re.MULTILINE)
-    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(Config))
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) ?\|", options, flags=re.MULTILINE)
+    listed = {name: (default, paper or default) for name, default, paper in rows}
+    values = [make_config("flame", preset).to_dict() for preset in ("default", "paper")]
+    assert listed == {name: tuple(as_text(v[name]) for v in values) for name in values[0]}
+
+
+def as_text(value):
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

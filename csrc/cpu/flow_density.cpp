@@ -8,12 +8,11 @@
 #include "cpu/mlp_tangent.h"
 #include "cpu/training_kernels.h"
 #include "partition.h"
+#include "scalar_rules.h"
 #include "small_lu.h"
 
 namespace flame::FLAME_ISA {
 namespace {
-
-constexpr double kHalfLog2Pi = 0.91893853320467274178;
 
 float standard_normal_log_prob(const float* noise, int n) {
     double squares = 0.0;

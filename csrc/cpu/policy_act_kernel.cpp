@@ -17,6 +17,7 @@
 #include "mlp_spec.h"
 #include "partition.h"
 #include "philox.h"
+#include "scalar_rules.h"
 
 namespace flame::FLAME_ISA {
 namespace {
@@ -348,9 +349,6 @@ const float* embedded_actions(const ActTask& task, const States& states, const R
 
 // --- Actions and values
 
-// NaN passes through, as in torch.clamp.
-FLAME_INLINE float clip_unit(float x) { return x < -1.0f ? -1.0f : (x > 1.0f ? 1.0f : x); }
-
 template <bool kHalf>
 void flow_actions(const ActTask& task, const States& states, const Range& range, const Workspace& w,
                   float* z) {
@@ -364,11 +362,11 @@ void flow_actions(const ActTask& task, const States& states, const Range& range,
         const ActStep s = task.steps[step];
         for (int i = 0; i < range.rows * dim; ++i) {
             float a = s.p * z[i] + s.q * w.out[i];
-            if (s.clip) a = clip_unit(a);
+            if (s.clip) a = into_box(a);
             z[i] = s.n == 0.0f ? s.m * a : s.m * a + s.n * z[i];
         }
     }
-    for (int i = 0; i < range.rows * dim; ++i) z[i] = clip_unit(z[i]);
+    for (int i = 0; i < range.rows * dim; ++i) z[i] = into_box(z[i]);
 }
 
 // The network sees states only; every particle of a state shares its mean and deviation.
@@ -420,9 +418,8 @@ void critic_values(const ActTask& task, const States& states, const Range& range
         add_bias(net, 0, range.states, w);
         const Rows pre = state_rows(task, range, w);
         evaluate<false>(net, range.rows, seen, columns, pre, w, w.out, 1);
-        // A NaN of any critic must show: it neither compares less nor is it replaced.
         for (int r = 0; r < range.rows; ++r) {
-            if (c == 0 || w.out[r] < q[r] || w.out[r] != w.out[r]) q[r] = w.out[r];
+            if (c == 0 || takes_minimum(w.out[r], q[r])) q[r] = w.out[r];
         }
     }
 }

@@ -5,6 +5,7 @@
 #include "cpu/mlp_input.h"
 #include "cpu/mlp_tape.h"
 #include "cpu/training_kernels.h"
+#include "scalar_rules.h"
 
 namespace flame::FLAME_ISA {
 namespace {
@@ -22,8 +23,7 @@ void select_minimum(const QGradientArgs& a, const MemberTapes& tapes, int64_t fi
         const ptrdiff_t at = i * tapes.tape[0].output_ld;
         int best = 0;
         for (int m = 1; m < a.spec.members; ++m) {
-            const float q = tapes.tape[m].output[at];
-            if (q < tapes.tape[best].output[at] || q != q) best = m;
+            if (takes_minimum(tapes.tape[m].output[at], tapes.tape[best].output[at])) best = m;
         }
         a.q_min[first + i] = tapes.tape[best].output[at];
         member[i] = best;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/mlp_tile.h"
+#include "scalar_rules.h"
 
 namespace flame::FLAME_ISA {
 
@@ -87,12 +88,10 @@ static inline void candidate_q_tile(const CandidateNetwork& critics, int m, cons
     for (int i = 0; i < rows; ++i) q[i] = dot(h + i * tile.ld, weight, output.in) + output.bias[0];
 }
 
-// lowest <- min(lowest, q), or q itself for the first member. A NaN of any member must show: it
-// neither compares less nor is it replaced.
+// lowest <- min(lowest, q), or q itself for the first member.
 FLAME_INLINE void take_minimum(bool first, int rows, const float* q, float* lowest) {
     for (int i = 0; i < rows; ++i) {
-        const bool take = first || q[i] < lowest[i] || q[i] != q[i];
-        if (take) lowest[i] = q[i];
+        if (first || takes_minimum(q[i], lowest[i])) lowest[i] = q[i];
     }
 }
 

@@ -1,15 +1,12 @@
-// What acting has in common for few rows and for many: the box, and the choice of a particle.
+// What acting has in common for few rows and for many: the choice of a particle.
 #pragma once
 
 #include <math.h>
 
 #include "cuda/block.h"
 #include "cuda/training.h"
-#include "mlp_activation.h"
 
 namespace flame::FLAME_ISA {
-
-FLAME_INLINE float into_box(float action) { return at_most(1.0f, at_least(-1.0f, action)); }
 
 // A state's action: the one of its candidates (samples, A) with the largest q (samples).
 FLAME_INLINE void choose_action(const Warp& warp, const PolicyActArgs& a, int64_t state,

@@ -17,6 +17,7 @@
 #include "cuda/elements.h"
 #include "cuda/training.h"
 #include "policy_sampler.h"
+#include "scalar_rules.h"
 
 namespace flame::FLAME_ISA {
 
@@ -50,8 +51,8 @@ struct TdTarget {
 
     FLAME_BODY void operator()(int64_t i) const {
         const float entropy = log_prob != nullptr ? -alpha * log_prob[i] : 0.0f;
-        const float goes_on = 1.0f - terminated[i * terminated_ld];
-        target[i] = reward_scale * reward[i * reward_ld] + gamma * goes_on * (q_min[i] + entropy);
+        target[i] = td_target(reward_scale * reward[i * reward_ld], terminated[i * terminated_ld],
+                              gamma, q_min[i], entropy);
     }
 };
 

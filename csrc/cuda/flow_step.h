@@ -4,6 +4,7 @@
 
 #include "cpu/training.h"
 #include "cuda/tangent_tape.h"
+#include "scalar_rules.h"
 #include "small_lu.h"
 
 namespace flame::FLAME_ISA {
@@ -17,7 +18,6 @@ struct FlowStep {
 
     // The sample's action begins as its noise.
     FLAME_BODY void start(int64_t b) const {
-        constexpr double kHalfLog2Pi = 0.91893853320467274178;
         double squares = 0.0;
         for (int64_t i = b * a.action_dim; i < (b + 1) * a.action_dim; ++i) {
             a.action[i] = a.noise[i];

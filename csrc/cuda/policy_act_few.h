@@ -28,6 +28,7 @@
 #include "cuda/training.h"
 #include "cuda/twin_q.h"
 #include "partition.h"
+#include "scalar_rules.h"
 
 namespace flame::FLAME_ISA {
 
@@ -260,7 +261,7 @@ struct PolicyActKernel {
         block.each_thread([&](int r) {
             if (r >= rows) return;
             for (int m = 1; m < critics.net.members; ++m) {
-                q[r] = smallest_q(q[r], q[m * rows + r]);
+                if (takes_minimum(q[m * rows + r], q[r])) q[r] = q[m * rows + r];
             }
         });
         block.each_warp([&](const Warp& warp) {

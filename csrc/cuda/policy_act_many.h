@@ -13,6 +13,7 @@
 #include "cuda/flow_step.h"
 #include "cuda/twin_q.h"
 #include "partition.h"
+#include "scalar_rules.h"
 
 namespace flame::FLAME_ISA {
 

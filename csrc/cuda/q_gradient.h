@@ -11,6 +11,7 @@
 #include "cpu/training.h"
 #include "cuda/tape.h"
 #include "partition.h"
+#include "scalar_rules.h"
 
 namespace flame::FLAME_ISA {
 
@@ -52,11 +53,10 @@ struct QGradientKernel {
         }
     }
 
-    // A NaN of any member is the minimum.
     FLAME_BODY int smallest(const float* q, int stride) const {
         int best = 0;
         for (int m = 1; m < net.members; ++m) {
-            if (q[m * stride] < q[best * stride] || q[m * stride] != q[m * stride]) best = m;
+            if (takes_minimum(q[m * stride], q[best * stride])) best = m;
         }
         return best;
     }

@@ -15,11 +15,9 @@
 #include "cuda/mlp_tile.h"
 #include "cuda/tile_plan.h"
 #include "partition.h"
+#include "scalar_rules.h"
 
 namespace flame::FLAME_ISA {
-
-// A NaN of any member must show: it neither compares less nor is it replaced.
-FLAME_INLINE float smallest_q(float least, float q) { return q < least || q != q ? q : least; }
 
 // part[m, s, :] = W_obs s + b of layer one.
 template <int kRowsPerWarp>
@@ -88,7 +86,7 @@ struct TwinQKernel {
     }
 
     FLAME_BODY void keep(int member, int64_t at, int64_t total, float q) const {
-        a.q_min[at] = member == 0 ? q : smallest_q(a.q_min[at], q);
+        if (member == 0 || takes_minimum(q, a.q_min[at])) a.q_min[at] = q;
         if (a.q_each != nullptr) a.q_each[member * total + at] = q;
     }
 };
