@@ -255,9 +255,6 @@ class Trainer:
         try:
             with self.backend.training(), interrupts_between_steps() as interrupted:
                 self._train(interrupted, log, evaluation_log, progress)
-        except EnvironmentDataError:
-            self._obs = None  # what diverged must not be restored: new episodes instead
-            raise
         finally:
             self.save()
             self._earlier_wall_time, self._start = self.wall_time, None
@@ -325,7 +322,11 @@ class Trainer:
         else:
             action = self.agent.explore(self._to_agent(self._obs))
         executed = action.cpu().numpy()
-        step = self.env.step(executed)
+        try:
+            step = self.env.step(executed)
+        except EnvironmentDataError:
+            self._obs = None  # what diverged must not be restored: new episodes instead
+            raise
         self.replay.add(self._obs, executed, step.reward, step.terminated, step.next_obs)
         self._obs = step.obs
         self.global_step += self.env.num_envs
@@ -440,8 +441,8 @@ class Trainer:
         self.evaluations = [Evaluation(**_from_json(e)) for e in manifest["evaluations"]]
         if manifest["env_state"] is None:
             warnings.warn(
-                "this environment's inner state cannot be saved: the resumed run starts new "
-                "episodes and is not bit-equal to one that never stopped",
+                "the environment's inner state was not saved (it diverged, or cannot be read): the "
+                "resumed run starts new episodes and is not bit-equal to one that never stopped",
                 stacklevel=3,
             )
             self._obs = self.env.reset(self.seed + self.global_step)

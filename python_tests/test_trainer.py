@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import gymnasium
@@ -338,6 +339,19 @@ def test_evaluations_may_have_an_environment_of_their_own(tmp_path: Path) -> Non
     result = Trainer(vector, config=TINY, run_dir=tmp_path / "run", eval_env=Counting).run(60)
     assert result.final_return == 7
     vector.close()
+
+
+def test_a_broken_evaluation_costs_no_episode_in_progress(tmp_path: Path) -> None:
+    class Broken(Counting):
+        def step(self, action):  # type: ignore[no-untyped-def]
+            return np.full(1, np.nan, np.float32), *super().step(action)[1:]
+
+    with pytest.raises(EnvironmentDataError):
+        Trainer(Counting, config=TINY, run_dir=tmp_path / "run", eval_env=Broken).run(80)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed = Trainer.resume(tmp_path / "run", env=Counting)
+    assert resumed.run(total_steps=100).steps == 100
 
 
 def test_diverged_weights_never_replace_what_was_saved(tmp_path: Path) -> None:
