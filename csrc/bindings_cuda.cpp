@@ -2,8 +2,8 @@
 // dependency on any tensor library. backends/cuda_call.py checks devices, types, shapes; sizes that
 // the arguments imply are its business too.
 //
-// A function that needs a workspace returns its size in bytes; with workspace = 0 it does only
-// that.
+// A function that needs a workspace only returns its size in bytes where workspace = 0, and with
+// one it runs and returns 0.
 #include <pybind11/stl.h>
 
 #include <string>
@@ -30,8 +30,9 @@ T* at(Pointer pointer) {
 template <typename Args, typename Run>
 size_t with_workspace(const Args& args, Pointer workspace, Run&& run) {
     const WithoutGil without_gil;
-    if (workspace != 0) run(at<void>(workspace));
-    return cuda_workspace_bytes(args);
+    if (workspace == 0) return cuda_workspace_bytes(args);
+    run(at<void>(workspace));
+    return 0;
 }
 
 void mlp_forward(const MlpSpec& spec, Pointer parameters, int64_t rows, Pointer input,
