@@ -237,11 +237,11 @@ class Trainer:
         """
         if total_steps is not None:
             self.config = dataclasses.replace(self.config, total_steps=total_steps)
-            self._write_config()
         with held(self.run_dir):
             return self._run()
 
     def _run(self) -> RunResult:
+        self._write_config()
         self._stopped_by = None
         if self._obs is None:
             self._obs = self.env.reset(self.seed)
