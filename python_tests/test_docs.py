@@ -20,6 +20,17 @@ def test_every_option_is_in_the_table_with_its_values():
     assert listed == {name: tuple(as_text(v[name]) for v in values) for name in values[0]}
 
 
+def test_what_the_defaults_change_from_algorithm_to_algorithm():
+    options = {
+        name: make_config(name).to_dict() for name in ("flame", "flame-r", "diffusion", "sac")
+    }
+    rows = {key: [as_text(options[a][key]) for a in options] for key in options["flame"]}
+    wanted = [f"| `{k}` | {' | '.join(r)} |" for k, r in rows.items() if len(set(r)) > 1]
+    text = (ROOT / "docs/algorithm.md").read_text().split("## Presets", 1)[1]
+    listed = [line for line in text.splitlines() if line.startswith("| `")]
+    assert listed == wanted[1:], "the first row is the algorithm itself"
+
+
 def as_text(value):
     if isinstance(value, tuple):
         return ",".join(map(str, value))
