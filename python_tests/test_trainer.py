@@ -379,23 +379,20 @@ def test_an_episode_without_end_is_reported(
 
 
 @pytest.mark.slow
-def test_sac_learns_the_pendulum(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["flame", "sac"])
+def test_the_defaults_learn_the_pendulum(tmp_path: Path, algorithm: str) -> None:
     """A short run ends at several times the return of a random policy (about 6)."""
     options = {
         "num_envs": 2,
         "learning_starts": 500,
         "updates_per_step": 1.0,
+        "policy_delay": 1,
         "hidden_sizes": (64, 64),
-        "batch_size": 64,
-        "policy_batch_size": 64,
         "eval_interval": 0,
         "eval_episodes": 5,
-        "critic_learning_rate": 1e-3,
-        "policy_learning_rate": 1e-3,
-        "log_interval": 1000,
     }
     trainer = Trainer(
-        "InvertedPendulum-v5", algorithm="sac", config=options, run_dir=tmp_path / "run"
+        "InvertedPendulum-v5", algorithm=algorithm, config=options, run_dir=tmp_path / "run"
     )
     assert trainer.run(total_steps=5_000).final_return > 30
 
