@@ -142,6 +142,11 @@ class VectorEnvHandle:
             self._lengths[done] = 0
         return result
 
+    @property
+    def longest_running(self) -> int:
+        """Steps of the longest of the episodes in progress."""
+        return int(self._lengths.max())
+
     def get_state(self) -> EnvState | None:
         """State from which ``set_state`` goes on bit-equal, or None if an environment hides it.
 

@@ -73,17 +73,14 @@ def run_episodes(
     returns: list[float] = []
     lengths: list[int] = []
     obs = env.reset(seed)
-    steps = np.zeros(env.num_envs, np.int64)
     while any(quota):
-        if steps.max() >= MAX_EPISODE_STEPS:
+        if env.longest_running >= MAX_EPISODE_STEPS:
             raise FlameError(
                 f"an evaluation's episode has not ended after {MAX_EPISODE_STEPS:,} steps. Give "
                 "the environment a time limit, as by gymnasium.wrappers.TimeLimit."
             )
-        steps += 1
         step = env.step(act(obs))
         finished = np.flatnonzero(step.terminated | step.truncated)
-        steps[finished] = 0
         results = zip(finished, step.episode_returns, step.episode_lengths, strict=True)
         for index, episode_return, length in results:
             if quota[index]:

@@ -492,8 +492,9 @@ def _check_sizes(trained: tuple[int, int], evaluated: tuple[int, int]) -> None:
 def _resolve_device(device: str, backend: str) -> torch.device:
     if device == "auto":
         # Networks of this size leave a GPU idle in PyTorch, launch after launch.
-        native = "cpu" in (backend, auto_backend("cpu")[0] if backend == "auto" else None)
-        return torch.device("cpu" if native or not torch.cuda.is_available() else "cuda")
+        chosen = auto_backend("cpu")[0] if backend == "auto" else backend
+        on_cuda = chosen != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda" if on_cuda else "cpu")
     try:
         resolved = torch.device(device)
     except RuntimeError as error:

@@ -24,11 +24,8 @@ def test_paper_preset_has_the_published_settings() -> None:
 
 def test_paper_preset_is_one_for_all_flow_policies() -> None:
     config = make_config("flame-r", "paper")
-    assert (config.num_candidates, config.eval_particles, config.temperature) == (
-        100,
-        32,
-        "entropy",
-    )
+    assert (config.num_candidates, config.eval_particles) == (100, 32)
+    assert config.temperature == "entropy"
     assert (config.flow, config.sampling_steps) == ("instantaneous", 20)
 
 
