@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,12 +27,9 @@ class Problem:
     """Noised actions of a run's replay buffer, and its critics."""
 
     def __init__(self, run_dir: str, states: int) -> None:
-        with tempfile.TemporaryDirectory() as scratch:  # resuming writes into the directory
-            trainer = Trainer.resume(shutil.copytree(run_dir, Path(scratch) / "run"))
+        trainer = Trainer.resume(run_dir)
         generator = torch.Generator().manual_seed(0)
-        batch = trainer.replay.sample(states, generator)
-        if trainer.normalizer is not None:
-            raise ValueError(f"{run_dir}: give a run without normalize_observations")
+        batch = trainer.sample(states, generator)
         self.critics = trainer.agent.critics
         self.obs = self.critics.observe(batch.obs).detach()
         self.t = MIN_TIME + (1 - MIN_TIME) * torch.rand(states, 1, generator=generator)

@@ -1,4 +1,4 @@
-"""The command ``flame-ext``: train, evaluate, draw, measure, export, report on the installation.
+"""The command ``flame-ext``: train, evaluate, diagnose, draw, measure, export, report.
 
 Heavy packages are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -174,6 +174,13 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help="decides the episodes")
     add("--env", metavar="ENV", help="Gymnasium id (default: the run's)")
     add("--video", type=Path, metavar="FILE", help="also film one episode, .gif or .mp4")
+
+
+def _add_diagnose(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR", help="a run directory with a checkpoint")
+    add("--states", type=_count, default=500, metavar="N", help="states of the replay buffer")
+    add("--seed", type=int, default=0, metavar="S", help="decides states, samples and episodes")
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
@@ -438,6 +445,15 @@ def _deviation(values: Sequence[float]) -> float:
     return float((sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5)
 
 
+def _diagnose(options: argparse.Namespace) -> None:
+    from flame_ext.diagnosis import diagnose
+
+    figures = diagnose(options.run_dir, states=options.states, seed=options.seed)
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {value:.4g}")
+
+
 def _plot(options: argparse.Namespace) -> None:
     from flame_ext.multigoal import ENV_ID
     from flame_ext.plots import plot_learning_curves, plot_multigoal, run_facts
@@ -486,6 +502,7 @@ _Command = Callable[[argparse.Namespace], None]
 _COMMANDS: dict[str, tuple[str, str, _Fill, _Command]] = {
     "train": ("train a policy in an environment", _TRAIN_EPILOG, _add_train, _train),
     "eval": ("play episodes with a trained policy", _EVAL_EPILOG, _add_eval, _eval),
+    "diagnose": ("measure policy, weights and critics of a run", "", _add_diagnose, _diagnose),
     "plot": ("draw learning curves or the multi-goal task", _PLOT_EPILOG, _add_plot, _plot),
     "bench": ("measure how long policies take to act", _BENCH_EPILOG, _add_bench, _bench),
     "export": ("write a policy as an ONNX model", _EXPORT_EPILOG, _add_export, _export),

@@ -74,11 +74,7 @@ def run_episodes(
     lengths: list[int] = []
     obs = env.reset(seed)
     while any(quota):
-        if env.longest_running >= MAX_EPISODE_STEPS:
-            raise FlameError(
-                f"an evaluation's episode has not ended after {MAX_EPISODE_STEPS:,} steps. Give "
-                "the environment a time limit, as by gymnasium.wrappers.TimeLimit."
-            )
+        check_ends(env)
         step = env.step(act(obs))
         finished = np.flatnonzero(step.terminated | step.truncated)
         results = zip(finished, step.episode_returns, step.episode_lengths, strict=True)
@@ -89,3 +85,12 @@ def run_episodes(
                 lengths.append(length)
         obs = step.obs
     return tuple(returns), tuple(lengths)
+
+
+def check_ends(env: VectorEnvHandle) -> None:
+    """Raises FlameError if an evaluation's episode seems to have no end."""
+    if env.longest_running >= MAX_EPISODE_STEPS:
+        raise FlameError(
+            f"an evaluation's episode has not ended after {MAX_EPISODE_STEPS:,} steps. Give "
+            "the environment a time limit, as by gymnasium.wrappers.TimeLimit."
+        )

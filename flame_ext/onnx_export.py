@@ -118,8 +118,13 @@ class _Graph:
         return self.node("Clip", z, -1.0, 1.0)
 
     def combination(self, a: float, x: str, b: float, y: str) -> str:
-        """A x + b y."""
-        return self.node("Add", self.node("Mul", x, a), self.node("Mul", y, b))
+        """A x + b y, without the operations that a 0 or a 1 leaves out."""
+        terms = [
+            term if factor == 1 else self.node("Mul", term, factor)
+            for factor, term in ((a, x), (b, y))
+            if factor != 0
+        ]
+        return terms[0] if len(terms) == 1 else self.node("Add", *terms)
 
     def mlp(self, x: str, layers: Sequence[tuple[Array, ...]], activation: str) -> str:
         for weight, bias, *norm in layers[:-1]:

@@ -158,10 +158,10 @@ class Trainer:
         self._stopped_by: str | None = None
         self._tally = Tally()
         if _resuming and run_dir is not None:
-            self.run_dir = Path(run_dir)
+            self.run_dir = Path(run_dir)  # which only `run` changes
         else:
             self.run_dir = new_run_dir(run_dir, self._env_id, algorithm, seed)
-        self._write_config()
+            self._write_config()
 
     @classmethod
     def resume(
@@ -320,7 +320,7 @@ class Trainer:
             shape = (self.env.num_envs, self.env.action_dim)
             action = 2 * uniform_like(like, shape, self.agent.generator) - 1
         else:
-            action = self.agent.explore(self._to_agent(self._obs))
+            action = self.agent.explore(self.to_agent(self._obs))
         executed = action.cpu().numpy()
         try:
             step = self.env.step(executed)
@@ -340,17 +340,20 @@ class Trainer:
         while self._update_debt >= 1:
             updates = min(int(self._update_debt), self.agent.updates_to_policy_step)
             self._update_debt -= updates
-            batch = self.replay.sample(updates * self.config.batch_size, self.agent.generator)
-            self._tally.add(self.agent.update(self._normalize(batch), updates))
+            batch = self.sample(updates * self.config.batch_size, self.agent.generator)
+            self._tally.add(self.agent.update(batch, updates))
 
-    def _normalize(self, batch: Batch) -> Batch:
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Transitions of the replay buffer as the agent takes them."""
+        batch = self.replay.sample(batch_size, generator)
         if self.normalizer is None:
             return batch
         return dataclasses.replace(
             batch, obs=self.normalizer(batch.obs), next_obs=self.normalizer(batch.next_obs)
         )
 
-    def _to_agent(self, obs: np.ndarray) -> torch.Tensor:
+    def to_agent(self, obs: np.ndarray) -> torch.Tensor:
+        """Observations ``(n, O)`` as the agent takes them."""
         rows = torch.from_numpy(obs).to(self.device)
         return rows if self.normalizer is None else self.normalizer(rows)
 
@@ -369,7 +372,7 @@ class Trainer:
         noise = noise.to(self.device).unsqueeze(0)
 
         def act(obs: np.ndarray) -> np.ndarray:
-            rows = self._to_agent(obs)
+            rows = self.to_agent(obs)
             array: np.ndarray = self.agent.act(rows, noise.expand(len(rows), -1, -1)).cpu().numpy()
             return array
 

@@ -1,0 +1,157 @@
+"""What `flame-ext diagnose` measures of a run."""
+
+import hashlib
+import math
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.wrappers import TimeLimit
+
+from flame_ext import cli
+from flame_ext.diagnosis import diagnose
+from flame_ext.trainer import Trainer
+from flame_ext.value_bias import Episode, ValueBias, measure_value_bias
+
+TASK = "flame_ext/MultiGoal-v0"
+TINY = {
+    "hidden_sizes": (16, 16),
+    "batch_size": 16,
+    "policy_batch_size": 8,
+    "num_candidates": 4,
+    "num_envs": 2,
+    "learning_starts": 40,
+    "eval_episodes": 2,
+    "eval_interval": 0,
+}
+
+
+def trained(run_dir: Path, algorithm: str = "flame", **options: object) -> Path:
+    config = {**TINY, **options}
+    Trainer(TASK, algorithm=algorithm, config=config, run_dir=run_dir).run(total_steps=80)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "own", "others"),
+    [
+        ("flame", {}, {"entropy, exact", "squared residual at (0, 1)"}, {"entropy"}),
+        (
+            "flame",
+            {"reweighting_weight": 0, "embedding_dim": 8, "normalize_observations": True},
+            {"distance to actions of 4 steps"},
+            {"squared residual at r = t"},
+        ),
+        (
+            "flame-r",
+            {},
+            {"entropy, 4 steps, log-det", "squared residual at r = t"},
+            {"entropy, exact", "squared residual at (0, 1)"},
+        ),
+        ("sac", {}, {"entropy"}, {"entropy, exact"}),
+        ("diffusion", {}, {"standard deviation of actions"}, {"entropy"}),
+    ],
+)
+def test_measures_what_the_algorithm_has(
+    tmp_path: Path, algorithm: str, options: dict, own: set, others: set
+) -> None:
+    figures = diagnose(trained(tmp_path / "run", algorithm, **options), states=50)
+    assert own <= figures.keys()
+    assert not others & figures.keys()
+    assert all(map(math.isfinite, figures.values()))
+    assert figures["Q of the best of 16 over the mean"] >= 0
+
+
+def test_what_it_measures_is_the_policy(tmp_path: Path) -> None:
+    trainer = Trainer(TASK, config={**TINY, "reverse_kl_weight": 0}, run_dir=tmp_path / "run")
+    trainer.run(total_steps=40)
+    actor = trainer.agent.actor
+    with torch.no_grad():
+        actor.network.flat.zero_()  # u = 0: an action is its noise, clipped
+    trainer.save()
+    figures = diagnose(tmp_path / "run", states=400)
+    normal_entropy = 2 * 0.5 * math.log(2 * math.pi * math.e)
+    for name in ("exact", "4 steps, log-det", "4 steps, Hutchinson", "trace of one step"):
+        assert figures[f"entropy, {name}"] == pytest.approx(normal_entropy, abs=0.15)
+    assert figures["distance to actions of 16 steps"] == 0
+    assert figures["share of folded samples"] == 0
+    # P(|N(0, 1)| > 0.98), and the deviation of a clipped N(0, 1).
+    assert figures["share of actions at the bounds"] == pytest.approx(0.327, abs=0.02)
+    assert figures["standard deviation of actions"] == pytest.approx(0.718, abs=0.03)
+
+
+def test_leaves_the_run_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tmp_path / "run")
+
+    def contents() -> dict[Path, str]:
+        files = [path for path in run.rglob("*") if path.is_file()]
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    before = contents()
+    assert cli.main(["diagnose", str(run), "--states", "20"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split()[0] == "alpha"
+    assert before == contents()
+    assert cli.main(["diagnose", str(tmp_path / "none")]) == 2
+
+
+class Paying(gymnasium.Env):
+    """One unit of reward per step; ends after `length` steps."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(1, np.float32), 1.0, self.steps == self.length, False, {}
+
+
+def value_bias(run_dir: Path, env: object, value: float, **options: object) -> ValueBias | None:
+    """With critics that say `value` of everything, at gamma = 0.9."""
+    config = {**TINY, "gamma": 0.9, "entropy_in_target": False, **options}
+    trainer = Trainer(env, algorithm="sac", config=config, run_dir=run_dir)
+    with torch.no_grad():
+        trainer.agent.critics.flat.zero_()
+        trainer.agent.critics.layers()[-1].bias.fill_(value)
+    return measure_value_bias(trainer, seed=0)
+
+
+def test_values_of_a_terminating_episode(tmp_path: Path) -> None:
+    bias = value_bias(tmp_path / "run", lambda: Paying(20), 3.0, reward_scale=2.0)
+    after = 2 * (1 - 0.9 ** np.arange(20, 0, -1)) / (1 - 0.9)
+    assert bias.value == pytest.approx(3)
+    assert bias.discounted_return == pytest.approx(after.mean())
+    assert bias.error == pytest.approx(np.sqrt(((3 - after) ** 2).mean()))
+
+
+def test_values_of_an_episode_that_is_cut_off(tmp_path: Path) -> None:
+    """It goes on with the last state's value, and the last 30 steps, which lean on it, are out."""
+    bias = value_bias(tmp_path / "run", lambda: TimeLimit(Paying(10**9), 60), 12.0)
+    share = 0.9 ** np.arange(60, 30, -1)
+    assert bias.discounted_return == pytest.approx((10 * (1 - share) + 12 * share).mean())
+    assert value_bias(tmp_path / "short", lambda: TimeLimit(Paying(10**9), 30), 12.0) is None
+
+
+def test_returns_are_soft_from_the_next_step_on() -> None:
+    episode = Episode(rewards=[1.0, 2.0, 4.0], entropies=[10.0, 20.0, 30.0], end_value=8.0)
+    last = 4 + 0.5 * 8
+    middle = 2 + 0.5 * (30 + last)
+    np.testing.assert_allclose(episode.returns(0.5), [1 + 0.5 * (20 + middle), middle, last])
+
+
+def test_entropies_count_where_the_critics_learn_them(tmp_path: Path) -> None:
+    plain, soft = (
+        value_bias(tmp_path / str(on), lambda: Paying(20), 0.0, entropy_in_target=on)
+        for on in (False, True)
+    )
+    assert soft.discounted_return != pytest.approx(plain.discounted_return, abs=1e-3)
