@@ -170,7 +170,11 @@ def _average(
 
 
 def plot_learning_curves(
-    run_dirs: Sequence[str | Path], output: str | Path, axis: CurveAxis = "step"
+    run_dirs: Sequence[str | Path],
+    output: str | Path,
+    axis: CurveAxis = "step",
+    *,
+    title: str | None = None,
 ) -> Path:
     """Draw evaluation returns, one curve per algorithm and variant.
 
@@ -180,6 +184,7 @@ def plot_learning_curves(
         run_dirs: Run directories; those of the same algorithm and options are averaged.
         output: The picture; its ending decides the format (png, pdf, svg).
         axis: Against environment steps or against the time that training took.
+        title: None takes the tasks that the runs' policies name.
 
     Returns:
         The path of the picture.
@@ -190,7 +195,9 @@ def plot_learning_curves(
         RunDirectoryError: If a directory is not a run's.
     """
     curves = aggregate_curves(run_dirs, axis)
-    tasks = {task for task in (run_facts(run_dir)[1] for run_dir in run_dirs) if task}
+    if title is None:
+        tasks = {task for task in (run_facts(run_dir)[1] for run_dir in run_dirs) if task}
+        title = ", ".join(sorted(tasks)) or "learning curve"
     scale, label = (1.0, "environment steps") if axis == "step" else (1 / 60, "minutes of training")
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
@@ -208,7 +215,7 @@ def plot_learning_curves(
         axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
     axes.set_xlabel(label)
     axes.set_ylabel("evaluation return")
-    axes.set_title(", ".join(sorted(tasks)) or "learning curve")
+    axes.set_title(title)
     axes.xaxis.set_major_formatter(_short_number)
     axes.legend(frameon=False, loc="best")
     _tidy(axes)

@@ -43,16 +43,21 @@ def test_matrix_goes_on_from_its_results_alone(tmp_path: Path) -> None:
     assert "--set names flmae, which is not in --algorithms" in foreign.stderr
 
     shutil.rmtree(tmp_path / "runs")
-    report = run(tmp_path, "learning/matrix.py", matrix + "2 --report-only")
+    report = run(tmp_path, "learning/report.py", "results")
     assert report.stdout == first.stdout[-len(report.stdout) :], report.stderr[-2000:]
+    assert report.stdout == (tmp_path / "results" / "table.md").read_text()
     second = run(tmp_path, "learning/matrix.py", matrix + "2")
     assert "| Pendulum-v1 | sac | 2 |" in second.stdout, second.stderr[-2000:]
     # Wall times are among the columns: a run made anew would differ.
     assert all(path.read_text() == text for path, text in curves.items())
 
-    settings = tmp_path / "results" / "Pendulum-v1-flame-s0.json"
-    settings.write_text(settings.read_text().replace('"gamma": 0.99', '"gamma": 0.9'))
     shutil.rmtree(tmp_path / "runs")
+    for seed in range(2):
+        settings = tmp_path / "results" / f"Pendulum-v1-flame-s{seed}.json"
+        settings.write_text(settings.read_text().replace('"gamma": 0.99', '"gamma": 0.9'))
+        if seed == 0:
+            mixed = run(tmp_path, "learning/report.py", "results")
+            assert "Pendulum-v1-flame-s1 and Pendulum-v1-flame-s0 differ in gamma" in mixed.stderr
     third = run(tmp_path, "learning/matrix.py", matrix + "2")
     assert third.returncode != 0
     assert "differs from this command in gamma" in third.stderr
