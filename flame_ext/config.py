@@ -120,7 +120,7 @@ class Config:
     total_steps: int = 1_000_000
     num_envs: int = 5
     learning_starts: int = 5_000
-    updates_per_step: float = 4.0
+    updates_per_step: float = 2.0
     batch_size: int = 64
     buffer_size: int = 1_000_000
     gamma: float = 0.99
@@ -131,7 +131,7 @@ class Config:
     policy_activation: Activation = "silu"
     critic_activation: Activation = "relu"
     critic_layer_norm: bool = True
-    embedding_dim: int = 0
+    embedding_dim: int = 128
     embedding_learning_rate: float = 1e-3
     embedding_tau: float = 0.002
     policy_layer_norm: bool = False
@@ -302,6 +302,7 @@ _PAPER: dict[str, Any] = {
     "updates_per_step": 0.2,
     "batch_size": 256,
     "hidden_sizes": (256, 256, 256),
+    "embedding_dim": 0,
     "policy_activation": "mish",
     "critic_activation": "mish",
     "critic_layer_norm": False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from flame_ext.policies.flow import MIN_TIME, FlowActor
 from flame_ext.reference import Reweighted, log_prob, meanflow_loss, sample_flow
 from flame_ext.sampling import Estimator, Trace
 from flame_ext.trainer import Trainer
-from flame_ext.value_bias import measure_value_bias
+from flame_ext.value_bias import measure_value_bias, play_episodes
 
 # Samples of the policy in each state.
 _SAMPLES = 16
@@ -66,11 +67,14 @@ def diagnose(
             figures |= _step_gaps(agent.actor, obs, generator)
         if trainer.config.reweighting_weight > 0:
             figures |= _flow_matching(agent, agent.actor, obs, batch.action, generator)
-    bias = measure_value_bias(trainer, seed)
+    episodes = play_episodes(trainer, seed)
+    scale = trainer.config.reward_scale
+    figures["return of an episode"] = float(np.mean([sum(e.rewards) / scale for e in episodes]))
+    bias = measure_value_bias(episodes, trainer.config.gamma)
     if bias is not None:
         figures |= {
             "Q": bias.value,
-            "return": bias.discounted_return,
+            "discounted return": bias.discounted_return,
             "Q - return": bias.value - bias.discounted_return,
             "Q - return, root mean square": bias.error,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,24 +35,20 @@ class ValueBias:
     error: float
 
 
-def measure_value_bias(trainer: Trainer, seed: int) -> ValueBias | None:
-    """Plays one episode per evaluation environment with single samples of the training policy.
+def measure_value_bias(episodes: Sequence[Episode], gamma: float) -> ValueBias | None:
+    """Compares values with returns, step by step.
 
     Args:
-        trainer: The run.
-        seed: Decides episodes and samples.
+        episodes: Of `play_episodes`.
+        gamma: Discount factor per step.
 
     Returns:
         None where episodes are cut off too early to tell.
-
-    Raises:
-        FlameError: If an episode does not end.
     """
-    gamma = trainer.config.gamma
     horizon = round(_HORIZONS / (1 - gamma)) if gamma < 1 else 0
     values: list[FloatArray] = []
     returns: list[FloatArray] = []
-    for episode in _play(trainer, seed):
+    for episode in episodes:
         kept = max(len(episode.values) - (horizon if episode.truncated else 0), 0)
         values.append(np.array(episode.values[:kept]))
         returns.append(episode.returns(gamma)[:kept])
@@ -90,7 +87,16 @@ class Episode:
         return returns
 
 
-def _play(trainer: Trainer, seed: int) -> list[Episode]:
+def play_episodes(trainer: Trainer, seed: int) -> list[Episode]:
+    """One episode per evaluation environment with single samples of the policy that is trained.
+
+    Args:
+        trainer: The run.
+        seed: Decides episodes and samples.
+
+    Raises:
+        FlameError: If an episode does not end.
+    """
     env = trainer.eval_env
     generator = torch.Generator(trainer.device).manual_seed(seed)
     episodes = [Episode() for _ in range(env.num_envs)]

@@ -13,7 +13,7 @@ from gymnasium.wrappers import TimeLimit
 from flame_ext import cli
 from flame_ext.diagnosis import diagnose
 from flame_ext.trainer import Trainer
-from flame_ext.value_bias import Episode, ValueBias, measure_value_bias
+from flame_ext.value_bias import Episode, ValueBias, measure_value_bias, play_episodes
 
 TASK = "flame_ext/MultiGoal-v0"
 TINY = {
@@ -123,7 +123,7 @@ def value_bias(run_dir: Path, env: object, value: float, **options: object) -> V
     with torch.no_grad():
         trainer.agent.critics.flat.zero_()
         trainer.agent.critics.layers()[-1].bias.fill_(value)
-    return measure_value_bias(trainer, seed=0)
+    return measure_value_bias(play_episodes(trainer, seed=0), gamma=0.9)
 
 
 def test_values_of_a_terminating_episode(tmp_path: Path) -> None:

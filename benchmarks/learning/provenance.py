@@ -17,18 +17,15 @@ def provenance() -> dict[str, object]:
     # Of this file's checkout, wherever the command runs.
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    # Generations of a maker's server processors share their name.
+    generation = f"family {facts.get('cpu family', '?')}, model {facts.get('model', '?')}"
+    machine = f"{facts.get('model name', platform.processor())} ({generation})"
     return {
         "commit": commit,
         "command": " ".join(["python", *sys.argv]),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "machine": f"{model}, {os.cpu_count()} cores",
+        "machine": f"{machine}, {os.cpu_count()} cores",
     }
