@@ -55,7 +55,6 @@ OPTIONS = {
     "z_source": "target",
     "num_candidates": 32,
     "instantaneous_fraction": 0.25,
-    "acting_fraction": 0.25,
     "reverse_kl_weight": 0.1,
 }
 
