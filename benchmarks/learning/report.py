@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +87,8 @@ def read_results(folder: Path) -> Results:
             row would mix two.
     """
     results: Results = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for directory in _run_directories(folder, Path(scratch)):
+    with _run_directories(folder) as directories:
+        for directory in directories:
             settings = read_settings(directory / "config.json")
             start, _, seed = directory.name.rpartition("-s")
             task = start.removesuffix(f"-{settings['algorithm']}")
@@ -123,10 +125,10 @@ def differences(own: dict[str, Any], other: dict[str, Any]) -> str:
 def report(folder: Path, baseline: str) -> None:
     """Draws the figures, writes and prints the tables."""
     results = read_results(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        directories = {path.name: path for path in _run_directories(folder, Path(scratch))}
+    with _run_directories(folder) as directories:
+        named = {directory.name: directory for directory in directories}
         for task in {run.task: None for run in results}:
-            runs = [directories[run.name] for run in results if run.task == task]
+            runs = [named[run.name] for run in results if run.task == task]
             plot_learning_curves(runs, folder / f"{task}.png", title=task)
             plot_learning_curves(runs, folder / f"{task}-time.png", "wall_time", title=task)
     cells: dict[tuple[str, str], list[Result]] = {}
@@ -142,16 +144,18 @@ def report(folder: Path, baseline: str) -> None:
     print(text, flush=True)
 
 
-def _run_directories(folder: Path, scratch: Path) -> list[Path]:
+@contextmanager
+def _run_directories(folder: Path) -> Iterator[list[Path]]:
     """The runs of a folder as run directories, which are links into it."""
-    directories = []
-    for settings in sorted(folder.glob("*-s*.json")):
-        directory = scratch / settings.stem
-        directory.mkdir()
-        for name, ending in RESULT_FILES.items():
-            (directory / name).symlink_to(settings.with_suffix(ending).resolve())
-        directories.append(directory)
-    return directories
+    with tempfile.TemporaryDirectory() as scratch:
+        directories = []
+        for settings in sorted(folder.glob("*-s*.json")):
+            directory = Path(scratch) / settings.stem
+            directory.mkdir()
+            for name, ending in RESULT_FILES.items():
+                (directory / name).symlink_to(settings.with_suffix(ending).resolve())
+            directories.append(directory)
+        yield directories
 
 
 def _comparison(results: Results, baseline: str) -> list[str]:
