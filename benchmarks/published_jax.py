@@ -37,7 +37,9 @@ def transitions() -> dict[str, np.ndarray]:
     }
 
 
-def ours(candidates: int, sampling: str) -> tuple[Callable[[], object], Callable[[], object]]:
+def ours(
+    candidates: int, sampling: str, matmul_precision: str
+) -> tuple[Callable[[], object], Callable[[], object]]:
     import torch
 
     from flame_ext.agent import Agent
@@ -47,7 +49,7 @@ def ours(candidates: int, sampling: str) -> tuple[Callable[[], object], Callable
     from flame_ext.replay import Batch
 
     options = {"num_candidates": candidates, "policy_delay": 1, "batch_size": BATCH}
-    options["candidate_sampling"] = sampling
+    options |= {"candidate_sampling": sampling, "matmul_precision": matmul_precision}
     config = make_config("flame", "paper", options)
     device = torch.device("cpu")
     agent = Agent(config, OBS_DIM, ACTION_DIM, make_backend("auto", device))
@@ -97,10 +99,10 @@ def _stand_in(name: str, **members: object) -> None:
 
 def programs(arguments: argparse.Namespace, name: str) -> tuple[Callable, Callable]:
     if name == "ours":
-        stratified = arguments.stratified
+        stratified, precision = arguments.stratified, arguments.matmul_precision
         if stratified is not None:
-            return ours(stratified, "stratified")
-        return ours(arguments.candidates, "random")
+            return ours(stratified, "stratified", precision)
+        return ours(arguments.candidates, "random", precision)
     return published(arguments.candidates, arguments.checkout)
 
 
@@ -126,6 +128,7 @@ def peak_memory(arguments: argparse.Namespace, name: str) -> str:
     """Peak resident megabytes of a process of its own, before and after five updates."""
     command = [sys.executable, __file__, "--checkout", arguments.checkout, "--memory-of", name]
     command += ["--candidates", str(arguments.candidates)]
+    command += ["--matmul-precision", arguments.matmul_precision]
     if arguments.stratified is not None:
         command += ["--stratified", str(arguments.stratified)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -158,6 +161,7 @@ def main() -> None:
         type=int,
         help="stratified candidates of ours, as many as benchmarks/candidate_error.py finds enough",
     )
+    parser.add_argument("--matmul-precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--memory-of", choices=PROGRAMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -170,6 +174,7 @@ def main() -> None:
     k = f"K {arguments.candidates}"
     if arguments.stratified is not None:
         k += f", ours {arguments.stratified} stratified"
+    k += f", ours in {arguments.matmul_precision}"
     print_ratios(f"update, batch {BATCH}, {k}", update, arguments.rounds, 1)
     print_ratios("best-of-32 action, batch 1", act, arguments.rounds, 100)
     for name in PROGRAMS:

@@ -198,9 +198,12 @@ def make_batch(rows: int) -> Batch:
 
 def make_agents(algorithm: str, **options: Any) -> list[Agent]:
     """The same agent on the native and on the PyTorch backend."""
+    return [make_agent(name, algorithm, **options) for name in ("cpu", "torch")]
+
+
+def make_agent(backend: str, algorithm: str, **options: Any) -> Agent:
     config = make_config(algorithm, overrides=options)
-    cpu = torch.device("cpu")
-    return [Agent(config, OBS, ACT, make_backend(name, cpu)) for name in ("cpu", "torch")]
+    return Agent(config, OBS, ACT, make_backend(backend, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("algorithm", ["flame", "flame-r", "sac"])
@@ -243,10 +246,33 @@ def test_updates_of_one_policy_step(benchmark: Any, algorithm: str, embedding_di
     )
 
 
+@pytest.mark.skipif(not _core.bfloat16_supported(), reason="this CPU has no AVX512-BF16")
+@pytest.mark.parametrize("embedding_dim", [0, 128])
+@pytest.mark.parametrize("algorithm", ["flame", "sac"])
+def test_updates_in_bfloat16(benchmark: Any, algorithm: str, embedding_dim: int) -> None:
+    """As above, beside the same kernels with float32 products."""
+    rounded, single = (
+        make_agent("cpu", algorithm, embedding_dim=embedding_dim, matmul_precision=precision)
+        for precision in ("bfloat16", "float32")
+    )
+    count = single.config.policy_delay
+    batch = make_batch(count * single.config.batch_size)
+    for agent in (rounded, single):
+        update_as_trained(agent, batch, count)
+    assert rounded.temperature.alpha == pytest.approx(single.temperature.alpha, rel=1e-2)
+    compare(
+        benchmark,
+        f"{count} critic updates and one of the policy, {algorithm}, embeddings {embedding_dim}",
+        lambda: update_as_trained(rounded, batch, count),
+        lambda: update_as_trained(single, batch, count),
+        other="float32",
+    )
+
+
 @pytest.mark.parametrize("algorithm", ["flame", "sac"])
 def test_fused_critic_update(benchmark: Any, algorithm: str) -> None:
     """The critic update in one native call beside the same kernels called one by one."""
-    agents = [make_agents(algorithm, embedding_dim=0)[0] for _ in range(2)]
+    agents = [make_agent("cpu", algorithm, embedding_dim=0) for _ in range(2)]
     batch = make_batch(agents[0].config.batch_size)
 
     def update(agent: Agent, method: Callable[..., dict[str, float]]) -> dict[str, float]:

@@ -21,6 +21,8 @@ import time
 
 import numpy as np
 
+from flame_ext import backend_info
+
 TASK = "HalfCheetah-v5"
 WARM_UP, MEASURED = 2_000, 2_000
 LEARNING_STARTS, BATCH = 500, 256
@@ -108,7 +110,9 @@ def rltools_sac() -> float:
 
 PROGRAMS = {
     "flame_ext sac": lambda: ours("sac"),
+    "flame_ext sac, bfloat16": lambda: ours("sac", matmul_precision="bfloat16"),
     "flame_ext flame, K 8": lambda: ours("flame"),
+    "flame_ext flame, K 8, bfloat16": lambda: ours("flame", matmul_precision="bfloat16"),
     "flame_ext flame, K 8, delay 2": lambda: ours("flame", policy_delay=2),
     "flame_ext flame, K 32": lambda: ours("flame", num_candidates=32),
     "Stable-Baselines3 SAC": sb3_sac,
@@ -137,6 +141,9 @@ def main() -> None:
     missing = {name for name, module in NEEDS.items() if importlib.util.find_spec(module) is None}
     for name in missing:
         print(f"not measured, not installed: {name}")
+    if not backend_info().bfloat16:
+        print("not measured, no AVX512-BF16: bfloat16")
+        missing |= {name for name in PROGRAMS if "bfloat16" in name}
     names = [name for name in PROGRAMS if name not in missing]
     rates = np.array([[measure(name) for name in names] for _ in range(arguments.rounds)])
     reference = rates[:, [names.index(REFERENCE)]] if REFERENCE in names else None

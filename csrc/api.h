@@ -30,6 +30,9 @@ bool isa_supported(Isa isa);
 // The best supported one, unless FLAME_EXT_ISA or set_isa chose; throws when that choice is
 // invalid.
 Isa isa_active();
+// Whether networks may ask for bfloat16 products (mlp_spec.h): AVX-512 is active, and the processor
+// multiplies bfloat16.
+bool bfloat16_supported();
 // "generic", "avx2" or "avx512"; throws std::invalid_argument for others and unsupported ones.
 void set_isa(const char* name);
 

@@ -192,6 +192,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("isa_compiled", [] { return isas(&isa_compiled); });
     m.def("isa_supported", [] { return isas(&isa_supported); });
     m.def("isa_active", [] { return isa_name(isa_active()); });
+    m.def("bfloat16_supported", &bfloat16_supported);
     m.def("set_isa", &set_isa, py::arg("name"));
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("n"));

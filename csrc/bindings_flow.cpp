@@ -66,7 +66,7 @@ py::tuple py_reweighted_velocity(const MlpSpec& spec, const py::array& parameter
         resample ? resampled.mutable_data() : nullptr};
     {
         const WithoutGil without_gil;
-        kernels().reweighted_velocity(args);
+        kernels(spec).reweighted_velocity(args);
     }
     if (resample) return py::make_tuple(velocity, ess, resampled);
     return py::make_tuple(velocity, ess, py::none());
@@ -105,7 +105,7 @@ double py_meanflow_step(const MlpSpec& spec, const py::array& parameters,
                                 dense(t, "t", {rows}),
                                 &loss};
     const WithoutGil without_gil;
-    kernels().meanflow_step(args);
+    kernels(spec).meanflow_step(args);
     return loss;
 }
 
@@ -171,7 +171,7 @@ py::tuple py_flow_density(const MlpSpec& spec, const py::array& parameters, cons
         density_args(spec, parameters, obs, noise, time, scale, divergence, probe, result);
     if (args.states * args.samples > 0) {
         const WithoutGil without_gil;
-        kernels().flow_density(args);
+        kernels(spec).flow_density(args);
     }
     return py::make_tuple(result.action, result.log_prob, result.folded);
 }
@@ -195,7 +195,7 @@ class RecordedDensity {
             args.transport = transport_.mutable_data();
         }
         const WithoutGil without_gil;
-        tape_ = kernels().flow_record(args, *memory_);
+        tape_ = kernels(spec).flow_record(args, *memory_);
     }
 
     const DensityResult& result() const { return result_; }

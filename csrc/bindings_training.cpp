@@ -19,7 +19,7 @@ using Array = py::array_t<float>;
 // --- MlpSpec
 
 MlpSpec make_spec(const std::vector<int>& sizes, int members, const std::string& activation,
-                  bool layer_norm) {
+                  bool layer_norm, bool bfloat16) {
     const int layers = static_cast<int>(sizes.size()) - 1;
     check(layers >= 1 && layers <= kMaxLayers, "sizes has ", sizes.size(),
           " entries; it must have from 2 to ", kMaxLayers + 1, " (inputs, hidden widths, outputs)");
@@ -30,6 +30,10 @@ MlpSpec make_spec(const std::vector<int>& sizes, int members, const std::string&
     spec.num_layers = layers;
     spec.activation = parse_activation(activation);
     spec.layer_norm = layer_norm;
+    check(!bfloat16 || bfloat16_supported(),
+          "bfloat16 products need a processor with AVX512-BF16 (instruction set in use: ",
+          isa_name(isa_active()), ")");
+    spec.bfloat16 = bfloat16;
     for (int i = 0; i <= layers; ++i) {
         check(sizes[i] >= 1 && sizes[i] <= kMaxWidth, "sizes[", i, "] is ", sizes[i],
               "; it must be from 1 to ", kMaxWidth);
@@ -54,7 +58,7 @@ Array py_mlp_forward(const MlpSpec& spec, const py::array& parameters, const py:
     Array output;
     const MlpForwardArgs args = forward_args(spec, parameters, input, output);
     const WithoutGil without_gil;
-    kernels().mlp_forward(args);
+    kernels(spec).mlp_forward(args);
     return output;
 }
 
@@ -67,7 +71,7 @@ class RecordedMlp {
         check(input_columns >= 0 && input_columns <= spec.sizes[0], "input_columns is ",
               input_columns, "; it must be from 0 to ", spec.sizes[0]);
         const WithoutGil without_gil;
-        tape_ = kernels().mlp_record(args, *memory_);
+        tape_ = kernels(spec).mlp_record(args, *memory_);
     }
 
     const Array& output() const { return output_; }
@@ -113,7 +117,7 @@ py::object py_twin_q(const MlpSpec& spec, const py::array& parameters, const py:
                          each ? q_each.mutable_data() : nullptr};
     {
         const WithoutGil without_gil;
-        kernels().twin_q(args);
+        kernels(spec).twin_q(args);
     }
     if (each) return py::make_tuple(q_min, q_each);
     return py::object(std::move(q_min));
@@ -146,7 +150,7 @@ py::tuple py_critic_step(const MlpSpec& spec, const py::array& parameters,
                               q.mutable_data()};
     {
         const WithoutGil without_gil;
-        kernels().critic_step(args);
+        kernels(spec).critic_step(args);
     }
     return py::make_tuple(loss, q_mean, q);
 }
@@ -173,7 +177,7 @@ py::tuple py_q_gradient(const MlpSpec& spec, const py::array& parameters, const 
                              gradient.mutable_data()};
     if (rows > 0) {
         const WithoutGil without_gil;
-        kernels().q_gradient(args);
+        kernels(spec).q_gradient(args);
     }
     return py::make_tuple(q_min, gradient);
 }
@@ -213,7 +217,7 @@ void py_soft_update(const py::array& target, const py::array& online, double tau
 void bind_training(py::module_& m) {
     py::class_<MlpSpec>(m, "MlpSpec")
         .def(py::init(&make_spec), py::arg("sizes"), py::kw_only(), py::arg("members"),
-             py::arg("activation"), py::arg("layer_norm"))
+             py::arg("activation"), py::arg("layer_norm"), py::arg("bfloat16") = false)
         .def_property_readonly("parameter_count", &count_of);
     m.def("mlp_forward", &py_mlp_forward, py::arg("spec"), py::arg("parameters"), py::arg("input"));
     py::class_<RecordedMlp>(m, "RecordedMlp")

@@ -35,9 +35,9 @@ Transitions prepare(const CriticUpdates& u, Workspace& workspace) {
 void td_targets(const CriticUpdates& u, const Transitions& all, int64_t first, int64_t rows,
                 float* target, Workspace& workspace) {
     float* q_min = workspace.floats(rows);
-    kernels().twin_q({u.critics, u.target_parameters, rows, 1, all.next.columns,
-                      u.next_obs + first * u.next_obs_ld, u.next_obs_ld,
-                      all.next.data + first * all.next.ld, q_min, nullptr});
+    kernels(u.critics).twin_q({u.critics, u.target_parameters, rows, 1, all.next.columns,
+                               u.next_obs + first * u.next_obs_ld, u.next_obs_ld,
+                               all.next.data + first * all.next.ld, q_min, nullptr});
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = first + i;
         const float entropy = all.log_prob ? -u.alpha * all.log_prob[at] : 0.0f;
@@ -59,9 +59,9 @@ void update_part(const CriticUpdates& u, const Transitions& all, int part,
     double loss[kMaxMembers];
     double q_mean[kMaxMembers];
     const SeenActions& taken = all.taken;
-    kernels().critic_step({u.critics, u.parameters, gradients, rows, taken.columns,
-                           u.obs + first * u.obs_ld, u.obs_ld, taken.data + first * taken.ld,
-                           taken.ld, target, loss, q_mean, nullptr});
+    kernels(u.critics).critic_step(
+        {u.critics, u.parameters, gradients, rows, taken.columns, u.obs + first * u.obs_ld,
+         u.obs_ld, taken.data + first * taken.ld, taken.ld, target, loss, q_mean, nullptr});
     kernels().adam({u.parameter_count, u.parameters, gradients, u.first_moment, u.second_moment,
                     u.step + part, u.learning_rate, u.beta1, u.beta2, u.epsilon});
     kernels().soft_update({u.parameter_count, u.target_parameters, u.parameters, u.tau});

@@ -37,7 +37,8 @@ void normalise_gradient(const StateEncoder& encoder, const float* features, floa
 float* plain_features(const StateEncoder& encoder, int64_t rows, const float* obs, int64_t obs_ld,
                       Workspace& workspace) {
     float* features = workspace.floats(rows * outputs(encoder.spec));
-    kernels().mlp_forward({encoder.spec, encoder.parameters, rows, obs, obs_ld, features});
+    kernels(encoder.spec)
+        .mlp_forward({encoder.spec, encoder.parameters, rows, obs, obs_ld, features});
     return features;
 }
 
@@ -94,18 +95,21 @@ void observe(const Observe& args) {
 SeenActions seen_actions(const PairEncoder* encoder, const Pairs& pairs, Workspace& workspace) {
     if (!encoder) return plain_actions(pairs);
     const PairRows r = make_rows(*encoder, pairs, workspace);
-    kernels().mlp_forward(
-        {encoder->spec, encoder->parameters, pairs.rows, r.input, r.columns, r.features});
+    kernels(encoder->spec)
+        .mlp_forward(
+            {encoder->spec, encoder->parameters, pairs.rows, r.input, r.columns, r.features});
     return with_features(r, pairs);
 }
 
 RecordedPairs record_pairs(const PairEncoder* encoder, const Pairs& pairs, Workspace& memory) {
     if (!encoder) return {plain_actions(pairs), nullptr};
     const PairRows r = make_rows(*encoder, pairs, memory);
-    MlpTape* tape = kernels().mlp_record(
-        {{encoder->spec, encoder->parameters, pairs.rows, r.input, r.columns, r.features},
-         pairs.action_dim},
-        memory);
+    MlpTape* tape =
+        kernels(encoder->spec)
+            .mlp_record(
+                {{encoder->spec, encoder->parameters, pairs.rows, r.input, r.columns, r.features},
+                 pairs.action_dim},
+                memory);
     return {with_features(r, pairs), tape};
 }
 
@@ -131,17 +135,22 @@ double encoder_step(const EncoderStep& args) {
     RecordMemory memory;
     Workspace workspace;
     float* features = workspace.floats(count);
-    MlpTape* state = kernels().mlp_record(
-        {{args.state.spec, args.state.parameters, args.rows, args.obs, args.obs_ld, features}, 0},
-        *memory);
+    MlpTape* state = kernels(args.state.spec)
+                         .mlp_record({{args.state.spec, args.state.parameters, args.rows, args.obs,
+                                       args.obs_ld, features},
+                                      0},
+                                     *memory);
     float* input = workspace.floats(args.rows * (n + z));
     for (int64_t b = 0; b < args.rows; ++b) {
         float* to = std::copy_n(args.action + b * args.action_ld, n, input + b * (n + z));
         normalise(args.state, features + b * z, to);
     }
     float* error = workspace.floats(count);
-    MlpTape* pair = kernels().mlp_record(
-        {{args.pair.spec, args.pair.parameters, args.rows, input, n + z, error}, n + z}, *memory);
+    MlpTape* pair =
+        kernels(args.pair.spec)
+            .mlp_record(
+                {{args.pair.spec, args.pair.parameters, args.rows, input, n + z, error}, n + z},
+                *memory);
     float* next = plain_features(args.state, args.rows, args.next_obs, args.next_obs_ld, workspace);
     double loss = 0.0;
     for (int64_t b = 0; b < args.rows; ++b) normalise(args.state, next + b * z, next + b * z);

@@ -24,6 +24,7 @@ struct MlpSpec {
     int32_t sizes[kMaxLayers + 1];
     Activation activation;
     bool layer_norm;
+    bool bfloat16;  // CPU kernels round the factors of products to it; sums stay float32
 };
 
 // Positions in floats of one layer's tensors; each holds all members. gain and offset are valid

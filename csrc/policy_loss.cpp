@@ -31,8 +31,9 @@ QValues evaluate_q(const PolicyLossInputs& in, const float* action, Workspace& w
     const RecordedPairs recorded = record_pairs(in.pair, pairs, *memory);
     const SeenActions& seen = recorded.seen;
     float* by_seen = recorded.tape ? workspace.floats(in.rows * seen.columns) : v.gradient;
-    kernels().q_gradient({in.critics, in.critic_parameters, in.rows, seen.columns, in.obs,
-                          in.obs_ld, seen.data, seen.ld, v.q, by_seen});
+    kernels(in.critics)
+        .q_gradient({in.critics, in.critic_parameters, in.rows, seen.columns, in.obs, in.obs_ld,
+                     seen.data, seen.ld, v.q, by_seen});
     if (recorded.tape) pair_gradient(recorded, pairs, by_seen, v.gradient);
     for (int64_t b = 0; b < in.rows; ++b) {
         v.sum += static_cast<double>(v.q[b]);
@@ -113,7 +114,7 @@ ReverseKl gaussian_loss(const PolicyLossInputs& in, float* gradients) {
     RecordMemory memory;
     Workspace workspace;
     float* output = workspace.floats(2 * action_count(in));
-    MlpTape* tape = kernels().mlp_record(
+    MlpTape* tape = kernels(p.spec).mlp_record(
         {{p.spec, in.parameters, in.rows, in.obs, in.obs_ld, output}, 0}, *memory);
     const TanhGaussian gaussian{in.rows,  p.action_dim,  output,
                                 in.noise, p.log_std_min, p.log_std_max};
@@ -146,7 +147,7 @@ ReverseKl flow_reverse_kl(const PolicyLossInputs& in, const Walls& walls, double
     args.log_prob = workspace.floats(in.rows);
     args.folded = static_cast<bool*>(workspace.bytes(in.rows * sizeof(bool)));
     args.transport = workspace.floats(actions * p.action_dim);
-    FlowTape* tape = kernels().flow_record(args, *memory);
+    FlowTape* tape = kernels(args.spec).flow_record(args, *memory);
     float* clipped = workspace.floats(actions);
     std::transform(args.action, args.action + actions, clipped, into_box);
     const QValues q = evaluate_q(in, clipped, workspace);
@@ -195,14 +196,15 @@ FlowMatching flow_matching(const PolicyLossInputs& in, const FlowMatchingInputs&
     candidates.seed = draws.seed;
     candidates.velocity = velocity;
     candidates.ess = ess;
-    kernels().reweighted_velocity(candidates);
+    kernels(candidates.spec).reweighted_velocity(candidates);
     const auto count = static_cast<int64_t>(parameter_count(p.spec));
     float* by_parameters = workspace.floats(count);
     std::fill_n(by_parameters, count, 0.0f);
     FlowMatching result{0.0, sum_of(ess, in.rows) / static_cast<double>(in.rows) /
                                  static_cast<double>(draws.candidates)};
-    kernels().meanflow_step({p.spec, in.parameters, by_parameters, in.rows, p.action_dim, in.obs,
-                             in.obs_ld, noised.z, velocity, noised.r, noised.t, &result.loss});
+    kernels(p.spec).meanflow_step({p.spec, in.parameters, by_parameters, in.rows, p.action_dim,
+                                   in.obs, in.obs_ld, noised.z, velocity, noised.r, noised.t,
+                                   &result.loss});
     const auto factor = static_cast<float>(weight);
     for (int64_t i = 0; i < count; ++i) gradients[i] += factor * by_parameters[i];
     return result;

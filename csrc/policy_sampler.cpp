@@ -30,7 +30,7 @@ void take_steps(const PolicySampler& p, const float* parameters, int64_t rows, c
         const float* time = p.time.data() + i * p.time_features;
         for (int64_t b = 0; b < rows; ++b)
             std::copy_n(time, p.time_features, input + b * in + n + obs_dim);
-        kernels().mlp_forward({p.spec, parameters, rows, input, in, action});
+        kernels(p.spec).mlp_forward({p.spec, parameters, rows, input, in, action});
         const ActStep s = step_of(p, i);
         for (int64_t b = 0; b < rows; ++b) {
             for (int j = 0; j < n; ++j) {
@@ -53,7 +53,7 @@ void sample_actions(const PolicySampler& p, const float* parameters, int64_t row
     if (!density) log_prob = workspace.floats(rows);
     if (p.steps == 0) {
         float* output = workspace.floats(rows * 2 * p.action_dim);
-        kernels().mlp_forward({p.spec, parameters, rows, obs, obs_ld, output});
+        kernels(p.spec).mlp_forward({p.spec, parameters, rows, obs, obs_ld, output});
         tanh_gaussian({rows, p.action_dim, output, noise, p.log_std_min, p.log_std_max}, action,
                       log_prob);
         return;
@@ -66,7 +66,7 @@ void sample_actions(const PolicySampler& p, const float* parameters, int64_t row
         args.action = action;
         args.log_prob = log_prob;
         args.folded = static_cast<bool*>(workspace.bytes(rows * sizeof(bool)));
-        kernels().flow_density(args);
+        kernels(p.spec).flow_density(args);
     }
     std::transform(action, action + rows * p.action_dim, action, into_box);
 }

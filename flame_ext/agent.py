@@ -61,7 +61,7 @@ class Agent:
         for name, network in self.networks().items():
             network.to(self.device)
             network.requires_grad_(name in trained)
-            backend.accelerate(network)
+            backend.accelerate(network, config.matmul_precision)
         self.temperature = Temperature(config, action_dim)
         self.optimizers = {
             "critics": _adam(self.critics.flat, config.critic_learning_rate),

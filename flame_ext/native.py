@@ -47,6 +47,7 @@ class BackendInfo:
         isas_compiled: Instruction sets in the build, in rising order.
         isas_supported: Those which this machine can run.
         isa: The one in use (``FLAME_EXT_ISA`` overrides the choice).
+        bfloat16: Whether training can take bfloat16 products (``matmul_precision``).
         threads: Threads that the native kernels may use.
         cuda_archs: Architectures in the build, empty without CUDA.
         cuda_toolkit: Version of nvcc, empty without CUDA.
@@ -65,6 +66,7 @@ class BackendInfo:
     isas_compiled: tuple[str, ...] = ()
     isas_supported: tuple[str, ...] = ()
     isa: str = ""
+    bfloat16: bool = False
     threads: int = 0
     cuda_archs: str = ""
     cuda_toolkit: str = ""
@@ -76,6 +78,7 @@ class BackendInfo:
             native = f"{self.compiler}, {self.build_type}"
             isa = f"{self.isa} (supported {_join(self.isas_supported)}; "
             isa += f"compiled {_join(self.isas_compiled)})"
+            isa += "; bfloat16 products" if self.bfloat16 else ""
             threads = str(self.threads)
         else:
             native, isa, threads = f"missing: {self.native_error}", "-", "-"
@@ -144,6 +147,7 @@ def backend_info() -> BackendInfo:
         isas_compiled=tuple(core.isa_compiled()),
         isas_supported=tuple(core.isa_supported()),
         isa=core.isa_active(),
+        bfloat16=core.bfloat16_supported(),
         threads=core.num_threads(),
         cuda_archs=build["cuda_archs"],
         cuda_toolkit=build["cuda_toolkit"],

@@ -1,4 +1,5 @@
-// Which instruction set runs: detection by cpuid, choice by FLAME_EXT_ISA or set_isa().
+// Which instruction set runs: detection by cpuid, choice by FLAME_EXT_ISA or set_isa(). The table
+// of bfloat16 products stands beside that of AVX-512 and is a network's choice.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -20,6 +21,12 @@ extern const CpuKernels kKernels;
 #endif
 #if defined(FLAME_HAVE_AVX512)
 namespace isa_avx512 {
+extern const CpuKernels kKernels;
+}
+#endif
+
+#if defined(FLAME_HAVE_AVX512_BF16)
+namespace isa_avx512_bf16 {
 extern const CpuKernels kKernels;
 }
 #endif
@@ -125,9 +132,25 @@ Isa isa_active() {
 
 void set_isa(const char* name) { activate(parse(name, "the instruction set")); }
 
+bool bfloat16_supported() {
+#if defined(FLAME_HAVE_AVX512_BF16)
+    return isa_active() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 const CpuKernels& kernels() {
     choose_once();
     return *active_table.load(std::memory_order_acquire);
+}
+
+const CpuKernels& kernels(const MlpSpec& spec) {
+#if defined(FLAME_HAVE_AVX512_BF16)
+    if (spec.bfloat16) return isa_avx512_bf16::kKernels;
+#endif
+    (void)spec;
+    return kernels();
 }
 
 void replace_kernels(const CpuKernels* replacement) {

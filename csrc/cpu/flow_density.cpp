@@ -30,10 +30,8 @@ const float* action_columns(const PackedLayer& layer, int action_dim, Workspace&
     const int ld = padded_columns(layer.out);
     float* rows = workspace.floats(static_cast<size_t>(action_dim) * ld);
     for (int j = 0; j < action_dim; ++j) {
-        for (int p = 0; p < panel_count(layer.out); ++p) {
-            std::memcpy(rows + j * ld + p * kGemmCols,
-                        layer.forward + (static_cast<ptrdiff_t>(p) * layer.in + j) * kGemmCols,
-                        kGemmCols * sizeof(float));
+        for (int c = 0; c < panel_count(layer.out) * kGemmCols; ++c) {
+            rows[j * ld + c] = packed_value(layer.forward, layer.in, j, c);
         }
     }
     return rows;

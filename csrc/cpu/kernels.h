@@ -7,7 +7,7 @@
 //      cpu/simd.h and no STL, add the file to FLAME_ISA_SOURCES;
 //   3. add a function pointer below and its name to the list in kernels.cpp;
 //   4. in ordinary code, with arguments that the bindings checked, call
-//   flame::kernels().adam(args).
+//   flame::kernels().adam(args), or kernels(spec) where a network is multiplied.
 #pragma once
 
 #include "cpu/policy_act.h"
@@ -43,6 +43,8 @@ struct CpuKernels {
 
 // The table of isa_active(), or the one given to replace_kernels.
 const CpuKernels& kernels();
+// That for this network's products.
+const CpuKernels& kernels(const MlpSpec& spec);
 // For tests: another table until the next set_isa, or null for that of isa_active() again.
 void replace_kernels(const CpuKernels* table);
 

@@ -14,11 +14,11 @@ namespace flame::FLAME_ISA {
 struct PackedLayer {
     int in;
     int out;
-    const float* forward;   // pack_transposed
-    const float* backward;  // pack_plain, null where not asked for
-    int backward_columns;   // inputs that `backward` covers
-    const float* bias;      // padded with zeros to whole panels, like gain and offset
-    const float* gain;      // null without LayerNorm
+    const GemmWord* forward;   // pack_transposed
+    const GemmWord* backward;  // pack_plain, null where not asked for
+    int backward_columns;      // inputs that `backward` covers
+    const float* bias;         // padded with zeros to whole panels, like gain and offset
+    const float* gain;         // null without LayerNorm
     const float* offset;
 };
 
@@ -38,6 +38,10 @@ static inline int backward_columns(const MlpSpec& spec, int layer, const PackOpt
     return options.backward ? spec.sizes[layer] : 0;
 }
 
+static inline GemmWord* words(Workspace& workspace, size_t count) {
+    return static_cast<GemmWord*>(workspace.bytes(count * sizeof(GemmWord)));
+}
+
 static inline const float* copy_padded(const float* from, int n, Workspace& workspace) {
     const int padded = padded_columns(n);
     float* to = workspace.floats(padded);
@@ -52,8 +56,8 @@ struct PackTask {
     int in;
     int out;
     int columns;
-    float* forward;
-    float* backward;
+    GemmWord* forward;
+    GemmWord* backward;
 };
 
 // Matrices differ in size, so each is cut into parts for the threads.
@@ -75,11 +79,11 @@ static inline PanelRange part_of(int width, int part) {
 static inline void run_pack_task(const PackTask& t, int part) {
     const PanelRange outputs = part_of(t.out, part);
     pack_transposed(t.weight + static_cast<ptrdiff_t>(outputs.first) * t.in, outputs.columns, t.in,
-                    t.forward + static_cast<ptrdiff_t>(outputs.first) * t.in);
+                    t.forward + static_cast<ptrdiff_t>(outputs.first) * depth_words(t.in));
     if (!t.backward) return;
     const PanelRange inputs = part_of(t.columns, part);
     pack_plain(t.weight + inputs.first, t.out, t.in, inputs.columns,
-               t.backward + static_cast<ptrdiff_t>(inputs.first) * t.out);
+               t.backward + static_cast<ptrdiff_t>(inputs.first) * depth_words(t.out));
 }
 
 static inline void pack_mlp(const MlpSpec& spec, const float* parameters,
@@ -97,8 +101,9 @@ static inline void pack_mlp(const MlpSpec& spec, const float* parameters,
             PackedLayer& layer = packed.layers[m][l];
             const float* weight = parameters + at.weight + static_cast<size_t>(m) * out * in;
             const size_t row = static_cast<size_t>(m) * out;
-            float* forward = workspace.floats(packed_size(out, in));
-            float* backward = columns > 0 ? workspace.floats(packed_size(columns, out)) : nullptr;
+            GemmWord* forward = words(workspace, packed_size(out, in));
+            GemmWord* backward =
+                columns > 0 ? words(workspace, packed_size(columns, out)) : nullptr;
             tasks[count++] = {weight, in, out, columns, forward, backward};
             const bool norm = has_norm(spec, l);
             layer = PackedLayer{

@@ -207,34 +207,60 @@ static inline void input_gradient_rows(const PackedLayer* layers, const Tape& ta
 
 // --- Weight gradients
 
+// Rows as the words of a product over the batch: bfloat16 words hold two rows each.
+struct BatchWords {
+    const GemmWord* data;
+    ptrdiff_t ld;
+};
+
+#if defined(FLAME_ISA_AVX512_BF16)
+constexpr int kDeltaWords = kGradientDepth / kWordDepth * kGradientRows;
+
+static inline BatchWords batch_words(int64_t rows, int columns, const float* x, ptrdiff_t ld,
+                                     GemmWord* words, ptrdiff_t words_ld) {
+    for (int64_t r = 0; r < rows; r += kWordDepth) {
+        const float* even = x + r * ld;
+        pair_rows(even, r + 1 < rows ? even + ld : nullptr, columns,
+                  words + r / kWordDepth * words_ld);
+    }
+    return {words, words_ld};
+}
+#else
+constexpr int kDeltaWords = 1;  // floats are read where they are
+
+static inline BatchWords batch_words(int64_t, int, const float* x, ptrdiff_t ld, GemmWord*,
+                                     ptrdiff_t) {
+    return {x, ld};
+}
+#endif
+
 // Asks for the next panel's lines while this one is multiplied: in place they lie a row apart,
 // which no hardware prefetcher follows across pages.
-FLAME_INLINE void prefetch_panel(const float* x, ptrdiff_t ldx, int first, int end) {
-    constexpr int kLineFloats = 16;
+FLAME_INLINE void prefetch_panel(const GemmWord* x, ptrdiff_t ldx, int first, int end) {
+    constexpr int kLineWords = 16;
     for (int r = first; r < end; ++r) {
-        for (int c = 0; c < kGemmCols; c += kLineFloats) __builtin_prefetch(x + r * ldx + c);
+        for (int c = 0; c < kGemmCols; c += kLineWords) __builtin_prefetch(x + r * ldx + c);
     }
 }
 
-// gradient (count, in) += delta^T x over `depth` rows; x is readable to whole panels.
-static inline void weight_gradient_pass(int depth, int count, int in, const float* delta,
-                                        ptrdiff_t ldd, const float* x, ptrdiff_t ldx,
-                                        float* gradient) {
+// gradient (count, in) += delta^T x over `depth` rows of words; x is readable to whole panels.
+static inline void weight_gradient_pass(int depth, int count, int in, const BatchWords& delta,
+                                        const BatchWords& x, float* gradient) {
     for (int column = 0; column < in; column += kGemmCols) {
         const int valid = in - column < kGemmCols ? in - column : kGemmCols;
         for (int i = 0; i < count; i += kGemmRows) {
             const int rows = count - i < kGemmRows ? count - i : kGemmRows;
-            prefetch_panel(x + column + kGemmCols, ldx, depth * i / count,
+            prefetch_panel(x.data + column + kGemmCols, x.ld, depth * i / count,
                            depth * (i + rows) / count);
-            const GemmA block{delta + i, 1, ldd};
+            const GemmA block{delta.data + i, 1, delta.ld};
             float* to = gradient + static_cast<ptrdiff_t>(i) * in + column;
             if (valid == kGemmCols) {
-                gemm_micro_rows<kGemmRows, true>(rows, depth, block, x + column, ldx, nullptr, 0,
-                                                 to, in);
+                gemm_micro_rows<kGemmRows, true>(rows, depth, block, x.data + column, x.ld, nullptr,
+                                                 0, to, in);
                 continue;
             }
             float tile[kGemmRows * kGemmCols];
-            gemm_micro_rows<kGemmRows>(rows, depth, block, x + column, ldx, nullptr, 0, tile,
+            gemm_micro_rows<kGemmRows>(rows, depth, block, x.data + column, x.ld, nullptr, 0, tile,
                                        kGemmCols);
             for (int r = 0; r < rows; ++r) {
                 for (int c = 0; c < valid; ++c) to[r * in + c] += tile[r * kGemmCols + c];
@@ -247,11 +273,16 @@ static inline void weight_gradient_pass(int depth, int count, int in, const floa
 // kGradientDepth rows starts from zero and the passes are added up: summing thousands of rows into
 // one float accumulator would lose several bits.
 static inline void weight_gradient_block(int64_t rows, int first, int count, int in,
-                                         const float* delta, ptrdiff_t ldd, const float* x,
-                                         ptrdiff_t ldx, float* gradient) {
+                                         const float* delta, ptrdiff_t ldd, const BatchWords& x,
+                                         float* gradient) {
+    GemmWord rounded[kDeltaWords];
     for (int64_t r = 0; r < rows; r += kGradientDepth) {
-        weight_gradient_pass(row_count(r, rows, kGradientDepth), count, in, delta + r * ldd + first,
-                             ldd, x + r * ldx, ldx, gradient + static_cast<ptrdiff_t>(first) * in);
+        const int depth = row_count(r, rows, kGradientDepth);
+        const BatchWords d =
+            batch_words(depth, count, delta + r * ldd + first, ldd, rounded, kGradientRows);
+        weight_gradient_pass(depth_words(depth), count, in, d,
+                             {x.data + r / kWordDepth * x.ld, x.ld},
+                             gradient + static_cast<ptrdiff_t>(first) * in);
     }
 }
 
@@ -280,6 +311,7 @@ struct LayerGradient {
     ptrdiff_t bias_ldd;  // ... and their distance
     const float* x;
     ptrdiff_t ldx;
+    BatchWords words;  // x as run_layer_gradients prepares it
     float* weight;
     float* bias;
     const float* norm_partial;  // null without LayerNorm
@@ -320,14 +352,31 @@ FLAME_INLINE int gradient_blocks(int out) { return divide_up(out, kGradientRows)
 static inline void layer_gradient_block(const LayerGradient& g, int block) {
     const int first = block * kGradientRows;
     const int count = g.out - first < kGradientRows ? g.out - first : kGradientRows;
-    weight_gradient_block(g.rows, first, count, g.in, g.delta, g.ldd, g.x, g.ldx, g.weight);
+    weight_gradient_block(g.rows, first, count, g.in, g.delta, g.ldd, g.words, g.weight);
     bias_gradient_block(g.bias_rows, first, count, g.delta, g.bias_ldd, g.bias);
     if (g.norm_partial) norm_gradient_block(g, first, count);
     if (g.basis > 0) basis_gradient_block(g, first, count);
 }
 
+// Every layer's inputs as words, once for all blocks of output rows.
+static inline void prepare_words(LayerGradient* layers, int count, Workspace& workspace) {
+    GemmWord* memory[kMaxMembers * kMaxLayers] = {};
+    for (int l = 0; l < count && kWordDepth > 1; ++l) {
+        memory[l] = words(workspace, divide_up(layers[l].rows, kWordDepth) * layers[l].ldx);
+    }
+    parallel_for(count, kWordDepth > 1 ? 1 : count, [&](int64_t begin, int64_t end) {
+        for (int64_t l = begin; l < end; ++l) {
+            LayerGradient& g = layers[l];
+            const int columns = round_up(g.in, kGemmCols);
+            g.words = batch_words(g.rows, columns, g.x, g.ldx, memory[l], g.ldx);
+        }
+    });
+}
+
 // Runs the blocks of all given layers in parallel; every block owns its part of the gradient.
-static inline void run_layer_gradients(const LayerGradient* layers, int count) {
+static inline void run_layer_gradients(LayerGradient* layers, int count) {
+    Workspace workspace;
+    prepare_words(layers, count, workspace);
     int64_t blocks = 0;
     for (int l = 0; l < count; ++l) blocks += gradient_blocks(layers[l].out);
     parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {

@@ -8,6 +8,9 @@
 
 #include <stdint.h>
 
+#if defined(FLAME_ISA_AVX512_BF16)
+#define FLAME_ISA_AVX512 1
+#endif
 #if !defined(FLAME_ISA)
 #error "cpu/simd.h is for the sources in FLAME_ISA_SOURCES only"
 #endif

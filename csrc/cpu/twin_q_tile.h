@@ -84,7 +84,9 @@ static inline void candidate_q_tile(const CandidateNetwork& critics, int m, cons
     // One output: a dot product per row wastes no columns of a register tile.
     const PackedLayer& output = layers[last];
     float weight[kMaxWidth];
-    for (int k = 0; k < output.in; ++k) weight[k] = output.forward[k * kGemmCols];
+    for (int k = 0; k < output.in; ++k) {
+        weight[k] = packed_value(output.forward, output.in, k, 0);
+    }
     for (int i = 0; i < rows; ++i) q[i] = dot(h + i * tile.ld, weight, output.in) + output.bias[0];
 }
 

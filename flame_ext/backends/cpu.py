@@ -18,7 +18,7 @@ from flame_ext.backends.native_evaluator import NativeEvaluator, draw_seed
 from flame_ext.backends.native_views import array, flow_sampler, mlp_spec
 from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
-from flame_ext.config import Config
+from flame_ext.config import Config, MatmulPrecision
 from flame_ext.critics import Critics
 from flame_ext.embeddings import StateActionEncoder
 from flame_ext.native import load_core
@@ -57,11 +57,17 @@ class CpuBackend(TorchBackend):
         with _pytorch_threads.kept_to_one():
             yield
 
-    def accelerate(self, network: FlatMLP) -> None:
+    def accelerate(self, network: FlatMLP, matmul_precision: MatmulPrecision = "float32") -> None:
+        bfloat16 = matmul_precision == "bfloat16"
+        if bfloat16 and not self._core.bfloat16_supported():
+            raise ValueError(
+                "matmul_precision='bfloat16' needs a CPU with AVX512-BF16 and AVX-512 in use; here "
+                f"it is {self._core.isa_active()}. Use matmul_precision='float32'."
+            )
         try:
             if isinstance(network, MeanVelocityNet):
                 flow_sampler(mlp_spec(network), 1, "mean")
-            network.evaluator = NativeEvaluator(network)
+            network.evaluator = NativeEvaluator(network, bfloat16)
         except ValueError as error:
             raise ValueError(f"the native kernels: {error}. Use backend='torch'.") from error
 

@@ -17,6 +17,7 @@ from flame_ext.backends.native_evaluator import NativeEvaluator, chooser, draw_s
 from flame_ext.backends.native_views import flow_table, mlp_spec
 from flame_ext.backends.samplers import native_sampler, next_action_steps
 from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
+from flame_ext.config import MatmulPrecision
 from flame_ext.critics import Critics
 from flame_ext.embeddings import normalised
 from flame_ext.errors import BackendUnavailableError
@@ -59,7 +60,8 @@ class CudaBackend(TorchBackend):
         self._core = load_core()
         self._schedules: dict[Tensor, tuple[float, Tensor]] = {}
 
-    def accelerate(self, network: FlatMLP) -> None:
+    def accelerate(self, network: FlatMLP, matmul_precision: MatmulPrecision = "float32") -> None:
+        super().accelerate(network, matmul_precision)
         network.evaluator = CudaEvaluator(network)
 
     def critic_updates(

@@ -47,13 +47,14 @@ class NativeEvaluator:
 
     Args:
         network: A float32 network on the CPU; its flat buffer is read in place.
+        bfloat16: Whether the factors of products are rounded to bfloat16; sums stay float32.
     """
 
     differentiates_forward = True
 
-    def __init__(self, network: FlatMLP) -> None:
-        self.network = network
-        mlp_spec(network)  # raises where the kernels cannot run it
+    def __init__(self, network: FlatMLP, bfloat16: bool = False) -> None:
+        self.network, self.bfloat16 = network, bfloat16
+        mlp_spec(network, bfloat16)  # raises where the kernels cannot run it
 
     # Looked up in each use: copies and pickles of a network carry no native objects along, and
     # what replaces its flat buffer is seen.
@@ -66,7 +67,7 @@ class NativeEvaluator:
     @property
     def spec(self) -> Any:
         """The network's shape as native code takes it."""
-        return mlp_spec(self.network)
+        return mlp_spec(self.network, self.bfloat16)
 
     @property
     def parameters(self) -> NDArray[np.float32]:

@@ -21,16 +21,22 @@ from flame_ext.sampling import (
 )
 
 
-def mlp_spec(network: FlatMLP) -> Any:
-    """The network's shape as the kernels take it."""
+def mlp_spec(network: FlatMLP, bfloat16: bool = False) -> Any:
+    """The network's shape as the kernels take it, with the precision of the CPU's products."""
     shape = tuple(network.layer_sizes), network.members, network.activation, network.layer_norm
-    return _mlp_spec(*shape)
+    return _mlp_spec(*shape, bfloat16)
 
 
 @functools.cache
-def _mlp_spec(sizes: tuple[int, ...], members: int, activation: str, layer_norm: bool) -> Any:
+def _mlp_spec(
+    sizes: tuple[int, ...], members: int, activation: str, layer_norm: bool, bfloat16: bool
+) -> Any:
     return load_core().MlpSpec(
-        list(sizes), members=members, activation=activation, layer_norm=layer_norm
+        list(sizes),
+        members=members,
+        activation=activation,
+        layer_norm=layer_norm,
+        bfloat16=bfloat16,
     )
 
 

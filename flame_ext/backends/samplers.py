@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from flame_ext.backends.native_views import (
-    denoising_sampler,
-    flow_sampler,
-    gaussian_sampler,
-    mlp_spec,
-)
+from flame_ext.backends.native_evaluator import NativeEvaluator
+from flame_ext.backends.native_views import denoising_sampler, flow_sampler, gaussian_sampler
 from flame_ext.policies.base import Actor
 from flame_ext.policies.flow import FlowActor
 from flame_ext.policies.gaussian import GaussianActor
@@ -29,7 +25,7 @@ def next_action_steps(actor: Actor) -> int | None:
 
 def native_sampler(actor: Actor, steps: int) -> Any:
     """The policy as native code samples it."""
-    spec = mlp_spec(actor.network)
+    spec = cast("NativeEvaluator", actor.network.evaluator).spec
     if isinstance(actor, GaussianActor):
         return gaussian_sampler(spec)
     if isinstance(actor, FlowActor):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flame_ext.config import MatmulPrecision
 from flame_ext.critics import Critics
 from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import FlatMLP
@@ -27,8 +28,16 @@ class TorchBackend:
         """Surrounds a training loop; PyTorch needs nothing."""
         yield
 
-    def accelerate(self, network: FlatMLP) -> None:
-        """Prepares a network of the agent; PyTorch needs nothing."""
+    def accelerate(self, network: FlatMLP, matmul_precision: MatmulPrecision = "float32") -> None:
+        """Prepares a network of the agent; PyTorch needs nothing.
+
+        Raises:
+            ValueError: If the backend or the machine has no such products, or none of the network.
+        """
+        if matmul_precision != "float32":
+            raise ValueError(
+                f"matmul_precision={matmul_precision!r} needs backend='cpu'; got {self.name!r}"
+            )
 
     def critic_updates(
         self,
