@@ -182,13 +182,14 @@ def test_one_step_against_other_runtimes(benchmark, size):
     rng = np.random.default_rng(2)
     obs = rng.standard_normal((1, net.obs_dim)).astype(np.float32)
     noise = rng.standard_normal((1, net.action_dim)).astype(np.float32)
-    packed = {precision: net.packed(precision) for precision in ("fp32", "fp16")}
+    packed = {precision: net.packed(precision) for precision in ("fp32", "fp16", "bf16")}
     eager = net.torch_eager()
     run_onnx, onnx_action = bound_run(net.onnx_session(), obs, noise)
     obs_torch, noise_torch = torch.from_numpy(obs), torch.from_numpy(noise)
     calls = {
         "flame_ext fp32": lambda: packed["fp32"].act(obs, noise),
         "flame_ext fp16": lambda: packed["fp16"].act(obs, noise),
+        "flame_ext bf16": lambda: packed["bf16"].act(obs, noise),
         "ONNX Runtime, io_binding": run_onnx,
         "PyTorch eager, folded": lambda: eager(obs_torch, noise_torch),
     }
@@ -197,6 +198,7 @@ def test_one_step_against_other_runtimes(benchmark, size):
     np.testing.assert_allclose(onnx_action, ours, atol=1e-5)
     np.testing.assert_allclose(eager(obs_torch, noise_torch).numpy(), ours, atol=1e-5)
     np.testing.assert_allclose(calls["flame_ext fp16"](), ours, atol=5e-3)
+    np.testing.assert_allclose(calls["flame_ext bf16"](), ours, atol=3e-2)
 
     times = interleaved(calls)
     quiet = {name: np.quantile(values, 0.02) for name, values in times.items()}

@@ -34,6 +34,13 @@ std::vector<float> to_vector(const std::optional<Floats>& values) {
     return {values->data(), values->data() + values->size()};
 }
 
+Precision parse_precision(const std::string& name) {
+    if (name == "fp32") return Precision::kFloat;
+    if (name == "fp16") return Precision::kHalf;
+    check(name == "bf16", "precision='", name, "' is unknown; choose one of fp32, fp16, bf16");
+    return Precision::kBfloat;
+}
+
 NetDesc net_desc(const Floats& flat, const std::vector<int>& hidden, const std::string& activation,
                  bool layer_norm, int members) {
     NetDesc net;
@@ -60,8 +67,6 @@ std::unique_ptr<PackedPolicy> pack_policy(
     const std::optional<Floats>& action_middle, const std::optional<Floats>& action_half) {
     check(kind == "flow" || kind == "gaussian", "kind='", kind,
           "' is unknown; choose flow or gaussian");
-    check(precision == "fp32" || precision == "fp16", "precision='", precision,
-          "' is unknown; choose fp32 or fp16");
     PolicyDesc d;
     d.kind = kind == "flow" ? PolicyKind::kFlow : PolicyKind::kGaussian;
     d.obs_dim = obs_dim;
@@ -79,7 +84,7 @@ std::unique_ptr<PackedPolicy> pack_policy(
     d.pair_encoder = encoder(pair_encoder);
     d.embedding_dim = embedding_dim;
     d.embedding_min_scale = embedding_min_scale;
-    d.half = precision == "fp16";
+    d.precision = parse_precision(precision);
     if (d.kind == PolicyKind::kFlow) {
         check(time_features && time_features->ndim() == 2 && steps && steps->ndim() == 2 &&
                   steps->shape(1) == 5 && steps->shape(0) == time_features->shape(0),

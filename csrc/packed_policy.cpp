@@ -63,13 +63,13 @@ Parts parts_of(const PolicyDesc& d, int64_t steps) {
     const int z = d.embedding_dim;
     const int states = d.obs_dim + z;
     const PackShape policy = d.kind == PolicyKind::kFlow
-                                 ? PackShape{actions, states, d.num_features, actions, d.half}
-                                 : PackShape{0, states, 0, 2 * actions, d.half};
+                                 ? PackShape{actions, states, d.num_features, actions, d.precision}
+                                 : PackShape{0, states, 0, 2 * actions, d.precision};
     return {
         {d.policy, policy, "policy", steps, d.time_features.data()},
-        {d.state_encoder, {0, d.obs_dim, 0, z, d.half}, "state encoder", 1, nullptr},
-        {d.pair_encoder, {actions, z, 0, z, false}, "pair encoder", 1, nullptr},
-        {d.critics, {actions + z, states, 0, 1, false}, "critics", 1, nullptr},
+        {d.state_encoder, {0, d.obs_dim, 0, z, d.precision}, "state encoder", 1, nullptr},
+        {d.pair_encoder, {actions, z, 0, z, Precision::kFloat}, "pair encoder", 1, nullptr},
+        {d.critics, {actions + z, states, 0, 1, Precision::kFloat}, "critics", 1, nullptr},
     };
 }
 
@@ -116,7 +116,7 @@ PackedPolicy::PackedPolicy(const PolicyDesc& d)
     : obs_dim_(d.obs_dim),
       action_dim_(d.action_dim),
       kind_(d.kind),
-      half_(d.half),
+      precision_(d.precision),
       embedding_dim_(d.embedding_dim),
       embedding_min_scale_(d.embedding_min_scale),
       log_std_min_(d.log_std_min),
@@ -203,7 +203,7 @@ ActTask PackedPolicy::task(const float* obs, int64_t ld, int64_t states, int64_t
     t.steps = steps_.data();
     t.log_std_min = log_std_min_;
     t.log_std_max = log_std_max_;
-    t.half = half_;
+    t.precision = precision_;
     t.width = width_;
     t.state_encoder = embedding_dim_ > 0 ? &state_encoder_ : nullptr;
     t.pair_encoder = embedding_dim_ > 0 ? &pair_encoder_ : nullptr;

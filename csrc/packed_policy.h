@@ -30,7 +30,7 @@ struct PolicyDesc {
     NetDesc state_encoder, pair_encoder;
     int embedding_dim = 0;
     float embedding_min_scale = 0.0f;
-    bool half = false;
+    Precision precision = Precision::kFloat;
     std::vector<float> time_features;  // (steps, num_features); empty for kGaussian
     int num_features = 0;
     std::vector<ActStep> steps;
@@ -78,7 +78,7 @@ class PackedPolicy {
 
     int obs_dim_, action_dim_;
     PolicyKind kind_;
-    bool half_;
+    Precision precision_;
     int embedding_dim_;
     float embedding_min_scale_, log_std_min_, log_std_max_, obs_clip_;
     std::vector<ActStep> steps_;

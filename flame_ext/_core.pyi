@@ -88,7 +88,7 @@ class PackedPolicy:
         critic_activation: str = "mish",
         critic_layer_norm: bool = False,
         critic_members: int = 2,
-        precision: Literal["fp32", "fp16"] = "fp32",
+        precision: Literal["fp32", "fp16", "bf16"] = "fp32",
         obs_shift: _Array | None = None,
         obs_scale: _Array | None = None,
         obs_clip: float = 10.0,

@@ -29,7 +29,7 @@ _ENCODER_TENSORS = ("state_encoder.flat", "pair_encoder.flat")
 _PLACES = ("", "best")
 
 Array = NDArray[np.float32]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,12 @@ def make_engine(
             ``normalizer.scale``; float32.
         backend: ``cpu`` (native), ``torch``, or ``auto``: native, or PyTorch with a warning where
             the module does not load.
-        precision: ``fp32`` or ``fp16`` weights; the latter native only.
+        precision: How the weights of the policy are stored, ``fp32``, ``fp16`` or ``bf16``; the two
+            of 16 bits native only.
         seed: Seeds the engine's own noise.
 
     Raises:
-        ValueError: For an unknown backend, or float16 where it is not offered.
+        ValueError: For an unknown backend, or a precision where it is not offered.
         BackendUnavailableError: If the native module does not load and ``cpu`` is asked for or
             torch is not installed.
     """
@@ -255,7 +256,7 @@ def load(
         path: A policy file, or a run directory for the latest policy and ``RUN_DIR/best`` for the
             best evaluated one.
         backend: ``auto``, ``cpu`` or ``torch``, see `make_engine`.
-        precision: ``fp32`` or ``fp16``.
+        precision: ``fp32``, ``fp16`` or ``bf16``, see `make_engine`.
         seed: Seeds the noise of stochastic actions; None draws a fresh one.
 
     Raises:

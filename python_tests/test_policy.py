@@ -14,7 +14,7 @@ from flame_ext.backends import TorchBackend
 from flame_ext.build import deployed_networks
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.errors import BackendUnavailableError, RunDirectoryError
-from flame_ext.policy import Policy, PolicySpec, fixed_noise, load, save_policy
+from flame_ext.policy import Policy, PolicySpec, Precision, fixed_noise, load, save_policy
 
 OBS, ACT = 5, 3
 LOW, HIGH = (-1.0, 0.0, -2.0), (1.0, 4.0, 3.0)
@@ -61,13 +61,16 @@ def test_acts_as_the_agent_in_environment_units(
     np.testing.assert_allclose(single, action[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("precision", "error"), [("fp16", 5e-3), ("bf16", 4e-2)])
 @pytest.mark.parametrize("embedding_dim", [0, 8])
-def test_half_precision_stays_close(tmp_path: Path, embedding_dim: int) -> None:
+def test_half_the_bits_stay_close(
+    tmp_path: Path, embedding_dim: int, precision: Precision, error: float
+) -> None:
     policy, _ = make_policy(tmp_path, "flame", embedding_dim=embedding_dim)
-    half = load(tmp_path, precision="fp16")
+    rounded = load(tmp_path, precision=precision)
     obs = np.random.default_rng(0).normal(size=(50, OBS))
     np.testing.assert_allclose(
-        half.act(obs, deterministic=True), policy.act(obs, deterministic=True), atol=5e-3
+        rounded.act(obs, deterministic=True), policy.act(obs, deterministic=True), atol=error
     )
 
 

@@ -132,20 +132,30 @@ def test_gaussian_policy(isa, particles):
     np.testing.assert_allclose(packed.act(obs, noise), expected, atol=2e-6)
 
 
-def test_half_weights_are_rounded_once(isa, flush_denormals):
-    """With weights that fp16 holds exactly, fp16 storage gives the fp32 result; else its error."""
-    case = Case.random(12, 17, 6, hidden=(64, 48))
+def round_to(precision: str, values: np.ndarray) -> np.ndarray:
+    """The nearest values that 16 bits hold, as float32."""
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    return torch.from_numpy(values).to(kind).float().numpy()
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp16", 1e-2), ("bf16", 8e-2)])
+@pytest.mark.parametrize("hidden", [(64, 48), (96, 20, 160)])
+def test_weights_are_rounded_once(isa, flush_denormals, precision, error, hidden):
+    """With weights that 16 bits hold exactly, the result is that of fp32; else off by their error.
+
+    Widths of one to three panels with whole and partial blocks.
+    """
+    case = Case.random(12, 17, 6, hidden=hidden)
     obs, noise = case.inputs(33)
-    rounded = [
-        t.astype(np.float16).astype(np.float32) if t.ndim == 3 else t for t in case.policy.tensors
-    ]
+    rounded = [round_to(precision, t) if t.ndim == 3 else t for t in case.policy.tensors]
     rounded[0][:, :, -32:] = case.policy.tensors[0][:, :, -32:]  # time is folded in fp32
     net = dataclasses.replace(case.policy, tensors=tuple(rounded))
     exact_case = dataclasses.replace(case, policy=net)
     for rows in (slice(None), slice(0, 1)):
-        half = case.pack(precision="fp16").act(obs[rows], noise[rows, 0])
-        np.testing.assert_array_equal(half, exact_case.pack().act(obs[rows], noise[rows, 0]))
-        assert np.abs(half - case.actions(obs[rows], noise[rows])[:, 0]).max() < 1e-2
+        ours = case.pack(precision=precision).act(obs[rows], noise[rows, 0])
+        wanted = exact_case.pack().act(obs[rows], noise[rows, 0])
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=5e-7)  # sums in another order
+        assert np.abs(ours - case.actions(obs[rows], noise[rows])[:, 0]).max() < error
 
 
 @pytest.fixture(params=[False, True], ids=["denormals kept", "denormals flushed"])
@@ -156,12 +166,14 @@ def flush_denormals(request):
     torch.set_flush_denormal(False)
 
 
-def test_half_conversion_matches_numpy(isa, flush_denormals):
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_conversion_is_to_the_nearest(isa, flush_denormals, precision):
     """One input column, one hidden unit per value: the weights come back through the output."""
     values = np.concatenate(
         [
             np.float32([0, -0.0, 1, 65504, -65504, 2**-14, 2**-24, 2**-25, 1.5 * 2**-25]),
             np.float32([1 + 2**-11, 1 + 3 * 2**-11, 2**-14 - 2**-26, 0.1, -1e-7]),
+            np.float32([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20]),
             np.random.default_rng(0).standard_normal(50).astype(np.float32),
         ]
     )
@@ -190,19 +202,23 @@ def test_half_conversion_matches_numpy(isa, flush_denormals):
         activation=net.activation,
         time_features=np.zeros((1, 0), np.float32),
         steps=np.float32([[0, 2.0**-16, 1, 0, 0]]),
-        precision="fp16",
+        precision=precision,
     )
-    expected = values.astype(np.float16).astype(np.float32) * np.float32(2.0**-16)
+    expected = round_to(precision, values) * np.float32(2.0**-16)
     for sign in (1, -1):
         got = packed.act(np.float32([sign]), np.zeros(width, np.float32))
         np.testing.assert_array_equal(got, np.maximum(sign * expected, 0))
 
 
-def test_half_refuses_weights_out_of_range():
+def test_weights_out_of_range_are_refused():
     case = Case.random(13, 3, 2)
     case.policy.tensors[2][0, 5, 7] = 7e4
     with pytest.raises(ValueError, match=r"layer 1 is 70000, outside of fp16's range.*fp32"):
         case.pack(precision="fp16")
+    case.pack(precision="bf16")
+    case.policy.tensors[2][0, 5, 7] = 3.4e38
+    with pytest.raises(ValueError, match=r"layer 1 is 3.4e\+38, outside of bf16's range.*fp32"):
+        case.pack(precision="bf16")
     case.pack()
 
 

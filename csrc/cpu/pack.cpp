@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // floats between the starts of tensors in the flat buffer
 constexpr float kHalfMax = 65504.0f;
+constexpr float kBfloatMax = 0x1.FEp127f;
 
 int inputs_of(const PackShape& s) { return s.action_dim + s.obs_dim + s.num_features; }
 
@@ -67,7 +68,9 @@ class Writer {
         return p;
     }
     // Room for weights of either width.
-    float* take_weights(int64_t count, bool half) { return take(half ? (count + 1) / 2 : count); }
+    float* take_weights(int64_t count, Precision precision) {
+        return take(precision == Precision::kFloat ? count : divide_up(count, 2));
+    }
     int64_t used() const { return used_; }
 
   private:
@@ -75,22 +78,45 @@ class Writer {
     int64_t used_ = 0;
 };
 
-void put(void* to, int64_t index, float value, bool half, int layer) {
+void check_finite(float value, int layer) {
     check(std::isfinite(value), "the parameters hold ", value, " in layer ", layer,
           "; every weight must be finite");
-    if (!half) {
-        static_cast<float*>(to)[index] = value;
-        return;
+}
+
+void check_range(float value, float most, const char* name, int layer) {
+    check(std::fabs(value) <= most, "a weight of layer ", layer, " is ", value, ", outside of ",
+          name, "'s range of +-", most, "; use precision='fp32'");
+}
+
+// Where a bfloat16 lies: the halves of a block's words.
+int64_t bfloat_position(int64_t index) {
+    const int64_t word = index % kBfloatWords;
+    return index / kBlock * kBlock + 2 * word + index % kBlock / kBfloatWords;
+}
+
+// Element `index` of a layer's weights, whose rows are whole blocks.
+void put_weight(void* to, int64_t index, float value, Precision precision, int layer) {
+    check_finite(value, layer);
+    switch (precision) {
+        case Precision::kFloat:
+            static_cast<float*>(to)[index] = value;
+            return;
+        case Precision::kHalf:
+            check_range(value, kHalfMax, "fp16", layer);
+            static_cast<uint16_t*>(to)[index] = to_half(value);
+            return;
+        case Precision::kBfloat:
+            check_range(value, kBfloatMax, "bf16", layer);
+            static_cast<uint16_t*>(to)[bfloat_position(index)] = to_bfloat(value);
+            return;
     }
-    check(std::fabs(value) <= kHalfMax, "a weight of layer ", layer, " is ", value,
-          ", outside of fp16's range of +-65504; use precision='fp32'");
-    static_cast<uint16_t*>(to)[index] = to_half(value);
 }
 
 // Input columns [first, first + count) of a layer, as panels.
-PackedLayer pack_panels(const FlatLayer& from, int first, int count, bool half, Writer& writer) {
+PackedLayer pack_panels(const FlatLayer& from, int first, int count, Precision precision,
+                        Writer& writer) {
     const int64_t outputs = padded(from.outputs);
-    void* weight = writer.take_weights(outputs * count, half);
+    void* weight = writer.take_weights(outputs * count, precision);
     PackedLayer layer = {count, from.outputs, weight, nullptr, nullptr, nullptr};
     if (weight == nullptr) return layer;
     for (int o = 0; o < from.outputs; ++o) {
@@ -98,8 +124,8 @@ PackedLayer pack_panels(const FlatLayer& from, int first, int count, bool half, 
         const int64_t width = row_count(first_output, outputs, kPanel);
         for (int k = 0; k < count; ++k) {
             const int64_t at = first_output * count + k * width + o % kPanel;
-            put(weight, at, from.weight[static_cast<int64_t>(o) * from.inputs + first + k], half,
-                from.number);
+            put_weight(weight, at, from.weight[static_cast<int64_t>(o) * from.inputs + first + k],
+                       precision, from.number);
         }
     }
     return layer;
@@ -108,7 +134,10 @@ PackedLayer pack_panels(const FlatLayer& from, int first, int count, bool half, 
 const float* pack_vector(const float* from, int count, int layer, Writer& writer) {
     float* to = writer.take(count);
     if (to == nullptr || from == nullptr) return to;
-    for (int i = 0; i < count; ++i) put(to, i, from[i], false, layer);
+    for (int i = 0; i < count; ++i) {
+        check_finite(from[i], layer);
+        to[i] = from[i];
+    }
     return to;
 }
 
@@ -118,14 +147,15 @@ void pack_norm(const FlatLayer& from, PackedLayer& layer, Writer& writer) {
     layer.offset = pack_vector(from.offset, from.outputs, from.number, writer);
 }
 
-PackedLayer pack_output(const FlatLayer& from, bool half, Writer& writer) {
+PackedLayer pack_output(const FlatLayer& from, Precision precision, Writer& writer) {
     const int64_t inputs = padded(from.inputs);
-    void* weight = writer.take_weights(inputs * from.outputs, half);
+    void* weight = writer.take_weights(inputs * from.outputs, precision);
     if (weight != nullptr) {
         for (int o = 0; o < from.outputs; ++o) {
             for (int k = 0; k < from.inputs; ++k) {
-                put(weight, o * inputs + k, from.weight[static_cast<int64_t>(o) * from.inputs + k],
-                    half, from.number);
+                put_weight(weight, o * inputs + k,
+                           from.weight[static_cast<int64_t>(o) * from.inputs + k], precision,
+                           from.number);
             }
         }
     }
@@ -147,7 +177,8 @@ const float* pack_first_bias(const FlatLayer& from, const PackShape& shape, cons
             for (int k = 0; k < shape.num_features; ++k) {
                 bias += static_cast<double>(row[k]) * features[s * shape.num_features + k];
             }
-            put(to, s * width + o, static_cast<float>(bias), false, from.number);
+            to[s * width + o] = static_cast<float>(bias);
+            check_finite(to[s * width + o], from.number);
         }
     }
     return to;
@@ -159,20 +190,21 @@ PackedNet pack(const NetDesc& net, const PackShape& shape, int member, const flo
     PackedNet packed = {};
     packed.activation = net.activation;
     packed.num_hidden = static_cast<int32_t>(net.hidden.size()) - 1;
-    const bool half = shape.half;
+    const Precision precision = shape.precision;
     const FlatLayer first = reader.next(inputs_of(shape), net.hidden[0], net.layer_norm);
-    packed.obs = pack_panels(first, shape.action_dim, shape.obs_dim, half, writer);
+    packed.obs = pack_panels(first, shape.action_dim, shape.obs_dim, precision, writer);
     packed.obs.bias = pack_vector(nullptr, first.outputs, first.number, writer);
     packed.first_bias = pack_first_bias(first, shape, features, steps, writer);
-    packed.action = pack_panels(first, 0, shape.action_dim, half, writer);
+    packed.action = pack_panels(first, 0, shape.action_dim, precision, writer);
     pack_norm(first, packed.action, writer);
     for (int i = 0; i < packed.num_hidden; ++i) {
         const FlatLayer layer = reader.next(net.hidden[i], net.hidden[i + 1], net.layer_norm);
-        packed.hidden[i] = pack_panels(layer, 0, layer.inputs, half, writer);
+        packed.hidden[i] = pack_panels(layer, 0, layer.inputs, precision, writer);
         packed.hidden[i].bias = pack_vector(layer.bias, layer.outputs, layer.number, writer);
         pack_norm(layer, packed.hidden[i], writer);
     }
-    packed.output = pack_output(reader.next(net.hidden.back(), shape.outputs, false), half, writer);
+    packed.output =
+        pack_output(reader.next(net.hidden.back(), shape.outputs, false), precision, writer);
     return packed;
 }
 
@@ -199,6 +231,12 @@ PackedNet pack_net(const NetDesc& net, const PackShape& shape, int member, const
                    int64_t steps, float* storage) {
     Writer writer(storage);
     return pack(net, shape, member, features, steps, writer);
+}
+
+uint16_t to_bfloat(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
 uint16_t to_half(float x) {

@@ -13,7 +13,7 @@ struct PackShape {
     int obs_dim;       // then these, taken per state
     int num_features;  // then these, constant per step and folded into the first bias
     int outputs;
-    bool half;
+    Precision precision;
 };
 
 // Expected floats of the flat buffer.
@@ -27,7 +27,8 @@ int64_t packed_floats(const NetDesc& net, const PackShape& shape, int64_t steps)
 PackedNet pack_net(const NetDesc& net, const PackShape& shape, int member, const float* features,
                    int64_t steps, float* storage);
 
-// Nearest IEEE half (ties to even); the caller has checked the range.
+// Nearest IEEE half or bfloat16 (ties to even); the caller has checked the range.
 uint16_t to_half(float x);
+uint16_t to_bfloat(float x);
 
 }  // namespace flame

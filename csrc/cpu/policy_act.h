@@ -9,7 +9,7 @@
 
 namespace flame {
 
-constexpr int kBlock = 16;           // floats that widths and tensors are padded to
+constexpr int kBlock = 32;           // floats that widths and tensors are padded to
 constexpr int kPanel = 64;           // outputs per weight panel; a layer's last panel has the rest
 constexpr int kMaxHiddenLayers = 8;  // what one PackedNet holds
 constexpr int kActTileRows = 64;     // rows that go through all layers together, so they stay in L2
@@ -20,17 +20,22 @@ static constexpr N padded(N n) {
     return round_up(n, static_cast<N>(kBlock));
 }
 
+// How weights are stored. Of bfloat16, 16 words of two hold each block of 32: word i has weight i
+// in its lower half and weight 16 + i in the upper one, so that a shift and a mask make floats of
+// them.
+enum class Precision : int32_t { kFloat = 0, kHalf = 1, kBfloat = 2 };
+constexpr int kBfloatWords = kBlock / 2;
+
 // Weights of one layer, in the order in which they are read. Hidden layers: panel after panel of 64
 // outputs, in each panel input after input, so that one row's pass is one stream; the last panel
-// has what is left of the outputs, rounded up to 16. Output layer: output after output, `inputs`
-// rounded up to 16. fp32, or IEEE half for the policy's if ActTask::half; missing outputs and
-// inputs are zero.
+// has what is left of the outputs, padded. Output layer: output after output, `inputs` padded.
+// fp32, or ActTask::precision for the policy's; missing outputs and inputs are zero.
 struct PackedLayer {
     int32_t inputs;
     int32_t outputs;
     const void* weight;
-    const float* bias;    // outputs rounded up to 16; zero for `obs`, unused for `action`
-    const float* gain;    // LayerNorm, rounded up to 16; null without
+    const float* bias;    // outputs, padded; zero for `obs`, unused for `action`
+    const float* gain;    // LayerNorm, padded; null without
     const float* offset;  // likewise
 };
 
@@ -40,7 +45,7 @@ struct PackedNet {
     PackedLayer action;  // carries the first layer's LayerNorm
     PackedLayer hidden[kMaxHiddenLayers - 1];
     PackedLayer output;
-    const float* first_bias;  // (steps, width of the first layer rounded up to 16), time folded in
+    const float* first_bias;  // (steps, padded width of the first layer), time folded in
     int32_t num_hidden;       // layers in `hidden`, one less than the network's hidden layers
     Activation activation;
 };
@@ -65,8 +70,8 @@ struct ActTask {
     int32_t num_steps;
     const ActStep* steps;
     float log_std_min, log_std_max;
-    bool half;      // the weights of policy and state encoder are IEEE half
-    int32_t width;  // widest hidden layer of all networks, rounded up to 16
+    Precision precision;  // of the weights of policy and state encoder
+    int32_t width;        // widest hidden layer of all networks, padded
     // Learned embeddings: policy and critics take [observation | zs], critics [action | zsa].
     const PackedNet* state_encoder;  // null without
     const PackedNet* pair_encoder;

@@ -34,10 +34,33 @@ constexpr int kRowVecs = 8;                  // half a panel
 constexpr int kTileRows = 2, kTileVecs = 4;  // 8 of 16
 #endif
 
-template <bool kHalf>
-FLAME_INLINE vf load_weight(const void* weight, int64_t index) {
-    if constexpr (kHalf) return load_half(static_cast<const uint16_t*>(weight) + index);
-    return load(static_cast<const float*>(weight) + index);
+// Where vector v of a run of outputs (or inputs) that begins `done` behind a whole block lies.
+template <Precision kPrecision>
+FLAME_INLINE int place(int done, int v) {
+    if constexpr (kPrecision != Precision::kBfloat) return done + v * kLanes;
+    const int word = done / 2 + v / 2 * kLanes;
+    return word / kBfloatWords * kBlock + v % 2 * kBfloatWords + word % kBfloatWords;
+}
+
+// The kVecs vectors of weights from `index` on, in the order of place().
+template <Precision kPrecision, int kVecs>
+FLAME_INLINE void load_weights(const void* weight, int64_t index, vf* to) {
+    if constexpr (kPrecision == Precision::kBfloat) {
+        static_assert(kVecs % 2 == 0, "a word holds weights of two vectors");
+        const auto* words = static_cast<const uint32_t*>(weight) + index / 2;
+        for (int v = 0; v < kVecs; v += 2) {
+            load_bfloat_pairs(words + v / 2 * kLanes, to[v], to[v + 1]);
+        }
+    } else {
+        for (int v = 0; v < kVecs; ++v) {
+            const int64_t at = index + v * kLanes;
+            if constexpr (kPrecision == Precision::kHalf) {
+                to[v] = load_half(static_cast<const uint16_t*>(weight) + at);
+            } else {
+                to[v] = load(static_cast<const float*>(weight) + at);
+            }
+        }
+    }
 }
 
 // What happens to a layer's sums before they are stored.
@@ -78,29 +101,30 @@ FLAME_INLINE Rows same_row(const float* data) { return {data, 0, 0, 1}; }
 
 // --- Hidden layers
 
-// Some vectors of a panel's outputs: weight k of output j is weight[k * ld + j].
+// A panel's outputs from `done` on: weight k of output j is weight[begin + k * ld + j].
 struct Columns {
     const void* weight;
-    int64_t begin;  // index of the first output's first weight
+    int64_t begin;  // index of the panel's first weight
     int64_t ld;
-    int output;  // of the layer
+    int output;  // of the layer, the panel's first
+    int done;
     int inputs;
 };
 
 // kRows rows of kVecs vectors of outputs: their sums are independent, which hides the FMA latency.
-template <int kRows, int kVecs, bool kHalf>
+template <int kRows, int kVecs, Precision kPrecision>
 FLAME_INLINE void products(const Columns& c, const float* x, int64_t ldx, const Rows& init,
                            int64_t row, float* y, int64_t ldy, Finish finish) {
     vf acc[kRows][kVecs];
     for (int r = 0; r < kRows; ++r) {
         const float* from = init.row(row + r) + c.output;
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = load(from + v * kLanes);
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = load(from + place<kPrecision>(c.done, v));
     }
     x += row * ldx;
-    int64_t at = c.begin;
+    int64_t at = c.begin + c.done;
     for (int k = 0; k < c.inputs; ++k, at += c.ld) {
         vf b[kVecs];
-        for (int v = 0; v < kVecs; ++v) b[v] = load_weight<kHalf>(c.weight, at + v * kLanes);
+        load_weights<kPrecision, kVecs>(c.weight, at, b);
         for (int r = 0; r < kRows; ++r) {
             const vf a = splat(x[r * ldx + k]);
             for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
@@ -108,67 +132,74 @@ FLAME_INLINE void products(const Columns& c, const float* x, int64_t ldx, const 
     }
     for (int r = 0; r < kRows; ++r) {
         float* to = y + (row + r) * ldy + c.output;
-        for (int v = 0; v < kVecs; ++v) store(to + v * kLanes, apply(finish, acc[r][v]));
+        for (int v = 0; v < kVecs; ++v) {
+            store(to + place<kPrecision>(c.done, v), apply(finish, acc[r][v]));
+        }
     }
 }
 
-template <int kRows, int kVecs, bool kHalf>
+template <int kRows, int kVecs, Precision kPrecision>
 __attribute__((noinline)) void tile(const Columns& c, const float* x, int64_t ldx, const Rows& init,
                                     int64_t row, float* y, int64_t ldy, Finish finish) {
-    products<kRows, kVecs, kHalf>(c, x, ldx, init, row, y, ldy, finish);
+    products<kRows, kVecs, kPrecision>(c, x, ldx, init, row, y, ldy, finish);
 }
 
-template <int kRows, int kVecs, bool kHalf>
+template <int kRows, int kVecs, Precision kPrecision>
 FLAME_INLINE void dispatch_tile(int rows, const Columns& c, const float* x, int64_t ldx,
                                 const Rows& init, int64_t row, float* y, int64_t ldy,
                                 Finish finish) {
     if (rows == kRows) {
-        tile<kRows, kVecs, kHalf>(c, x, ldx, init, row, y, ldy, finish);
+        tile<kRows, kVecs, kPrecision>(c, x, ldx, init, row, y, ldy, finish);
     } else if constexpr (kRows > 1) {
-        dispatch_tile<kRows - 1, kVecs, kHalf>(rows, c, x, ldx, init, row, y, ldy, finish);
+        dispatch_tile<kRows - 1, kVecs, kPrecision>(rows, c, x, ldx, init, row, y, ldy, finish);
     }
 }
 
 // Row tiles of nearly equal height: 32 rows are 6 6 5 5 5 5, not 6 6 6 6 6 2.
-template <int kVecs, bool kHalf>
+template <int kVecs, Precision kPrecision>
 FLAME_INLINE void all_rows(const Columns& c, int rows, const float* x, int64_t ldx,
                            const Rows& init, float* y, int64_t ldy, Finish finish) {
     const int tiles = divide_up(rows, kTileRows);
     for (int t = 0; t < tiles; ++t) {
         const int begin = rows * t / tiles;
         const int end = rows * (t + 1) / tiles;
-        dispatch_tile<kTileRows, kVecs, kHalf>(end - begin, c, x, ldx, init, begin, y, ldy, finish);
+        dispatch_tile<kTileRows, kVecs, kPrecision>(end - begin, c, x, ldx, init, begin, y, ldy,
+                                                    finish);
     }
 }
 
-// A panel's outputs from `done` on, kVecs vectors at a time and what is left in fewer.
-template <int kVecs, bool kHalf, bool kOneRow>
-FLAME_INLINE void panel(Columns c, int done, int rows, const float* x, int64_t ldx,
-                        const Rows& init, float* y, int64_t ldy, Finish finish) {
+// A panel's outputs, kVecs vectors at a time and what is left in fewer.
+template <int kVecs, Precision kPrecision, bool kOneRow>
+FLAME_INLINE void panel(Columns c, int rows, const float* x, int64_t ldx, const Rows& init,
+                        float* y, int64_t ldy, Finish finish) {
     constexpr int kOutputs = kVecs * kLanes;
-    for (; done + kOutputs <= c.ld; done += kOutputs, c.begin += kOutputs, c.output += kOutputs) {
+    for (; c.done + kOutputs <= c.ld; c.done += kOutputs) {
         if constexpr (kOneRow) {
-            products<1, kVecs, kHalf>(c, x, ldx, init, 0, y, ldy, finish);
+            products<1, kVecs, kPrecision>(c, x, ldx, init, 0, y, ldy, finish);
         } else {
-            all_rows<kVecs, kHalf>(c, rows, x, ldx, init, y, ldy, finish);
+            all_rows<kVecs, kPrecision>(c, rows, x, ldx, init, y, ldy, finish);
         }
     }
     if constexpr (kOutputs > kBlock) {
-        panel<kVecs / 2, kHalf, kOneRow>(c, done, rows, x, ldx, init, y, ldy, finish);
+        panel<kVecs / 2, kPrecision, kOneRow>(c, rows, x, ldx, init, y, ldy, finish);
     }
 }
 
-template <bool kHalf>
+template <Precision kPrecision>
 void layer_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, const Rows& init,
                 float* y, int64_t ldy, Finish finish) {
     const int outputs = padded(layer.outputs);
     for (int o = 0; o < outputs; o += kPanel) {
-        const Columns c = {layer.weight, static_cast<int64_t>(o) * layer.inputs,
-                           row_count(o, outputs, kPanel), o, layer.inputs};
+        const Columns c = {layer.weight,
+                           static_cast<int64_t>(o) * layer.inputs,
+                           row_count(o, outputs, kPanel),
+                           o,
+                           0,
+                           layer.inputs};
         if (rows == 1) {
-            panel<kRowVecs, kHalf, true>(c, 0, 1, x, ldx, init, y, ldy, finish);
+            panel<kRowVecs, kPrecision, true>(c, 1, x, ldx, init, y, ldy, finish);
         } else {
-            panel<kTileVecs, kHalf, false>(c, 0, rows, x, ldx, init, y, ldy, finish);
+            panel<kTileVecs, kPrecision, false>(c, rows, x, ldx, init, y, ldy, finish);
         }
     }
 }
@@ -204,10 +235,11 @@ void normalise_rows(const PackedLayer& layer, int rows, float* y, int64_t ldy, F
 // --- Output layer
 
 // y = x W^T + bias, row by row, four outputs at a time; x is zero up to padded(inputs).
-template <bool kHalf>
+template <Precision kPrecision>
 void output_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, float* y,
                  int64_t ldy) {
     constexpr int kGroup = 4;
+    constexpr int kVecs = 2;
     const int inputs = padded(layer.inputs);
     for (int r = 0; r < rows; ++r) {
         const float* row = x + r * ldx;
@@ -219,10 +251,13 @@ void output_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx
                 base[j] = static_cast<int64_t>(o + (j < count ? j : 0)) * inputs;
                 acc[j] = zero();
             }
-            for (int k = 0; k < inputs; k += kLanes) {
-                const vf a = load(row + k);
+            for (int k = 0; k < inputs; k += kVecs * kLanes) {
+                vf a[kVecs];
+                for (int v = 0; v < kVecs; ++v) a[v] = load(row + place<kPrecision>(k, v));
                 for (int j = 0; j < kGroup; ++j) {
-                    acc[j] = fma(a, load_weight<kHalf>(layer.weight, base[j] + k), acc[j]);
+                    vf b[kVecs];
+                    load_weights<kPrecision, kVecs>(layer.weight, base[j] + k, b);
+                    for (int v = 0; v < kVecs; ++v) acc[j] = fma(a[v], b[v], acc[j]);
                 }
             }
             for (int j = 0; j < count; ++j) y[r * ldy + o + j] = sum(acc[j]) + layer.bias[o + j];
@@ -256,33 +291,33 @@ struct States {
 };
 
 // The observation part of the first layer for the range's states.
-template <bool kHalf>
+template <Precision kPrecision>
 FLAME_INLINE void observe(const PackedNet& net, const States& states, const Range& range,
                           const Workspace& w) {
-    layer_rows<kHalf>(net.obs, range.states, states.data, states.ld, same_row(net.obs.bias), w.pre,
-                      w.ld, Finish::kNone);
+    layer_rows<kPrecision>(net.obs, range.states, states.data, states.ld, same_row(net.obs.bias),
+                           w.pre, w.ld, Finish::kNone);
 }
 
 // Everything behind the observation part: z (rows, ldz) to out (rows, ldo).
-template <bool kHalf>
+template <Precision kPrecision>
 void evaluate(const PackedNet& net, int rows, const float* z, int64_t ldz, const Rows& pre,
               const Workspace& w, float* out, int64_t ldo) {
     const Finish finish = finish_of(net);
     const bool norm = net.action.gain != nullptr;
     const Finish direct = norm ? Finish::kNone : finish;
-    layer_rows<kHalf>(net.action, rows, z, ldz, pre, w.h0, w.ld, direct);
+    layer_rows<kPrecision>(net.action, rows, z, ldz, pre, w.h0, w.ld, direct);
     if (norm) normalise_rows(net.action, rows, w.h0, w.ld, finish);
     float* x = w.h0;
     float* y = w.h1;
     for (int i = 0; i < net.num_hidden; ++i) {
         const PackedLayer& layer = net.hidden[i];
-        layer_rows<kHalf>(layer, rows, x, w.ld, same_row(layer.bias), y, w.ld, direct);
+        layer_rows<kPrecision>(layer, rows, x, w.ld, same_row(layer.bias), y, w.ld, direct);
         if (norm) normalise_rows(layer, rows, y, w.ld, finish);
         float* swap = x;
         x = y;
         y = swap;
     }
-    output_rows<kHalf>(net.output, rows, x, w.ld, out, ldo);
+    output_rows<kPrecision>(net.output, rows, x, w.ld, out, ldo);
 }
 
 FLAME_INLINE Rows state_rows(const ActTask& task, const Range& range, const Workspace& w) {
@@ -301,23 +336,23 @@ FLAME_INLINE void add_bias(const PackedNet& net, int step, int states, const Wor
 }
 
 // A network that sees states only: a row is a state.
-template <bool kHalf>
+template <Precision kPrecision>
 FLAME_INLINE void evaluate_states(const PackedNet& net, const States& states, const Range& range,
                                   const Workspace& w, float* out, int64_t ldo) {
-    observe<kHalf>(net, states, range, w);
+    observe<kPrecision>(net, states, range, w);
     add_bias(net, 0, range.states, w);
-    evaluate<kHalf>(net, range.states, nullptr, 0, {w.first, w.ld, 0, 1}, w, out, ldo);
+    evaluate<kPrecision>(net, range.states, nullptr, 0, {w.first, w.ld, 0, 1}, w, out, ldo);
 }
 
 // --- Learned embeddings
 
 // [observation | zs] of the range's states.
-template <bool kHalf>
+template <Precision kPrecision>
 States embedded_states(const ActTask& task, const States& plain, const Range& range,
                        const Workspace& w) {
     const int z = task.embedding_dim;
     const int64_t ld = act_state_columns(task);
-    evaluate_states<kHalf>(*task.state_encoder, plain, range, w, w.out, z);
+    evaluate_states<kPrecision>(*task.state_encoder, plain, range, w, w.out, z);
     for (int s = 0; s < range.states; ++s) {
         float* to = w.states + s * ld;
         const float* features = w.out + static_cast<int64_t>(s) * z;
@@ -334,10 +369,10 @@ const float* embedded_actions(const ActTask& task, const States& states, const R
     const int z = task.embedding_dim;
     const int64_t ld = act_seen_columns(task);
     const PackedNet& net = *task.pair_encoder;
-    observe<false>(net, {states.data + task.obs_dim, states.ld}, range, w);
+    observe<Precision::kFloat>(net, {states.data + task.obs_dim, states.ld}, range, w);
     add_bias(net, 0, range.states, w);
-    evaluate<false>(net, range.rows, action, task.action_dim, state_rows(task, range, w), w, w.out,
-                    z);
+    evaluate<Precision::kFloat>(net, range.rows, action, task.action_dim,
+                                state_rows(task, range, w), w, w.out, z);
     for (int r = 0; r < range.rows; ++r) {
         float* to = w.seen + r * ld;
         __builtin_memcpy(to, action + r * task.action_dim, task.action_dim * sizeof(float));
@@ -349,16 +384,16 @@ const float* embedded_actions(const ActTask& task, const States& states, const R
 
 // --- Actions and values
 
-template <bool kHalf>
+template <Precision kPrecision>
 void flow_actions(const ActTask& task, const States& states, const Range& range, const Workspace& w,
                   float* z) {
     const PackedNet& net = *task.policy;
     const int dim = task.action_dim;
-    observe<kHalf>(net, states, range, w);
+    observe<kPrecision>(net, states, range, w);
     for (int step = 0; step < task.num_steps; ++step) {
         add_bias(net, step, range.states, w);
         const Rows pre = state_rows(task, range, w);
-        evaluate<kHalf>(net, range.rows, z, dim, pre, w, w.out, dim);
+        evaluate<kPrecision>(net, range.rows, z, dim, pre, w, w.out, dim);
         const ActStep s = task.steps[step];
         for (int i = 0; i < range.rows * dim; ++i) {
             float a = s.p * z[i] + s.q * w.out[i];
@@ -370,11 +405,11 @@ void flow_actions(const ActTask& task, const States& states, const Range& range,
 }
 
 // The network sees states only; every particle of a state shares its mean and deviation.
-template <bool kHalf>
+template <Precision kPrecision>
 void gaussian_actions(const ActTask& task, const States& states, const Range& range,
                       const Workspace& w, float* z) {
     const int dim = task.action_dim;
-    evaluate_states<kHalf>(*task.policy, states, range, w, w.out, 2 * dim);
+    evaluate_states<kPrecision>(*task.policy, states, range, w, w.out, 2 * dim);
     const float span = 0.5f * (task.log_std_max - task.log_std_min);
     for (int r = 0; r < range.rows; ++r) {
         const int64_t state = (range.row + r) / task.num_particles - range.state;
@@ -386,7 +421,7 @@ void gaussian_actions(const ActTask& task, const States& states, const Range& ra
     }
 }
 
-template <bool kHalf>
+template <Precision kPrecision>
 void policy_actions(const ActTask& task, const States& states, const Range& range,
                     const Workspace& w, float* z) {
     const int64_t first = range.row * task.action_dim;
@@ -398,9 +433,9 @@ void policy_actions(const ActTask& task, const States& states, const Range& rang
                     static_cast<uint64_t>(count), z);
     }
     if (task.kind == PolicyKind::kFlow) {
-        flow_actions<kHalf>(task, states, range, w, z);
+        flow_actions<kPrecision>(task, states, range, w, z);
     } else {
-        gaussian_actions<kHalf>(task, states, range, w, z);
+        gaussian_actions<kPrecision>(task, states, range, w, z);
     }
 }
 
@@ -414,22 +449,22 @@ void critic_values(const ActTask& task, const States& states, const Range& range
     float* q = task.q + range.row;
     for (int c = 0; c < task.num_critics; ++c) {
         const PackedNet& net = task.critics[c];
-        observe<false>(net, states, range, w);
+        observe<Precision::kFloat>(net, states, range, w);
         add_bias(net, 0, range.states, w);
         const Rows pre = state_rows(task, range, w);
-        evaluate<false>(net, range.rows, seen, columns, pre, w, w.out, 1);
+        evaluate<Precision::kFloat>(net, range.rows, seen, columns, pre, w, w.out, 1);
         for (int r = 0; r < range.rows; ++r) {
             if (c == 0 || takes_minimum(w.out[r], q[r])) q[r] = w.out[r];
         }
     }
 }
 
-template <bool kHalf>
+template <Precision kPrecision>
 void act_tile(const ActTask& task, const Range& range, const Workspace& w) {
     float* z = task.action + range.row * task.action_dim;
     States states = {task.obs + range.state * task.obs_ld, task.obs_ld};
-    if (task.state_encoder != nullptr) states = embedded_states<kHalf>(task, states, range, w);
-    if (task.policy != nullptr) policy_actions<kHalf>(task, states, range, w, z);
+    if (task.state_encoder != nullptr) states = embedded_states<kPrecision>(task, states, range, w);
+    if (task.policy != nullptr) policy_actions<kPrecision>(task, states, range, w, z);
     if (task.q != nullptr) critic_values(task, states, range, w, z);
 }
 
@@ -454,10 +489,16 @@ void policy_act(const ActTask& task, int64_t begin, int64_t end, float* workspac
         range.state = row / task.num_particles;
         range.states =
             static_cast<int>((row + range.rows - 1) / task.num_particles - range.state + 1);
-        if (task.half) {
-            act_tile<true>(task, range, w);
-        } else {
-            act_tile<false>(task, range, w);
+        switch (task.precision) {
+            case Precision::kFloat:
+                act_tile<Precision::kFloat>(task, range, w);
+                break;
+            case Precision::kHalf:
+                act_tile<Precision::kHalf>(task, range, w);
+                break;
+            case Precision::kBfloat:
+                act_tile<Precision::kBfloat>(task, range, w);
+                break;
         }
     }
 }

@@ -33,6 +33,7 @@ constexpr int kLanes = 4;
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef float vf_unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t vi_unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t vh_unaligned __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
@@ -117,6 +118,13 @@ FLAME_INLINE vf load_half(const uint16_t* p) {
     const vf value = code < 0x400 ? tiny : normal;
     return reinterpret_cast<vf>(reinterpret_cast<vi>(value) | ((h & 0x8000) << 16));
 #endif
+}
+
+// Of kLanes words of two bfloat16, the lower and the upper ones as float32.
+FLAME_INLINE void load_bfloat_pairs(const uint32_t* p, vf& low, vf& high) {
+    const vi words = *reinterpret_cast<const vi_unaligned*>(p);
+    low = reinterpret_cast<vf>(words << 16);
+    high = reinterpret_cast<vf>(words & static_cast<int32_t>(0xFFFF0000u));
 }
 
 // exp(x) for -87 <= x <= 88, relative error below 2e-7: 2^k 2^f with k the nearest integer to

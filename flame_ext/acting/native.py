@@ -28,11 +28,12 @@ class NativeActingEngine:
         spec: What the policy is.
         tensors: Its weights.
         seed: Seeds the kernels' Philox draws.
-        precision: How weights are stored; float16 halves what a batch-1 action has to read.
+        precision: How weights are stored; 16 bits halve what a batch-1 action has to read, and bf16
+            is the cheaper one to read, fp16 the more exact.
 
     Raises:
         ImportError: If the native module does not load.
-        ValueError: If a weight is out of float16's range.
+        ValueError: If a weight is out of the precision's range.
     """
 
     name = "cpu"
