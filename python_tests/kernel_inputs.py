@@ -43,6 +43,20 @@ def shaken(net: FlatMLP, seed: int = 0) -> FlatMLP:
     return net
 
 
+def make_network(sizes: tuple[int, ...], members: int, layer_norm: bool) -> FlatMLP:
+    """A network of widths `sizes` whose first input block has two columns."""
+    net = FlatMLP(
+        (2, sizes[0] - 2),
+        sizes[1:-1],
+        sizes[-1],
+        members=members,
+        activation="silu",
+        layer_norm=layer_norm,
+        generator=torch.Generator().manual_seed(3),
+    )
+    return shaken(net)
+
+
 def make_critics(
     obs_dim: int, action_dim: int, hidden: tuple[int, ...], seed: int = 1, **options: Any
 ) -> Critics:

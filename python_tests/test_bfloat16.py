@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import Array, draw, make_critics, make_policy, shaken
+from kernel_inputs import Array, draw, make_critics, make_network, make_policy
 from torch import Tensor
 
 from flame_ext import _core, networks, reference
@@ -117,16 +117,7 @@ def assert_rounded(ours: Tensor | Array, wanted: Tensor, exact: Tensor, share: f
     ],
 )
 def test_network_and_gradients(rows, sizes, members, layer_norm, rounding):
-    net = FlatMLP(
-        (2, sizes[0] - 2),
-        sizes[1:-1],
-        sizes[-1],
-        members=members,
-        activation="silu",
-        layer_norm=layer_norm,
-        generator=torch.Generator().manual_seed(3),
-    )
-    shaken(net)
+    net = make_network(sizes, members, layer_norm)
     x, constant = (torch.from_numpy(draw(rows, n)) for n in (2, sizes[0] - 2))
     weight = torch.from_numpy(draw(members, rows, sizes[-1], seed=1))
 

@@ -10,7 +10,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from kernel_inputs import ACTIVATIONS, EPS, Array, assert_as_accurate, draw, make_critics, shaken
+from kernel_inputs import (
+    ACTIVATIONS,
+    EPS,
+    Array,
+    assert_as_accurate,
+    draw,
+    make_critics,
+    make_network,
+    shaken,
+)
 
 from flame_ext import _core
 from flame_ext.backends.native_evaluator import NativeEvaluator
@@ -91,16 +100,7 @@ def test_activations_at_extreme_inputs(activation):
 @each_isa
 def test_recorded_mlp(rows, sizes, members, layer_norm):
     """Through autograd, as the losses use it: output and gradients, twice from one recording."""
-    net = FlatMLP(
-        (2, sizes[0] - 2),
-        sizes[1:-1],
-        sizes[-1],
-        members=members,
-        activation="silu",
-        layer_norm=layer_norm,
-        generator=torch.Generator().manual_seed(3),
-    )
-    shaken(net)
+    net = make_network(sizes, members, layer_norm)
     x = torch.from_numpy(draw(rows, 2, scale=2.0)).requires_grad_()
     constant = torch.from_numpy(draw(rows, sizes[0] - 2, scale=2.0))
     weight = torch.from_numpy(draw(members, rows, sizes[-1]))
