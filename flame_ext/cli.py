@@ -173,7 +173,19 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add("--stochastic", action="store_true", help="sample actions instead of repeatable ones")
     add("--seed", type=int, default=0, metavar="S", help="decides the episodes")
     add("--env", metavar="ENV", help="Gymnasium id (default: the run's)")
+    _add_precision(parser)
     add("--video", type=Path, metavar="FILE", help="also film one episode, .gif or .mp4")
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    from flame_ext.policy import PRECISIONS
+
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="how the policy's weights are stored for acting",
+    )
 
 
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
@@ -224,6 +236,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         default="halfcheetah",
         help="observation and action sizes of untrained policies",
     )
+    _add_precision(parser)
     add("--seconds", type=float, default=0.3, metavar="T", help="measuring time per number")
 
 
@@ -416,7 +429,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     if options.video is not None:
         require_video_support(options.video)
-    policy = load(options.run_dir, seed=options.seed)
+    policy = load(options.run_dir, precision=options.precision, seed=options.seed)
     env_id = options.env or policy.env_id
     if env_id is None:
         raise ValueError(
@@ -476,10 +489,15 @@ def _bench(options: argparse.Namespace) -> None:
     from flame_ext.latency import policy_latencies, task_latencies
     from flame_ext.policy import load
 
-    if options.policy is None:
-        print(task_latencies(options.task, seconds=options.seconds))
+    if options.policy is not None:
+        policy = load(options.policy, precision=options.precision)
+        print(policy_latencies(policy, seconds=options.seconds))
+    elif options.precision != "fp32":
+        raise ValueError(
+            "--precision is for a given policy: flame-ext bench POLICY --precision ..."
+        )
     else:
-        print(policy_latencies(load(options.policy), seconds=options.seconds))
+        print(task_latencies(options.task, seconds=options.seconds))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -229,6 +229,7 @@ def test_a_terminated_run_saves_itself(tmp_path, monkeypatch):
         (["eval", "nowhere", "--video", "film.avi"], "use .mp4 or .gif"),
         (["plot", "nowhere"], "nowhere"),
         (["bench", "--seconds", "0"], "must be positive"),
+        (["bench", "--precision", "bf16"], "--precision is for a given policy"),
     ],
 )
 def test_wrong_use_gets_one_clear_line(tmp_path, monkeypatch, capsys, words, named):
@@ -260,8 +261,9 @@ def test_eval_reports_the_episodes(run_dir, capsys):
     assert re.search(r"goals +\d+\.\d% / \d+\.\d% / \d+\.\d% / \d+\.\d% of sampled", first)
     assert cli.main(words) == 0
     assert capsys.readouterr().out == first
-    assert cli.main([*words, "--stochastic", "--seed", "1"]) == 0
-    assert capsys.readouterr().out != first
+    for change in (["--stochastic", "--seed", "1"], ["--precision", "bf16"]):
+        assert cli.main([*words, *change]) == 0
+        assert capsys.readouterr().out != first
 
 
 def test_eval_in_an_environment_of_other_sizes_is_refused(run_dir, capsys):
@@ -311,8 +313,10 @@ def test_bench_has_a_row_per_policy(capsys, monkeypatch):
     assert "17 observations, 6 actions" in lines[-1]
 
 
-def test_bench_measures_one_policy(run_dir, capsys):
-    assert cli.main(["bench", str(run_dir), "--seconds", "0.001"]) == 0
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bench_measures_one_policy(run_dir, capsys, precision):
+    words = ["bench", str(run_dir), "--seconds", "0.001", "--precision", precision]
+    assert cli.main(words) == 0
     head, *rows, last = capsys.readouterr().out.splitlines()
     assert head.split()[-4:] == ["median", "99.9", "%", "longest"]
     for row in rows:
