@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from flame_ext import _core
 from flame_ext.latency import untrained_policy
+from flame_ext.policy import PRECISIONS
 from flame_ext.sampling import flow_steps, time_feature_rows
 
 SIZES = {"halfcheetah": (17, 6), "humanoid": (348, 17)}
@@ -182,7 +183,7 @@ def test_one_step_against_other_runtimes(benchmark, size):
     rng = np.random.default_rng(2)
     obs = rng.standard_normal((1, net.obs_dim)).astype(np.float32)
     noise = rng.standard_normal((1, net.action_dim)).astype(np.float32)
-    packed = {precision: net.packed(precision) for precision in ("fp32", "fp16", "bf16")}
+    packed = {precision: net.packed(precision) for precision in PRECISIONS}
     eager = net.torch_eager()
     run_onnx, onnx_action = bound_run(net.onnx_session(), obs, noise)
     obs_torch, noise_torch = torch.from_numpy(obs), torch.from_numpy(noise)

@@ -228,22 +228,32 @@ def test_whole_update(benchmark: Any, algorithm: str) -> None:
     )
 
 
+def compare_policy_steps(
+    benchmark: Any, ours: Agent, theirs: Agent, tolerance: float, other: str
+) -> None:
+    """A policy's update and all critic updates before it, of two agents with the same options."""
+    config = ours.config
+    count = config.policy_delay
+    batch = make_batch(count * config.batch_size)
+    for agent in (ours, theirs):
+        update_as_trained(agent, batch, count)
+    assert ours.temperature.alpha == pytest.approx(theirs.temperature.alpha, rel=tolerance)
+    compare(
+        benchmark,
+        f"{count} critic updates and one of the policy, {config.algorithm}, embeddings "
+        f"{config.embedding_dim}",
+        lambda: update_as_trained(ours, batch, count),
+        lambda: update_as_trained(theirs, batch, count),
+        other=other,
+    )
+
+
 @pytest.mark.parametrize("embedding_dim", [0, 128])
 @pytest.mark.parametrize("algorithm", ["flame", "sac"])
 def test_updates_of_one_policy_step(benchmark: Any, algorithm: str, embedding_dim: int) -> None:
-    """Of the default preset, the policy's and all critic updates before it."""
+    """Of the default preset."""
     native, plain = make_agents(algorithm, embedding_dim=embedding_dim)
-    count = native.config.policy_delay
-    batch = make_batch(count * native.config.batch_size)
-    for agent in (native, plain):
-        update_as_trained(agent, batch, count)
-    assert native.temperature.alpha == pytest.approx(plain.temperature.alpha, rel=1e-3)
-    compare(
-        benchmark,
-        f"{count} critic updates and one of the policy, {algorithm}, embeddings {embedding_dim}",
-        lambda: update_as_trained(native, batch, count),
-        lambda: update_as_trained(plain, batch, count),
-    )
+    compare_policy_steps(benchmark, native, plain, 1e-3, "PyTorch")
 
 
 @pytest.mark.skipif(not _core.bfloat16_supported(), reason="this CPU has no AVX512-BF16")
@@ -255,18 +265,7 @@ def test_updates_in_bfloat16(benchmark: Any, algorithm: str, embedding_dim: int)
         make_agent("cpu", algorithm, embedding_dim=embedding_dim, matmul_precision=precision)
         for precision in ("bfloat16", "float32")
     )
-    count = single.config.policy_delay
-    batch = make_batch(count * single.config.batch_size)
-    for agent in (rounded, single):
-        update_as_trained(agent, batch, count)
-    assert rounded.temperature.alpha == pytest.approx(single.temperature.alpha, rel=1e-2)
-    compare(
-        benchmark,
-        f"{count} critic updates and one of the policy, {algorithm}, embeddings {embedding_dim}",
-        lambda: update_as_trained(rounded, batch, count),
-        lambda: update_as_trained(single, batch, count),
-        other="float32",
-    )
+    compare_policy_steps(benchmark, rounded, single, 1e-2, "float32")
 
 
 @pytest.mark.parametrize("algorithm", ["flame", "sac"])

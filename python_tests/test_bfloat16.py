@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,19 +59,13 @@ def rounded_affine(x: Tensor, layer: networks.Layer, bias: bool = True) -> Tenso
     return out + networks._broadcast(layer.bias, out) if bias else out
 
 
-@pytest.fixture
-def rounding(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Inside its context PyTorch's networks multiply rounded factors."""
-
-    class Rounding:
-        def __enter__(self) -> None:
-            monkeypatch.setattr(networks, "_matmul", rounded_matmul)
-            monkeypatch.setattr(networks, "_affine", rounded_affine)
-
-        def __exit__(self, *_: object) -> None:
-            monkeypatch.undo()
-
-    return Rounding()
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """Inside it PyTorch's networks multiply rounded factors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "_matmul", rounded_matmul)
+        patch.setattr(networks, "_affine", rounded_affine)
+        yield
 
 
 def make_agent(
@@ -116,7 +111,7 @@ def assert_rounded(ours: Tensor | Array, wanted: Tensor, exact: Tensor, share: f
         (257, (55, 256, 256, 6), 1),
     ],
 )
-def test_network_and_gradients(rows, sizes, members, layer_norm, rounding):
+def test_network_and_gradients(rows, sizes, members, layer_norm):
     net = make_network(sizes, members, layer_norm)
     x, constant = (torch.from_numpy(draw(rows, n)) for n in (2, sizes[0] - 2))
     weight = torch.from_numpy(draw(members, rows, sizes[-1], seed=1))
@@ -128,7 +123,7 @@ def test_network_and_gradients(rows, sizes, members, layer_norm, rounding):
         return output, *torch.autograd.grad(loss, (network.flat, leaf))
 
     exact = evaluate(copy.deepcopy(net).double(), torch.float64)
-    with rounding:
+    with rounded_products():
         wanted = evaluate(copy.deepcopy(net).double(), torch.float64)
     net.evaluator = NativeEvaluator(net, bfloat16=True)
     for results in zip(evaluate(net, torch.float32), wanted, exact, strict=True):
@@ -138,7 +133,7 @@ def test_network_and_gradients(rows, sizes, members, layer_norm, rounding):
 
 
 @pytest.mark.parametrize(("obs_dim", "action_dim"), [(17, 6), (11, 3), (4, 1), (700, 3)])
-def test_critics(obs_dim, action_dim, rounding):
+def test_critics(obs_dim, action_dim):
     """Where the first layer is multiplied in two parts, also at an odd column."""
     critics = make_critics(obs_dim, action_dim, (64, 48), activation="relu", layer_norm=True)
     obs, candidates = draw(33, obs_dim), draw(33, 7, action_dim)
@@ -152,7 +147,7 @@ def test_critics(obs_dim, action_dim, rounding):
         return q_each.amin(0), lowest, torch.autograd.grad(lowest.sum(), leaf)[0]
 
     exact = evaluate(copy.deepcopy(critics).double())
-    with rounding:
+    with rounded_products():
         wanted = evaluate(copy.deepcopy(critics).double())
     first = np.ascontiguousarray(candidates[:, 0])
     q_min, gradient = _core.q_gradient(evaluator.spec, evaluator.parameters, obs, first)
@@ -164,7 +159,7 @@ def test_critics(obs_dim, action_dim, rounding):
 
 
 @pytest.mark.parametrize(("obs_dim", "action_dim"), [(17, 6), (11, 3)])
-def test_exact_density_and_gradient(obs_dim, action_dim, rounding):
+def test_exact_density_and_gradient(obs_dim, action_dim):
     net = make_policy(obs_dim, action_dim, (64, 48), activation="silu")
     net.start_as_contraction(0.35)
     obs, noise = (torch.from_numpy(draw(41, n)) for n in (obs_dim, action_dim))
@@ -178,7 +173,7 @@ def test_exact_density_and_gradient(obs_dim, action_dim, rounding):
     double = copy.deepcopy(net).double()
     in_pytorch = functools.partial(reference.log_prob, double)
     exact = evaluate(in_pytorch, double.flat)
-    with rounding:
+    with rounded_products():
         wanted = evaluate(in_pytorch, double.flat)
     ours = evaluate(NativeEvaluator(net, bfloat16=True).log_prob, net.flat)
     for results in zip(ours[:2], wanted, exact, strict=False):

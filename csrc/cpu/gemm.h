@@ -121,12 +121,11 @@ static inline void gemm_packed(int rows, int n, int first, int depth, int packed
     const int skipped = first % kWordDepth;
     const int end = skipped + depth;
     for (int i = 0; i < rows; i += kRoundedRows) {
-        const int block = rows - i < kRoundedRows ? rows - i : kRoundedRows;
+        const int block = row_count(i, rows, kRoundedRows);
         for (int r = 0; r < block; ++r) sums[r] = c + (i + r) * ldc;
         const float* const* start = init ? init + i : nullptr;
         for (int k = 0; k < end; k += kRoundedWords * kWordDepth) {
-            const int left =
-                end - k < kRoundedWords * kWordDepth ? end - k : kRoundedWords * kWordDepth;
+            const int left = row_count(k, end, kRoundedWords * kWordDepth);
             for (int r = 0; r < block; ++r) {
                 round_range(a + (i + r) * lda, k - skipped, left, rounded + r * kRoundedWords);
             }
@@ -216,7 +215,7 @@ static inline void pack_transposed(const float* w, int out, int in, GemmWord* pa
         constexpr int kWords = 128;
         GemmWord rounded[kGemmCols * kWords];
         for (int k = 0; k < in; k += kWords * kWordDepth) {
-            const int left = in - k < kWords * kWordDepth ? in - k : kWords * kWordDepth;
+            const int left = row_count(k, in, kWords * kWordDepth);
             for (int j = 0; j < valid; ++j) {
                 round_range(rows + static_cast<ptrdiff_t>(j) * in, k, left, rounded + j * kWords);
             }

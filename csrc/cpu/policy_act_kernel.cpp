@@ -34,12 +34,14 @@ constexpr int kRowVecs = 8;                  // half a panel
 constexpr int kTileRows = 2, kTileVecs = 4;  // 8 of 16
 #endif
 
-// Where vector v of a run of outputs (or inputs) that begins `done` behind a whole block lies.
-template <Precision kPrecision>
+// Where vector v of kVecs outputs (or inputs) that begin `done` behind a whole block lies. Of words
+// with two, the lower halves come first: a whole block's vectors are in the order of its elements.
+template <Precision kPrecision, int kVecs>
 FLAME_INLINE int place(int done, int v) {
     if constexpr (kPrecision != Precision::kBfloat) return done + v * kLanes;
-    const int word = done / 2 + v / 2 * kLanes;
-    return word / kBfloatWords * kBlock + v % 2 * kBfloatWords + word % kBfloatWords;
+    constexpr int kWordVecs = kVecs / 2;
+    const int word = done / 2 + v % kWordVecs * kLanes;
+    return word / kBfloatWords * kBlock + v / kWordVecs * kBfloatWords + word % kBfloatWords;
 }
 
 // The kVecs vectors of weights from `index` on, in the order of place().
@@ -48,8 +50,8 @@ FLAME_INLINE void load_weights(const void* weight, int64_t index, vf* to) {
     if constexpr (kPrecision == Precision::kBfloat) {
         static_assert(kVecs % 2 == 0, "a word holds weights of two vectors");
         const auto* words = static_cast<const uint32_t*>(weight) + index / 2;
-        for (int v = 0; v < kVecs; v += 2) {
-            load_bfloat_pairs(words + v / 2 * kLanes, to[v], to[v + 1]);
+        for (int v = 0; v < kVecs / 2; ++v) {
+            load_bfloat_pairs(words + v * kLanes, to[v], to[kVecs / 2 + v]);
         }
     } else {
         for (int v = 0; v < kVecs; ++v) {
@@ -118,7 +120,8 @@ FLAME_INLINE void products(const Columns& c, const float* x, int64_t ldx, const 
     vf acc[kRows][kVecs];
     for (int r = 0; r < kRows; ++r) {
         const float* from = init.row(row + r) + c.output;
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = load(from + place<kPrecision>(c.done, v));
+        for (int v = 0; v < kVecs; ++v)
+            acc[r][v] = load(from + place<kPrecision, kVecs>(c.done, v));
     }
     x += row * ldx;
     int64_t at = c.begin + c.done;
@@ -133,7 +136,7 @@ FLAME_INLINE void products(const Columns& c, const float* x, int64_t ldx, const 
     for (int r = 0; r < kRows; ++r) {
         float* to = y + (row + r) * ldy + c.output;
         for (int v = 0; v < kVecs; ++v) {
-            store(to + place<kPrecision>(c.done, v), apply(finish, acc[r][v]));
+            store(to + place<kPrecision, kVecs>(c.done, v), apply(finish, acc[r][v]));
         }
     }
 }
@@ -239,7 +242,7 @@ template <Precision kPrecision>
 void output_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, float* y,
                  int64_t ldy) {
     constexpr int kGroup = 4;
-    constexpr int kVecs = 2;
+    constexpr int kVecs = kBlock / kLanes;
     const int inputs = padded(layer.inputs);
     for (int r = 0; r < rows; ++r) {
         const float* row = x + r * ldx;
@@ -253,7 +256,7 @@ void output_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx
             }
             for (int k = 0; k < inputs; k += kVecs * kLanes) {
                 vf a[kVecs];
-                for (int v = 0; v < kVecs; ++v) a[v] = load(row + place<kPrecision>(k, v));
+                for (int v = 0; v < kVecs; ++v) a[v] = load(row + place<kPrecision, kVecs>(k, v));
                 for (int j = 0; j < kGroup; ++j) {
                     vf b[kVecs];
                     load_weights<kPrecision, kVecs>(layer.weight, base[j] + k, b);
