@@ -16,6 +16,7 @@ from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import FlatMLP
 from flame_ext.policies.base import normal_like
 from flame_ext.replay import Batch
+from flame_ext.scalars import Scalar, Scalars, to_floats
 from flame_ext.temperature import Temperature
 
 
@@ -129,29 +130,44 @@ class Agent:
             raise ValueError(
                 f"updates={updates}; the policy's step is due after {self.updates_to_policy_step}"
             )
+        done = self.updates + updates
+        policy_due = done % c.policy_delay == 0
+        alpha_due = policy_due and done % c.alpha_interval < c.policy_delay
+        alpha = self.temperature.alpha
+        metrics = to_floats(self._steps(batch, alpha, updates, policy_due, alpha_due))
+        self.updates = done
+        if policy_due:
+            if alpha_due:
+                self.temperature.step(metrics.get("entropy"), metrics.get("ess"))
+            metrics["alpha"] = self.temperature.alpha
+            if c.policy_tau < 1:
+                self._average_deployed()
+        return metrics
+
+    def _steps(
+        self, batch: Batch, alpha: Scalar, updates: int, policy_due: bool, alpha_due: bool
+    ) -> Scalars:
+        """What `update` has a device do: it never waits for a result."""
         observed = self._observed(batch)
-        metrics = self.backend.critic_updates(
+        scalars = self.backend.critic_updates(
             self.actor,
             self.critics,
             self.target_critics,
             self.optimizers["critics"],
             observed,
-            self.temperature.alpha,
+            alpha,
             self.generator,
             updates,
         )
-        self.updates += updates
-        if self.updates % c.policy_delay == 0:
+        if policy_due:
             rows = len(batch)
             first = rows - rows // updates
-            last = slice(first, min(first + c.policy_batch_size, rows))
-            metrics |= self._policy_step(observed.obs[last], batch.action[last])
+            last = slice(first, min(first + self.config.policy_batch_size, rows))
+            scalars |= self._policy_step(observed.obs[last], batch.action[last], alpha, alpha_due)
             if self.encoder is not None:
                 learned = (batch.obs, batch.action, batch.next_obs)
-                metrics |= self._encoder_step(self.encoder, *(x[first:] for x in learned))
-            if c.policy_tau < 1:
-                self._average_deployed()
-        return metrics
+                scalars |= self._encoder_step(self.encoder, *(x[first:] for x in learned))
+        return scalars
 
     @torch.no_grad()
     def _observed(self, batch: Batch) -> Batch:
@@ -163,7 +179,7 @@ class Agent:
 
     def _encoder_step(
         self, encoder: StateActionEncoder, obs: Tensor, action: Tensor, next_obs: Tensor
-    ) -> dict[str, float]:
+    ) -> Scalars:
         assert self.critics.encoder is not None
         loss = self.backend.encoder_step(encoder, obs, action, next_obs)
         averages = self.critics.encoder.networks()
@@ -173,25 +189,16 @@ class Agent:
             self.backend.soft_update(average, network.flat, self.config.embedding_tau)
         return {"encoder_loss": loss}
 
-    def _policy_step(self, obs: Tensor, action: Tensor) -> dict[str, float]:
-        result = self.backend.actor_step(
-            self.actor, obs, action, self.critics, self.temperature.alpha, self.generator
+    def _policy_step(
+        self, obs: Tensor, action: Tensor, alpha: Scalar, measure_entropy: bool
+    ) -> Scalars:
+        scalars = self.backend.actor_step(
+            self.actor, obs, action, self.critics, alpha, self.generator
         )
         self.backend.optimizer_step(self.optimizers["actor"])
-        metrics = {**result.metrics, "policy_loss": result.loss}
-        log_prob = result.log_prob
-        interval = self.config.alpha_interval
-        alpha_due = self.updates % interval < self.config.policy_delay
-        if alpha_due and log_prob is None and self.actor.has_log_prob:
-            log_prob = self._mean_log_prob(obs)
-        if log_prob is not None:
-            metrics["entropy"] = -log_prob
-        if result.ess is not None:
-            metrics["ess"] = result.ess
-        if alpha_due:
-            self.temperature.step(log_prob, result.ess)
-        metrics["alpha"] = self.temperature.alpha
-        return metrics
+        if measure_entropy and "entropy" not in scalars and self.actor.has_log_prob:
+            scalars["entropy"] = self._entropy(obs)
+        return scalars
 
     @torch.no_grad()
     def _average_deployed(self) -> None:
@@ -207,9 +214,9 @@ class Agent:
             self.backend.soft_update(average.flat, acting[name].flat, tau)
 
     @torch.no_grad()
-    def _mean_log_prob(self, obs: Tensor) -> float:
+    def _entropy(self, obs: Tensor) -> Tensor:
         noise = normal_like(obs, (len(obs), self.action_dim), self.generator)
-        return self.actor.sample(obs, noise, self.generator).log_prob.mean().item()
+        return -self.actor.sample(obs, noise, self.generator).log_prob.mean()
 
     def networks(self) -> dict[str, FlatMLP]:
         """The networks by name, as checkpoints store them."""

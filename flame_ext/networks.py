@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flame_ext.constants import constant
 from flame_ext.sampling import (
     LAYER_NORM_EPS,
     LOG_STD_MAX,
@@ -30,6 +31,7 @@ from flame_ext.sampling import (
     Activation,
     CandidateSampling,
 )
+from flame_ext.scalars import Scalar
 
 
 def _relu_derivative(x: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class Evaluator(Protocol):
         z: Tensor,
         signal: Tensor,
         scale: Tensor,
-        alpha: float,
+        alpha: Scalar,
         num_candidates: int,
         sampling: CandidateSampling,
         generator: torch.Generator | None,
@@ -297,8 +299,7 @@ def _normalise_with_tangents(h: Tensor, dh: Tensor, layer: Layer) -> tuple[Tenso
     return _broadcast(layer.offset, h) + gain * normed, gain.unsqueeze(1) * dnormed
 
 
-def _frequencies(like: Tensor) -> Tensor:
-    return torch.from_numpy(TIME_FREQUENCIES).to(like)
+_FREQUENCIES = tuple(TIME_FREQUENCIES.tolist())
 
 
 def time_features(t: Tensor, r: Tensor) -> Tensor:
@@ -311,7 +312,7 @@ def time_features(t: Tensor, r: Tensor) -> Tensor:
     Returns:
         ``(..., TIME_FEATURES)``: sin and cos of w t, then of w (t - r).
     """
-    frequencies = _frequencies(t)
+    frequencies = constant(_FREQUENCIES, t)
     at, over = t * frequencies, (t - r) * frequencies
     return torch.cat([at.sin(), at.cos(), over.sin(), over.cos()], dim=-1)
 
@@ -381,7 +382,7 @@ class MeanVelocityNet(FlatMLP):
         self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, dz: Tensor
     ) -> tuple[Tensor, Tensor]:
         """U and its derivative along (dz, dr, dt) = (dz, 0, 1), the MeanFlow tangent."""
-        frequencies = _frequencies(t)
+        frequencies = constant(_FREQUENCIES, t)
         at, over = t * frequencies, (t - r) * frequencies
         dfeatures = [at.cos(), -at.sin(), over.cos(), -over.sin()]
         dtime = torch.cat([frequencies * d for d in dfeatures], dim=-1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from flame_ext.critics import Critics
 from flame_ext.policies.base import Actor, normal_like
 from flame_ext.replay import Batch
+from flame_ext.scalars import Scalar
 
 
 def target_noise(actor: Actor, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -22,7 +23,7 @@ def td_target(
     target_critics: Critics,
     batch: Batch,
     noise: Tensor,
-    alpha: float,
+    alpha: Scalar,
     generator: torch.Generator,
 ) -> Tensor:
     """Reward + gamma (1 - terminated) (Qmin'(s', a') - [entropy] alpha log pi(a'|s')), ``(B,)``.

@@ -42,16 +42,16 @@ class Temperature:
         """The temperature."""
         return math.exp(self.log_alpha)
 
-    def step(self, log_prob: float | None, ess: float | None) -> None:
+    def step(self, entropy: float | None, ess: float | None) -> None:
         """One Adam step of log alpha; none if the rule's measurement is missing.
 
         Args:
-            log_prob: Mean log pi(a | s) of the policy.
+            entropy: Mean -log pi(a | s) of the policy, in nats.
             ess: Mean effective sample size as a fraction of the candidates.
         """
         c = self._config
-        if c.temperature == "entropy" and log_prob is not None:
-            excess = -(log_prob + self.target_entropy)
+        if c.temperature == "entropy" and entropy is not None:
+            excess = entropy - self.target_entropy
         elif c.temperature == "ess" and ess is not None:
             excess = ess - c.target_ess
         else:

@@ -14,6 +14,7 @@ from flame_ext.critics import Critics
 from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.reference import stratify
 from flame_ext.replay import Batch
+from flame_ext.scalars import to_floats
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 EPS = float(np.finfo(np.float32).eps)
@@ -112,7 +113,7 @@ def assert_as_accurate(
 
 def critic_updates(agent: Agent, batch: Batch, updates: int = 1) -> dict[str, float]:
     """The backend's critic updates with what the agent hands over."""
-    return agent.backend.critic_updates(
+    scalars = agent.backend.critic_updates(
         agent.actor,
         agent.critics,
         agent.target_critics,
@@ -122,3 +123,4 @@ def critic_updates(agent: Agent, batch: Batch, updates: int = 1) -> dict[str, fl
         agent.generator,
         updates,
     )
+    return to_floats(scalars)

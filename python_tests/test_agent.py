@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from kernel_inputs import philox_candidates
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flame_ext import _core
 from flame_ext.agent import Agent
@@ -185,9 +186,57 @@ def test_policy_step_leaves_the_critics_without_gradient() -> None:
     assert before is not None
     kept = before.clone()
     batch = make_batch()
-    agent._policy_step(batch.obs[:16], batch.action[:16])
+    states = batch.obs[:16], batch.action[:16]
+    TorchBackend().actor_step(agent.actor, *states, agent.critics, 0.2, agent.generator)
     assert torch.equal(agent.critics.flat.grad, kept)
     assert agent.critics.flat.requires_grad
+
+
+class HostWaits(TorchDispatchMode):
+    """Collects operations that read a device's memory on the host, or send it some."""
+
+    OPERATIONS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.OPERATIONS:
+            self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_host_waits_are_seen() -> None:
+    with HostWaits() as waits:
+        torch.ones(()).item()
+        torch.tensor([1.0]).nonzero()
+    assert waits.seen == ["_local_scalar_dense", "lift_fresh", "nonzero"]
+
+
+@pytest.mark.parametrize("embedding_dim", [0, 12])
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        *((algorithm, {}) for algorithm in ALGORITHMS),
+        ("flame", {"proposal": "policy"}),
+        ("flame", {"z_source": "target", "entropy_in_target": True, "target_particles": 4}),
+        ("flame", {"entropy_estimator": "multi_step", "entropy_trace": "hutchinson"}),
+        ("flame", {"reverse_kl_weight": 0.0, "z_source": "policy"}),
+    ],
+)
+def test_no_step_waits_for_the_host(
+    algorithm: str, options: dict[str, object], embedding_dim: int
+) -> None:
+    """Else a CUDA graph could not hold it."""
+    agent = make_agent(algorithm, embedding_dim=embedding_dim, **options)
+    steps = (torch.tensor(0.2, dtype=torch.float64), 2, True, True)
+    agent._steps(make_batch(), *steps)
+    with HostWaits() as waits:
+        scalars = agent._steps(make_batch(1), *steps)
+    assert all(isinstance(x, torch.Tensor) for x in scalars.values())
+    assert "policy_loss" in scalars
+    assert waits.seen == []
 
 
 @pytest.mark.parametrize("interval", [1, 4, 5])

@@ -68,7 +68,7 @@ def test_native_embeddings_are_as_accurate_as_pytorch(rows: int) -> None:
         )
         with torch.no_grad():
             observed = encoder.observe(obs)
-        loss = torch.tensor(owner.encoder_step(encoder, obs, action, next_obs))
+        loss = torch.as_tensor(owner.encoder_step(encoder, obs, action, next_obs))
         gradients = [network.flat.grad for network in encoder.networks().values()]
         return [observed, loss, *(g for g in gradients if g is not None)]
 

@@ -21,7 +21,7 @@ def make_temperature(algorithm: str = "sac", **options: object) -> Temperature:
 def test_it_falls_when_entropy_exceeds_its_target(excess: float, direction: int) -> None:
     temperature = make_temperature()
     before = temperature.log_alpha
-    temperature.step(-(temperature.target_entropy + excess), None)
+    temperature.step(temperature.target_entropy + excess, None)
     assert (temperature.log_alpha - before) * direction > 0
 
 
@@ -47,9 +47,9 @@ def test_its_steps_are_adams() -> None:
     log_alpha = torch.tensor(temperature.log_alpha, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([log_alpha], lr=0.03)
     for step in range(20):
-        log_prob = 4 * math.sin(step) + 3
-        temperature.step(log_prob, None)
-        log_alpha.grad = torch.tensor(-(log_prob + temperature.target_entropy)).double()
+        entropy = 4 * math.sin(step) - 3
+        temperature.step(entropy, None)
+        log_alpha.grad = torch.tensor(entropy - temperature.target_entropy).double()
         adam.step()
     assert temperature.log_alpha == pytest.approx(log_alpha.item(), rel=1e-5)
 
@@ -57,8 +57,8 @@ def test_its_steps_are_adams() -> None:
 def test_a_restored_temperature_goes_on_bit_equal() -> None:
     first, second = make_temperature(), make_temperature()
     for _ in range(3):
-        first.step(1.5, None)
+        first.step(-1.5, None)
     second.load_state_dict(first.state_dict())
     for temperature in (first, second):
-        temperature.step(-0.5, None)
+        temperature.step(0.5, None)
     assert first.log_alpha == second.log_alpha

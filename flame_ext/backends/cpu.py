@@ -23,11 +23,12 @@ from flame_ext.critics import Critics
 from flame_ext.embeddings import StateActionEncoder
 from flame_ext.native import load_core
 from flame_ext.networks import FlatMLP, MeanVelocityNet
-from flame_ext.policies.base import Actor, PolicyStep, normal_like
+from flame_ext.policies.base import Actor, normal_like
 from flame_ext.policies.flow import MIN_TIME, WALL_SCALE, FlowActor
 from flame_ext.policies.gaussian import GaussianActor
 from flame_ext.replay import Batch
 from flame_ext.sampling import EMBEDDING_MIN_SCALE
+from flame_ext.scalars import Scalar, Scalars
 from flame_ext.td_target import target_noise
 
 
@@ -78,10 +79,10 @@ class CpuBackend(TorchBackend):
         target_critics: Critics,
         optimizer: torch.optim.Adam,
         batch: Batch,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
         updates: int = 1,
-    ) -> dict[str, float]:
+    ) -> Scalars:
         c = actor.config
         steps = next_action_steps(actor)
         if steps is None:
@@ -112,9 +113,7 @@ class CpuBackend(TorchBackend):
         adam.advance(updates)
         return {"critic_loss": loss, "q_mean": q_mean}
 
-    def critic_step(
-        self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
-    ) -> dict[str, float]:
+    def critic_step(self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor) -> Scalars:
         gradient, trained = zeroed_gradient(critics), _evaluator(critics)
         obs, action = critics.inputs(obs, action)
         losses, means, _ = self._core.critic_step(
@@ -129,7 +128,7 @@ class CpuBackend(TorchBackend):
 
     def encoder_step(
         self, encoder: StateActionEncoder, obs: Tensor, action: Tensor, next_obs: Tensor
-    ) -> float:
+    ) -> Scalar:
         networks = encoder.state_network, encoder.pair_network
         loss: float = self._core.encoder_step(
             *(_evaluator(network).view for network in networks),
@@ -159,9 +158,9 @@ class CpuBackend(TorchBackend):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
-    ) -> PolicyStep:
+    ) -> Scalars:
         if isinstance(actor, GaussianActor):
             return self._gaussian_step(actor, obs, critics, alpha, generator)
         if isinstance(actor, FlowActor) and _is_fused(actor.config):
@@ -173,14 +172,14 @@ class CpuBackend(TorchBackend):
         actor: GaussianActor,
         obs: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
-    ) -> PolicyStep:
+    ) -> Scalars:
         noise = normal_like(obs, (len(obs), actor.action_dim), generator)
         loss, log_prob = self._core.gaussian_loss(
             *_loss_arguments(actor, critics, obs), array(noise), alpha
         )
-        return PolicyStep(loss, log_prob, None, {})
+        return {"policy_loss": loss, "entropy": -log_prob}
 
     def _flow_step(
         self,
@@ -188,14 +187,13 @@ class CpuBackend(TorchBackend):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
-    ) -> PolicyStep:
+    ) -> Scalars:
         """As `FlowActor.loss`, with its gradient."""
         c = actor.config
         arguments = _loss_arguments(actor, critics, obs)
         loss, metrics = 0.0, {}
-        log_prob, ess = None, None
         if c.reverse_kl_weight > 0:
             noise = normal_like(obs, (len(obs), actor.action_dim), generator)
             kl, log_prob, fold_rate = self._core.flow_reverse_kl(
@@ -208,7 +206,7 @@ class CpuBackend(TorchBackend):
                 wall_scale=WALL_SCALE,
             )
             loss += c.reverse_kl_weight * kl
-            metrics = {"fold_rate": fold_rate, "reverse_kl_loss": kl}
+            metrics = {"entropy": -log_prob, "fold_rate": fold_rate, "reverse_kl_loss": kl}
         if c.reweighting_weight > 0:
             uniform = actor.draw_time_uniforms(obs, generator)
             source, noise = actor.draw_ends(obs, action, critics, alpha, generator)
@@ -228,8 +226,8 @@ class CpuBackend(TorchBackend):
                 seed=draw_seed(generator),
             )
             loss += weight * flow_loss
-            metrics["reweighted_loss"] = flow_loss
-        return PolicyStep(loss, log_prob, ess, metrics)
+            metrics |= {"ess": ess, "reweighted_loss": flow_loss}
+        return {"policy_loss": loss, **metrics}
 
 
 class _PytorchThreads:

@@ -28,6 +28,7 @@ from flame_ext.policies.flow import FlowActor
 from flame_ext.reference import denoise, monotonicity_gap, tanh_gaussian
 from flame_ext.replay import Batch
 from flame_ext.sampling import CandidateSampling, Flow
+from flame_ext.scalars import Scalar, Scalars
 from flame_ext.td_target import target_noise
 
 
@@ -71,10 +72,10 @@ class CudaBackend(TorchBackend):
         target_critics: Critics,
         optimizer: torch.optim.Adam,
         batch: Batch,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
         updates: int = 1,
-    ) -> dict[str, float]:
+    ) -> Scalars:
         c = actor.config
         steps = next_action_steps(actor)
         # Other policies' own formulas and the embeddings are PyTorch's here.
@@ -121,12 +122,9 @@ class CudaBackend(TorchBackend):
             sums[0].data_ptr(),
             sums[1].data_ptr(),
         )
-        losses, means = sums.mean(1).tolist()
-        return {"critic_loss": sum(losses), "q_mean": sum(means) / critics.members}
+        return {"critic_loss": sums[0].mean(0).sum(), "q_mean": sums[1].mean()}
 
-    def critic_step(
-        self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
-    ) -> dict[str, float]:
+    def critic_step(self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor) -> Scalars:
         gradient = zeroed_gradient(critics)
         sums = gradient.new_empty((2, critics.members), dtype=torch.float64)
         obs, action = (x.contiguous() for x in critics.inputs(obs, action))
@@ -145,8 +143,7 @@ class CudaBackend(TorchBackend):
             sums[0].data_ptr(),
             sums[1].data_ptr(),
         )
-        losses, means = sums.tolist()
-        return {"critic_loss": sum(losses), "q_mean": sum(means) / critics.members}
+        return {"critic_loss": sums[0].sum(), "q_mean": sums[1].mean()}
 
     def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
         (group,) = optimizer.param_groups
@@ -312,7 +309,7 @@ class CudaEvaluator(NativeEvaluator):
         z: Tensor,
         signal: Tensor,
         scale: Tensor,
-        alpha: float,
+        alpha: Scalar,
         num_candidates: int,
         sampling: CandidateSampling,
         generator: torch.Generator | None,

@@ -37,6 +37,7 @@ from flame_ext.sampling import (
     Flow,
     Trace,
 )
+from flame_ext.scalars import Scalar
 
 # What a kernel computes for `reference.log_prob`'s trace option.
 DIVERGENCES = {"exact": "trace", "hutchinson": "probe", "log_det": "log_det"}
@@ -252,7 +253,7 @@ class NativeEvaluator:
         z: Tensor,
         signal: Tensor,
         scale: Tensor,
-        alpha: float,
+        alpha: Scalar,
         num_candidates: int,
         sampling: CandidateSampling,
         generator: torch.Generator | None,

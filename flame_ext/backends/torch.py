@@ -13,8 +13,9 @@ from flame_ext.config import MatmulPrecision
 from flame_ext.critics import Critics
 from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import FlatMLP
-from flame_ext.policies.base import Actor, PolicyStep
+from flame_ext.policies.base import Actor
 from flame_ext.replay import Batch
+from flame_ext.scalars import Scalar, Scalars
 from flame_ext.td_target import target_noise, td_target
 
 
@@ -46,10 +47,10 @@ class TorchBackend:
         target_critics: Critics,
         optimizer: torch.optim.Adam,
         batch: Batch,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
         updates: int = 1,
-    ) -> dict[str, float]:
+    ) -> Scalars:
         """Adam steps of the critics towards `td_target`, and the targets' average after each.
 
         Args:
@@ -66,7 +67,7 @@ class TorchBackend:
             Scalars to log, means over the steps.
         """
         noise = target_noise(actor, batch, generator)
-        sums: dict[str, float] = {}
+        sums: Scalars = {}
         for part, draws in zip(batch.split(updates), noise.chunk(updates), strict=True):
             target = td_target(actor, target_critics, part, draws, alpha, generator)
             metrics = self.critic_step(critics, part.obs, part.action, target)
@@ -75,25 +76,23 @@ class TorchBackend:
             sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
         return {name: total / updates for name, total in sums.items()}
 
-    def critic_step(
-        self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor
-    ) -> dict[str, float]:
+    def critic_step(self, critics: Critics, obs: Tensor, action: Tensor, target: Tensor) -> Scalars:
         """Gradient of the twin critics' summed mean squared error to `target` ``(B,)``."""
         critics.flat.grad = None
         q = critics.q_values(obs, action)
         loss = F.mse_loss(q, target.expand_as(q), reduction="none").mean(1).sum()
         loss.backward()  # type: ignore[no-untyped-call]
-        return {"critic_loss": loss.item(), "q_mean": q.detach().mean().item()}
+        return {"critic_loss": loss.detach(), "q_mean": q.detach().mean()}
 
     def encoder_step(
         self, encoder: StateActionEncoder, obs: Tensor, action: Tensor, next_obs: Tensor
-    ) -> float:
+    ) -> Scalar:
         """Gradients of the encoder's prediction loss, which is returned."""
         for network in encoder.networks().values():
             network.flat.grad = None
         loss = encoder.prediction_loss(obs, action, next_obs)
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss.item()
+        return loss.detach()
 
     def actor_step(
         self,
@@ -101,20 +100,19 @@ class TorchBackend:
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
-    ) -> PolicyStep:
-        """Gradient of the policy's loss on states ``(B, O)`` and actions ``(B, A)``."""
+    ) -> Scalars:
+        """Gradient of the policy's loss on states ``(B, O)`` and actions ``(B, A)``.
+
+        Returns:
+            ``policy_loss`` and `ActorLoss.metrics`.
+        """
         actor.network.flat.grad = None
         with _frozen(critics):
             result = actor.loss(obs, action, critics, alpha, generator)
             result.loss.backward()  # type: ignore[no-untyped-call]
-        return PolicyStep(
-            result.loss.item(),
-            None if result.log_prob is None else result.log_prob.item(),
-            None if result.ess is None else result.ess.item(),
-            {name: value.item() for name, value in result.metrics.items()},
-        )
+        return {"policy_loss": result.loss.detach(), **result.metrics}
 
     def optimizer_step(self, optimizer: torch.optim.Adam) -> None:
         """One Adam step of a network's flat buffer."""

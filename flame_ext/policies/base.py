@@ -12,6 +12,7 @@ from flame_ext.config import Config
 from flame_ext.critics import Critics
 from flame_ext.networks import FlatMLP
 from flame_ext.reference import LogProb, best_of
+from flame_ext.scalars import Scalar, Scalars
 
 
 @dataclass(frozen=True)
@@ -20,25 +21,13 @@ class ActorLoss:
 
     Attributes:
         loss: Scalar to minimise.
-        log_prob: Mean log pi(a | s) of fresh samples, or None where the loss draws none.
-        ess: Mean effective sample size as a fraction of the candidates, or None without any.
-        metrics: Further scalars to log.
+        metrics: Scalars to log without gradient; among them, where the loss measures them,
+            ``entropy`` (of fresh samples, in nats) and ``ess`` (the mean effective sample size as
+            a fraction of the candidates).
     """
 
     loss: Tensor
-    log_prob: Tensor | None
-    ess: Tensor | None
-    metrics: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class PolicyStep:
-    """What one policy step reports, `ActorLoss` in plain numbers."""
-
-    loss: float
-    log_prob: float | None
-    ess: float | None
-    metrics: dict[str, float]
+    metrics: Scalars
 
 
 class Actor(ABC):
@@ -76,7 +65,7 @@ class Actor(ABC):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
     ) -> ActorLoss:
         """The policy's loss; critics and alpha are constants.
@@ -103,6 +92,6 @@ def uniform_like(
     return uniform.clamp_(min=torch.finfo(reference.dtype).eps)
 
 
-def reverse_kl(sample: LogProb, q_min: Tensor, alpha: float) -> Tensor:
+def reverse_kl(sample: LogProb, q_min: Tensor, alpha: Scalar) -> Tensor:
     """E[alpha log pi(a | s) - Qmin(s, a)], SAC's policy objective (Haarnoja et al. 2018, Eq. 7)."""
     return (alpha * sample.log_prob - q_min).mean()

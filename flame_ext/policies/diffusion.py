@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from flame_ext.config import Config
+from flame_ext.constants import constant
 from flame_ext.critics import Critics
 from flame_ext.networks import MeanVelocityNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, uniform_like
 from flame_ext.policies.reweighting import reverse_reweighted
 from flame_ext.reference import LogProb, denoise
 from flame_ext.sampling import signal_and_scale
+from flame_ext.scalars import Scalar
 
 
 class DenoisingEvaluator(Protocol):
@@ -70,7 +72,7 @@ class DiffusionActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
     ) -> ActorLoss:
         shape = (len(obs), self.action_dim)
@@ -78,8 +80,11 @@ class DiffusionActor(Actor):
             # Random times of the sampler's own grid, excluding t = 0 where there is no noise.
             steps = self.config.sampling_steps
             t = (uniform_like(obs, (len(obs), 1), generator) * steps).ceil() / steps
-            schedule = obs.new_tensor([signal_and_scale(i / steps) for i in range(1, steps + 1)])
-            signal, scale = schedule[(t * steps).round().long().squeeze(1) - 1].chunk(2, dim=1)
+            signals, scales = zip(
+                *(signal_and_scale(i / steps) for i in range(1, steps + 1)), strict=True
+            )
+            index = (t * steps).round().long() - 1
+            signal, scale = constant(signals, obs)[index], constant(scales, obs)[index]
             source = self.action(obs, normal_like(obs, shape, generator))
             z = signal * source + scale * normal_like(obs, shape, generator)
             reweighted = reverse_reweighted(
@@ -97,4 +102,4 @@ class DiffusionActor(Actor):
             target = (z + signal * reweighted.velocity) / (signal + scale)
         loss = (self.network.velocity(z, t, t, obs) - target).square().sum(-1).mean()
         ess = reweighted.ess.mean() / self.config.num_candidates
-        return ActorLoss(loss, None, ess, {"reweighted_loss": loss.detach()})
+        return ActorLoss(loss, {"ess": ess, "reweighted_loss": loss.detach()})

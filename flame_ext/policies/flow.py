@@ -25,6 +25,7 @@ from flame_ext.reference import (
     sample_flow,
 )
 from flame_ext.sampling import Estimator, Flow, Trace
+from flame_ext.scalars import Scalar, Scalars
 
 # Below this time z is its action to within the network's resolution and 1 / t only adds rounding.
 MIN_TIME = 1e-2
@@ -141,30 +142,31 @@ class FlowActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
     ) -> ActorLoss:
         c = self.config
         loss = torch.zeros((), dtype=obs.dtype, device=obs.device)
-        metrics: dict[str, Tensor] = {}
-        mean_log_prob, ess = None, None
+        metrics: Scalars = {}
         if c.reverse_kl_weight > 0:
             kl, sample = self._reverse_kl(obs, critics, alpha, generator)
             loss = loss + c.reverse_kl_weight * kl
-            mean_log_prob = sample.log_prob.detach().mean()
+            metrics["entropy"] = -sample.log_prob.detach().mean()
             metrics["fold_rate"] = sample.fold_rate
             metrics["reverse_kl_loss"] = kl.detach()
         if c.reweighting_weight > 0:
-            flow_loss, ess = self._reweighted_loss(obs, action, critics, alpha, generator)
+            flow_loss, metrics["ess"] = self._reweighted_loss(
+                obs, action, critics, alpha, generator
+            )
             # Both terms pull towards exp(Q / alpha), the reverse KL in units of reward. Without the
             # factor alpha a low temperature would leave flow matching alone against Q, and with K
             # candidates its target is much wider than exp(Q / alpha).
             loss = loss + c.reweighting_weight * alpha * flow_loss
             metrics["reweighted_loss"] = flow_loss.detach()
-        return ActorLoss(loss, mean_log_prob, ess, metrics)
+        return ActorLoss(loss, metrics)
 
     def _reverse_kl(
-        self, obs: Tensor, critics: Critics, alpha: float, generator: torch.Generator
+        self, obs: Tensor, critics: Critics, alpha: Scalar, generator: torch.Generator
     ) -> tuple[Tensor, LogProb]:
         """E[alpha log pi - Qmin] through the exact density."""
         noise = normal_like(obs, (len(obs), self.action_dim), generator)
@@ -198,7 +200,7 @@ class FlowActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """The collapsed MeanFlow loss on the reweighted velocity, and the mean ESS fraction."""
@@ -236,7 +238,7 @@ class FlowActor(Actor):
         action: Tensor,
         t: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
     ) -> tuple[Tensor, Reweighted]:
         source, noise = self.draw_ends(obs, action, critics, alpha, generator)
@@ -251,7 +253,7 @@ class FlowActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Actions a of `Config.z_source` and noise eps of z = (1 - t) a + t eps, ``(B, A)``."""
@@ -263,7 +265,7 @@ class FlowActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
     ) -> Tensor:
         """Actions that are noised to z, `Config.z_source`."""
@@ -283,7 +285,7 @@ class FlowActor(Actor):
         obs: Tensor,
         t: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
     ) -> tuple[Tensor, Reweighted]:
         """Candidates from the policy itself, weighted towards the target by a damped step."""

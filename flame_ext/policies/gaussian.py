@@ -12,6 +12,7 @@ from flame_ext.critics import Critics
 from flame_ext.networks import GaussianPolicyNet
 from flame_ext.policies.base import Actor, ActorLoss, normal_like, reverse_kl
 from flame_ext.reference import LogProb, tanh_gaussian
+from flame_ext.scalars import Scalar
 
 
 class GaussianEvaluator(Protocol):
@@ -69,10 +70,10 @@ class GaussianActor(Actor):
         obs: Tensor,
         action: Tensor,
         critics: Critics,
-        alpha: float,
+        alpha: Scalar,
         generator: torch.Generator,
     ) -> ActorLoss:
         noise = normal_like(obs, (len(obs), self.action_dim), generator)
         sample = self.sample(obs, noise, generator)
         loss = reverse_kl(sample, critics.q_min(obs, sample.action), alpha)
-        return ActorLoss(loss, sample.log_prob.detach().mean(), None, {})
+        return ActorLoss(loss, {"entropy": -sample.log_prob.detach().mean()})

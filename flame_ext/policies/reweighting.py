@@ -14,6 +14,7 @@ from flame_ext.reference import (
     stratify,
 )
 from flame_ext.sampling import CandidateSampling
+from flame_ext.scalars import Scalar
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def reverse_reweighted(
     z: Tensor,
     signal: Tensor,
     scale: Tensor,
-    alpha: float,
+    alpha: Scalar,
     num_candidates: int,
     sampling: CandidateSampling,
     generator: torch.Generator,
@@ -91,10 +92,9 @@ def damped_logits(logits: Tensor, ess_fraction: float, bisections: int = 12) -> 
         return (1 / weights.square().sum(1)).mean() / logits.shape[1]
 
     low, high = torch.zeros_like(logits[0, 0]), torch.ones_like(logits[0, 0])
-    if ess(high) >= ess_fraction:
-        return centred
+    whole = ess(high) >= ess_fraction
     for _ in range(bisections):
         middle = 0.5 * (low + high)
         enough = ess(middle) >= ess_fraction
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return low * centred
+    return torch.where(whole, 1.0, low) * centred
