@@ -22,8 +22,8 @@ from scipy.spatial import cKDTree
 from scipy.special import digamma
 from torch import Tensor
 
-from flame_ext.cli import parse_overrides
 from flame_ext.config import make_config
+from flame_ext.config_text import parse_overrides
 from flame_ext.policies.flow import FlowActor
 from flame_ext.reference import log_prob, sample_flow
 

@@ -1,7 +1,8 @@
 """CUDA kernels beside PyTorch eager and torch.compile with CUDA graphs, by device events.
 
 Rows "host to host" are acting as a robot sees it, by the host's clock: an observation in host
-memory to an action there.
+memory to an action there. The row "whole update" is by the host's clock too, as it ends with the
+host reading what the update reports; its native form is one CUDA graph.
 
 ``python benchmarks/cuda_kernels.py --json FILE`` on a machine with a GPU. The floor of each row is
 its operations at the rate that a large float32 matrix product (no TF32) reaches in this process,
@@ -27,9 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flame_ext import reference
+from flame_ext.agent import Agent
 from flame_ext.backends.cuda import CudaBackend, CudaEvaluator
+from flame_ext.backends.torch import TorchBackend
+from flame_ext.config import make_config
 from flame_ext.critics import Critics
 from flame_ext.networks import MeanVelocityNet
+from flame_ext.replay import Batch
 
 B, K, OBS, ACT, HIDDEN = 256, 100, 17, 6, (256, 256, 256)
 ROUNDS = 30
@@ -211,6 +216,30 @@ def acting_cases(host: bool) -> list[tuple[str, float, Run, Run]]:
     return [case(*size) for size in sizes]
 
 
+def update_case() -> tuple[str, float, Run, Run]:
+    """As `cases`: an update of critics and policy with the published sizes."""
+    config = make_config("flame", "paper", {"policy_delay": 1})
+    native, eager = (
+        Agent(config, OBS, ACT, backend, seed=0, device="cuda")
+        for backend in (CudaBackend(), TorchBackend())
+    )
+    g = torch.Generator().manual_seed(0)
+    obs, next_obs = (torch.randn(B, OBS, generator=g).cuda() for _ in range(2))
+    action = torch.randn(B, ACT, generator=g).tanh().cuda()
+    batch = Batch(obs, action, torch.zeros(B).cuda(), torch.zeros(B).cuda(), next_obs)
+    policy, critic = (OBS + ACT + 32, *HIDDEN, ACT), (OBS + ACT, *HIDDEN, 1)
+    next_actions = B * config.target_particles
+    flop = mlp_flop(next_actions, *policy) + 2 * mlp_flop(next_actions, *critic)
+    flop += 6 * mlp_flop(B, *critic) + 4 * mlp_flop(B, *policy)
+    flop += 2 * mlp_flop(B * config.num_candidates, ACT, *HIDDEN, 1)
+    return (
+        f"whole update, K = {config.num_candidates}",
+        flop,
+        lambda: native.update(batch),
+        lambda: eager.update(batch),
+    )
+
+
 def compiled_time(clock: Callable[[Run], float], eager: Run) -> float:
     """Of the PyTorch form under torch.compile with CUDA graphs; NaN where that fails."""
     torch._dynamo.reset()  # beyond a few graphs per function it would fall back to eager silently
@@ -232,7 +261,7 @@ def main() -> None:
     rows = []
     on_device = [*cases(), *acting_cases(host=False)]
     timed = [(device_us, case) for case in on_device]
-    timed += [(host_us, case) for case in acting_cases(host=True)]
+    timed += [(host_us, case) for case in [*acting_cases(host=True), update_case()]]
     for clock, (name, flop, native, eager) in timed:
         times = clock(native), clock(eager), compiled_time(clock, eager)
         rows.append(Row(name, flop, flop / peak, *times))

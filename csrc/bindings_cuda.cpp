@@ -120,35 +120,36 @@ size_t meanflow_step(const MlpSpec& spec, Pointer parameters, Pointer gradients,
 
 size_t reweighted_velocity(const MlpSpec& spec, Pointer parameters, int64_t states, int candidates,
                            int action_dim, Pointer obs, Pointer z, Pointer signal, Pointer scale,
-                           double alpha, const std::string& sampling, uint64_t seed,
-                           uint64_t offset, Pointer draw_offset, Pointer velocity, Pointer ess,
-                           bool tensor_cores, Pointer workspace, Pointer stream) {
+                           Pointer alpha, const std::string& sampling, Pointer seed,
+                           Pointer velocity, Pointer ess, bool tensor_cores, Pointer workspace,
+                           Pointer stream) {
     check(candidates >= 1, "num_candidates is ", candidates, "; at least 1 is needed");
     check(action_dim <= kMaxActionColumns, "z has ", action_dim, " columns; at most ",
           kMaxActionColumns, " are supported");
-    const ReweightedArgs args{spec,
-                              at<float>(parameters),
-                              nullptr,
-                              states,
-                              candidates,
-                              action_dim,
-                              at<float>(obs),
-                              critic_obs_dim(spec, action_dim),
-                              at<float>(z),
-                              at<float>(signal),
-                              at<float>(scale),
-                              alpha,
-                              parse_candidates(sampling),
-                              nullptr,
-                              seed,
-                              0,
-                              offset,
-                              at<float>(velocity),
-                              at<float>(ess),
-                              nullptr};
+    const CudaReweighted args{{spec,
+                               at<float>(parameters),
+                               nullptr,
+                               states,
+                               candidates,
+                               action_dim,
+                               at<float>(obs),
+                               critic_obs_dim(spec, action_dim),
+                               at<float>(z),
+                               at<float>(signal),
+                               at<float>(scale),
+                               0.0,
+                               parse_candidates(sampling),
+                               nullptr,
+                               0,
+                               0,
+                               0,
+                               at<float>(velocity),
+                               at<float>(ess),
+                               nullptr},
+                              at<double>(alpha),
+                              at<uint64_t>(seed)};
     return with_workspace(args, workspace, [&](void* memory) {
-        cuda_reweighted_velocity(args, at<uint64_t>(draw_offset), tensor_cores, memory,
-                                 at<void>(stream));
+        cuda_reweighted_velocity(args, tensor_cores, memory, at<void>(stream));
     });
 }
 
@@ -276,6 +277,16 @@ void soft_update(int64_t count, Pointer target, Pointer online, float tau, Point
     cuda_soft_update({count, at<float>(target), at<float>(online), tau}, at<void>(stream));
 }
 
+void py_monotonicity_gap(int64_t rows, int n, Pointer transport, double margin, Pointer gap,
+                         Pointer gradient, Pointer stream) {
+    check(n <= kMaxActionColumns, "transport has ", n, " columns; at most ", kMaxActionColumns,
+          " are supported");
+    const WithoutGil without_gil;
+    cuda_monotonicity_gap(
+        {rows, n, at<float>(transport), margin, at<float>(gap), at<float>(gradient)},
+        at<void>(stream));
+}
+
 // Rows `*_ld` floats apart, or entries of a column.
 size_t py_critic_updates(const PolicySampler& policy, Pointer policy_parameters,
                          const MlpSpec& critics, Pointer parameters, Pointer first_moment,
@@ -283,7 +294,7 @@ size_t py_critic_updates(const PolicySampler& policy, Pointer policy_parameters,
                          int64_t rows, Pointer obs, int64_t obs_ld, Pointer action,
                          int64_t action_ld, Pointer reward, int64_t reward_ld, Pointer terminated,
                          int64_t terminated_ld, Pointer next_obs, int64_t next_obs_ld,
-                         Pointer noise, float reward_scale, float gamma, float alpha, float tau,
+                         Pointer noise, float reward_scale, float gamma, Pointer alpha, float tau,
                          double beta1, double beta2, double epsilon, Pointer time, Pointer scale,
                          Pointer schedule, Pointer loss, Pointer q_mean, Pointer workspace,
                          Pointer stream) {
@@ -312,7 +323,7 @@ size_t py_critic_updates(const PolicySampler& policy, Pointer policy_parameters,
                                   at<float>(noise),
                                   reward_scale,
                                   gamma,
-                                  alpha,
+                                  0.0f,
                                   tau,
                                   0,
                                   0.0,
@@ -322,6 +333,7 @@ size_t py_critic_updates(const PolicySampler& policy, Pointer policy_parameters,
                                  at<float>(time),
                                  at<float>(scale),
                                  at<AdamSchedule>(schedule),
+                                 at<double>(alpha),
                                  at<double>(loss),
                                  at<double>(q_mean)};
     return with_workspace(args, workspace, [&](void* memory) {
@@ -344,6 +356,7 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_policy_act", &policy_act);
     m.def("cuda_adam", &adam);
     m.def("cuda_soft_update", &soft_update);
+    m.def("cuda_monotonicity_gap", &py_monotonicity_gap);
     m.def("cuda_critic_updates", &py_critic_updates);
 }
 

@@ -9,6 +9,7 @@
 #include "bindings.h"
 #include "bindings_arrays.h"
 #include "bindings_networks.h"
+#include "cpu/kernels.h"
 #include "monotonicity.h"
 #include "policy_loss.h"
 #include "tanh_gaussian.h"
@@ -71,7 +72,8 @@ py::tuple py_monotonicity_gap(const py::array& transport, double margin) {
     float* gradients = gradient.mutable_data();
     {
         const WithoutGil without_gil;
-        monotonicity_gap(rows, static_cast<int>(n), matrices, margin, gaps, gradients);
+        kernels().monotonicity_gap(
+            {rows, static_cast<int32_t>(n), matrices, margin, gaps, gradients});
     }
     return py::make_tuple(gap, gradient);
 }

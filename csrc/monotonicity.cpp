@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "jacobi_rotation.h"
 #include "thread_pool.h"
 
 namespace flame {
@@ -46,15 +47,12 @@ bool all_above(double margin, Matrices& m) {
     return true;
 }
 
-// One Jacobi rotation that clears the element (p, q) (Golub and Van Loan, Sec. 8.5).
+// Clears the element (p, q).
 void rotate(int p, int q, Matrices& m) {
     const int n = m.n;
     double* s = m.symmetric.data();
     double* v = m.vectors.data();
-    const double apart = s[q * n + q] - s[p * n + p];
-    const double theta = apart / (2.0 * s[p * n + q]);
-    const double t = std::copysign(1.0, theta) / (std::fabs(theta) + std::sqrt(theta * theta + 1));
-    const double c = 1.0 / std::sqrt(t * t + 1.0);
+    const auto [c, t] = jacobi_rotation(s[p * n + p], s[q * n + q], s[p * n + q]);
     for (int k = 0; k < n; ++k) {
         const double sp = s[k * n + p];
         const double sq = s[k * n + q];
@@ -77,8 +75,7 @@ void rotate(int p, int q, Matrices& m) {
 int smallest_eigenvalue(Matrices& m) {
     const int n = m.n;
     for (int i = 0; i < n * n; ++i) m.vectors[i] = i % (n + 1) == 0 ? 1.0 : 0.0;
-    const int max_sweeps = 20;  // convergence is quadratic; six are usual
-    for (int sweep = 0; sweep < max_sweeps; ++sweep) {
+    for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
         double off = 0.0;
         double all = 0.0;
         for (int i = 0; i < n * n; ++i) {
@@ -86,7 +83,7 @@ int smallest_eigenvalue(Matrices& m) {
             all += square;
             if (i % (n + 1) != 0) off += square;
         }
-        if (!(off > 1e-28 * all)) break;
+        if (!(off > kClearedPart * all)) break;
         for (int p = 0; p < n; ++p) {
             for (int q = p + 1; q < n; ++q) {
                 if (m.symmetric[p * n + q] != 0.0) rotate(p, q, m);
@@ -124,12 +121,12 @@ float matrix_gap(const float* transport, double margin, Matrices& m, float* grad
 
 }  // namespace
 
-void monotonicity_gap(int64_t rows, int n, const float* transport, double margin, float* gap,
-                      float* gradient) {
-    parallel_for(rows, kGrain, [&](int64_t begin, int64_t end) {
-        Matrices m(n);
+void monotonicity_gap(const MonotonicityArgs& a) {
+    parallel_for(a.rows, kGrain, [&](int64_t begin, int64_t end) {
+        Matrices m(a.n);
+        const int64_t size = static_cast<int64_t>(a.n) * a.n;
         for (int64_t b = begin; b < end; ++b) {
-            gap[b] = matrix_gap(transport + b * n * n, margin, m, gradient + b * n * n);
+            a.gap[b] = matrix_gap(a.transport + b * size, a.margin, m, a.gradient + b * size);
         }
     });
 }

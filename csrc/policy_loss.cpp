@@ -65,7 +65,7 @@ double add_walls(const PolicyLossInputs& in, const Walls& walls, double weight, 
     const int n = in.policy->action_dim;
     const double margin = static_cast<double>(walls.monotonicity_margin);
     float* gap = workspace.floats(in.rows);
-    monotonicity_gap(in.rows, n, transport, margin, gap, d_transport);
+    kernels().monotonicity_gap({in.rows, n, transport, margin, gap, d_transport});
     for (int64_t b = 0; b < in.rows; ++b) {
         const auto depth = static_cast<double>(gap[b]);
         const double capped = std::min(depth, margin);  // linear from there on

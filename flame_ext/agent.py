@@ -16,7 +16,7 @@ from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import FlatMLP
 from flame_ext.policies.base import normal_like
 from flame_ext.replay import Batch
-from flame_ext.scalars import Scalar, Scalars, to_floats
+from flame_ext.scalars import Scalar, Scalars
 from flame_ext.temperature import Temperature
 
 
@@ -72,6 +72,7 @@ class Agent:
             for name, network in self.encoder.networks().items():
                 self.optimizers[name] = _adam(network.flat, config.embedding_learning_rate)
         self.updates = 0
+        self._run_steps = backend.prepare_steps(self._steps, self.generator)
 
     def set_progress(self, fraction: float) -> None:
         """Anneals the policy's learning rate; `fraction` of the run that is done."""
@@ -79,7 +80,7 @@ class Agent:
         if final is not None:
             start = self.config.policy_learning_rate
             rate = start + min(max(fraction, 0.0), 1.0) * (final - start)
-            self.optimizers["actor"].param_groups[0]["lr"] = rate
+            self.backend.set_learning_rate(self.optimizers["actor"], rate)
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class Agent:
         policy_due = done % c.policy_delay == 0
         alpha_due = policy_due and done % c.alpha_interval < c.policy_delay
         alpha = self.temperature.alpha
-        metrics = to_floats(self._steps(batch, alpha, updates, policy_due, alpha_due))
+        metrics = self._run_steps(batch, alpha, updates, policy_due, alpha_due)
         self.updates = done
         if policy_due:
             if alpha_due:
@@ -147,7 +148,7 @@ class Agent:
     def _steps(
         self, batch: Batch, alpha: Scalar, updates: int, policy_due: bool, alpha_due: bool
     ) -> Scalars:
-        """What `update` has a device do: it never waits for a result."""
+        """What `update` has the backend do: it never waits for a result."""
         observed = self._observed(batch)
         scalars = self.backend.critic_updates(
             self.actor,

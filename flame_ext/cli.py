@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import inspect
-import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -267,42 +265,12 @@ def _count(text: str) -> int:
     return whole
 
 
-def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """Turn ``KEY=VALUE`` texts into options: JSON values, ``a,b`` for lists, else plain text.
-
-    Raises:
-        ValueError: If a text has no ``=``.
-    """
-    from flame_ext.config import Config
-
-    overrides: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator or not key:
-            raise ValueError(f"--set {pair!r} is not of the form KEY=VALUE, as in --set gamma=0.98")
-        key, value = key.strip(), _parse_value(text.strip())
-        if isinstance(getattr(Config, key, None), tuple) and not isinstance(value, list):
-            value = [value]  # One hidden layer: hidden_sizes=256.
-        overrides[key] = value
-    return overrides
-
-
-def _parse_value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for candidate in (text, f"[{text}]"):
-        try:
-            return json.loads(candidate)
-        except json.JSONDecodeError:
-            continue
-    return text
-
-
 # Commands ---------------------------------------------------------------------------------------
 
 
 def _train(options: argparse.Namespace) -> None:
+    from flame_ext.config_text import describe_config
+
     config = _train_config(options)
     if options.show_config:
         print(describe_config(config))
@@ -320,6 +288,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _train_config(options: argparse.Namespace) -> Config:
     from flame_ext.config import make_config
+    from flame_ext.config_text import parse_overrides
 
     overrides = parse_overrides(options.overrides)
     if options.num_envs is not None:
@@ -395,31 +364,6 @@ def _report(result: Any) -> None:
     print(f"best evaluation   return {result.best_return:.1f}, its policy in {result.run_dir}/best")
     print(f"learning curve    {picture}")
     print(f"play with it      flame-ext eval {result.run_dir}")
-
-
-def describe_config(config: Any) -> str:
-    """One line per option: name, value, and the meaning from the documentation of `Config`."""
-    meanings = _meanings(type(config).__doc__ or "")
-    lines = []
-    for name, value in config.to_dict().items():
-        shown = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-        lines.append(f"{name:<27} {shown:<12} {meanings.get(name, '')}".rstrip())
-    return "\n".join(lines)
-
-
-def _meanings(docstring: str) -> dict[str, str]:
-    """Attribute descriptions of a Google-style docstring, each joined to one line."""
-    meanings: dict[str, str] = {}
-    name = ""
-    for line in inspect.cleandoc(docstring).partition("Attributes:")[2].splitlines():
-        indent = len(line) - len(line.lstrip())
-        head, separator, text = line.strip().partition(": ")
-        if indent == 4 and separator and head.isidentifier():
-            name = head
-            meanings[name] = text
-        elif name and line.strip():
-            meanings[name] += " " + line.strip()
-    return meanings
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -23,6 +23,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.obs)
 
+    def columns(self) -> list[Tensor]:
+        """The fields' tensors, in their order."""
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
     def split(self, parts: int) -> list[Batch]:
         """Equal parts, in order.
 
@@ -31,8 +35,8 @@ class Batch:
         """
         if parts < 1 or len(self) % parts:
             raise ValueError(f"a batch of {len(self)} transitions has no {parts} equal parts")
-        columns = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        return [Batch(*part) for part in zip(*(c.chunk(parts) for c in columns), strict=True)]
+        chunks = (column.chunk(parts) for column in self.columns())
+        return [Batch(*part) for part in zip(*chunks, strict=True)]
 
 
 class ReplayBuffer:

@@ -311,7 +311,7 @@ def native_candidates(
     """What the native reweighting draws: Philox streams of a seed from the generator."""
     assert sampling == "stratified"
     shape = (len(z), num_candidates, z.shape[1])
-    return philox_candidates(draw_seed(generator), shape).to(z.dtype)
+    return philox_candidates(int(draw_seed(generator)), shape).to(z.dtype)
 
 
 EXACT_IN_TARGET = {"entropy_in_target": True, "entropy_estimator": "exact"}

@@ -10,6 +10,7 @@ import pytest
 
 from flame_ext import cli, latency, play
 from flame_ext.config import ALGORITHMS, Config, make_config
+from flame_ext.config_text import describe_config, parse_overrides
 from flame_ext.plots import run_facts
 
 SMALL = {
@@ -86,7 +87,7 @@ def test_the_version_is_the_packages(capsys):
 
 
 def test_every_option_is_listed_with_its_meaning():
-    lines = cli.describe_config(make_config("sac")).splitlines()
+    lines = describe_config(make_config("sac")).splitlines()
     assert [line.split()[0] for line in lines] == list(Config.__dataclass_fields__)
     assert all(len(line.split()) > 4 for line in lines)
     assert re.search(r"^gamma +0\.99 +Discount factor", "\n".join(lines), re.MULTILINE)
@@ -117,19 +118,19 @@ def test_show_config_applies_overrides(capsys):
     ],
 )
 def test_values_of_set(text, value):
-    parsed = cli.parse_overrides([f"key={text}"])["key"]
+    parsed = parse_overrides([f"key={text}"])["key"]
     assert parsed == value
     assert type(parsed) is type(value)
 
 
 def test_one_value_is_a_list_of_one_where_a_list_is_needed():
-    assert cli.parse_overrides(["hidden_sizes=16"]) == {"hidden_sizes": [16]}
+    assert parse_overrides(["hidden_sizes=16"]) == {"hidden_sizes": [16]}
 
 
 @pytest.mark.parametrize("text", ["gamma", "=3"])
 def test_malformed_set_is_named(text):
     with pytest.raises(ValueError, match="not of the form KEY=VALUE"):
-        cli.parse_overrides([text])
+        parse_overrides([text])
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "1.5", "many", "nan", "inf"])

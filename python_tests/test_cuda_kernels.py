@@ -21,7 +21,7 @@ from flame_ext.agent import Agent
 from flame_ext.backends import make_backend
 from flame_ext.backends.cuda import CudaBackend, CudaEvaluator
 from flame_ext.backends.torch import TorchBackend
-from flame_ext.config import make_config
+from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.critics import Critics
 from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.replay import Batch, ReplayBuffer
@@ -290,6 +290,50 @@ def test_updates_with_embeddings_follow_pytorchs(algorithm):
     for _ in range(5):
         first, second = (agent.update(Batch(*rows)) for agent in agents)
         assert second == pytest.approx(first, rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("embedding_dim", [0, 24])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_captured_updates_are_those_launched_one_by_one(algorithm, embedding_dim):
+    """A hundred updates with every key of a graph, annealed rate, moving temperature and draws."""
+    config = make_config(
+        algorithm,
+        overrides={
+            "embedding_dim": embedding_dim,
+            "policy_delay": 3,
+            "final_policy_learning_rate": 1e-4,
+            "target_particles": 2 if algorithm == "flame" else 1,
+        },
+    )
+    agents = [
+        Agent(config, 17, 6, CudaBackend(graphs), seed=0, device="cuda") for graphs in (True, False)
+    ]
+    rows = [draw(300, 17), draw(300, 6).tanh(), draw(300), draw(300).gt(1).float(), draw(300, 17)]
+    for i in range(100):
+        updates = 1 + i % 2
+        index = torch.arange(i, i + 64 * updates)
+        batch = Batch(*(x[index] for x in rows))
+        for agent in agents:
+            agent.set_progress(i / 100)
+        first, second = (agent.update(batch, updates) for agent in agents)
+        assert first == second, i
+    for name, network in agents[0].networks().items():
+        assert torch.equal(network.flat, agents[1].networks()[name].flat), name
+    assert torch.equal(*(agent.generator.get_state() for agent in agents))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (40, 6), (7, 17), (2, 64)])
+def test_monotonicity_gap(rows, size):
+    transport = draw(rows, size, size) / 2 + torch.linspace(-3, 3, rows).cuda().view(-1, 1, 1)
+    native = CudaEvaluator(make_policy(2, 1, (8,)))
+    ours = native.gap_and_gradient(transport, 0.02)
+    results = []
+    for kind in (torch.float32, torch.float64):
+        leaf = transport.to(kind).requires_grad_()
+        gap = reference.monotonicity_gap(leaf, 0.02)
+        results.append((gap.detach(), *torch.autograd.grad(gap.sum(), leaf)))
+    for values in zip(ours, *results, strict=True):
+        assert_as_accurate(*values)
 
 
 def update(backend: CudaBackend, critics: Critics, target: Critics, batch: list[Tensor]) -> None:

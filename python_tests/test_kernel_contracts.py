@@ -136,6 +136,7 @@ def test_candidates_that_do_not_compare_leave_the_first():
     np.testing.assert_allclose(resampled, -0.5, rtol=1e-6)
 
 
+@each_target
 def test_a_transport_that_is_not_finite_has_no_gap():
     transport = np.array([[[2.0, np.nan], [0.0, 2.0]], [[2.0, 0.0], [0.0, 2.0]]], np.float32)
     gap, gradient = _core.monotonicity_gap(transport, 0.1)

@@ -27,8 +27,8 @@ from pathlib import Path
 from provenance import provenance
 from report import RESULT_FILES, Run, differences, read_results, read_settings, report
 
-from flame_ext.cli import parse_overrides
 from flame_ext.config import make_config
+from flame_ext.config_text import parse_overrides
 from flame_ext.loggers import read_evaluations
 
 # The installed command: `python -m` in a checkout would import its sources, which have no kernels.

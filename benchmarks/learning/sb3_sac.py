@@ -21,8 +21,8 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from flame_ext.cli import parse_overrides
 from flame_ext.config import Config, make_config
+from flame_ext.config_text import parse_overrides
 from flame_ext.envs import make_eval_env
 from flame_ext.evaluate import MAX_EVAL_ENVS, Evaluation, run_episodes
 from flame_ext.loggers import EvaluationLog

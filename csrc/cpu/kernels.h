@@ -16,6 +16,7 @@
 namespace flame {
 
 class Workspace;
+struct MonotonicityArgs;
 // critic_updates.h, which the sources of an instruction set cannot include: it has STL.
 struct CriticUpdates;
 struct CriticUpdatesResult;
@@ -37,6 +38,7 @@ struct CpuKernels {
     void (*truncated_normals)(const TruncatedNormalArgs& args);
     void (*adam)(const AdamArgs& args);
     void (*soft_update)(const SoftUpdateArgs& args);
+    void (*monotonicity_gap)(const MonotonicityArgs& args);
     // The whole sequence, where it is not taken step by step (of a flow's critics alone); or null.
     CriticUpdatesResult (*critic_updates)(const CriticUpdates& args);
 };

@@ -2,9 +2,9 @@
 // states, then for each update its TD target, the critics' gradient, Adam and the targets' average.
 //
 // All pointers of the updates are device memory of the caller, and so are the sampler's tables,
-// which replace those inside `policy`. The schedule has Adam's rate and step. loss, q_mean
-// (updates, members). Workspace: next actions, target, gradient and that of the operations, the
-// latter once for all updates.
+// which replace those inside `policy`, and alpha. The schedule has Adam's rate and step. loss,
+// q_mean (updates, members). Workspace: next actions, target, gradient and that of the operations,
+// the latter once for all updates.
 //
 // `operations` runs the kernels of other files and knows their workspaces: run(args), bytes(args).
 //
@@ -46,11 +46,12 @@ struct TdTarget {
     int64_t terminated_ld;
     float reward_scale;
     float gamma;
-    float alpha;
+    const double* alpha;  // with log_prob
     float* target;
 
     FLAME_BODY void operator()(int64_t i) const {
-        const float entropy = log_prob != nullptr ? -alpha * log_prob[i] : 0.0f;
+        const float entropy =
+            log_prob != nullptr ? -static_cast<float>(*alpha) * log_prob[i] : 0.0f;
         target[i] = td_target(reward_scale * reward[i * reward_ld], terminated[i * terminated_ld],
                               gamma, q_min[i], entropy);
     }
@@ -76,7 +77,7 @@ static inline void next_actions(const Operations& operations, const CudaCriticUp
         flow_samples(*u.policy, u.policy_parameters, u.rows, u.next_obs, u.next_obs_ld, u.noise);
     args.time = c.time;
     args.scale = c.scale;
-    args.divergence = u.alpha != 0.0f ? Divergence::kLogDet : Divergence::kNone;
+    args.divergence = c.alpha != nullptr ? Divergence::kLogDet : Divergence::kNone;
     args.action = next.action;
     args.log_prob = next.log_prob;
     args.folded = next.folded;
@@ -107,9 +108,9 @@ static inline UpdatePart make_part(const Operations& operations, const CudaCriti
     UpdatePart p{
         {u.critics, u.target_parameters, rows, 1, action_dim, u.next_obs + first * u.next_obs_ld,
          u.next_obs_ld, next.action + first * action_dim, q_min, nullptr},
-        {q_min, u.alpha != 0.0f ? next.log_prob + first : nullptr, u.reward + first * u.reward_ld,
-         u.reward_ld, u.terminated + first * u.terminated_ld, u.terminated_ld, u.reward_scale,
-         u.gamma, u.alpha, target},
+        {q_min, c.alpha != nullptr ? next.log_prob + first : nullptr,
+         u.reward + first * u.reward_ld, u.reward_ld, u.terminated + first * u.terminated_ld,
+         u.terminated_ld, u.reward_scale, u.gamma, c.alpha, target},
         {u.critics, u.parameters, gradients, rows, action_dim, u.obs + first * u.obs_ld, u.obs_ld,
          u.action + first * u.action_ld, u.action_ld, target, c.loss + outcome, c.q_mean + outcome,
          nullptr},

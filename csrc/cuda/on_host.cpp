@@ -14,6 +14,7 @@
 #include "cuda/flow_record.h"
 #include "cuda/meanflow_step.h"
 #include "cuda/mlp_forward.h"
+#include "cuda/monotonicity_gap.h"
 #include "cuda/policy_act.h"
 #include "cuda/q_gradient.h"
 #include "cuda/reweighted_velocity.h"
@@ -94,12 +95,11 @@ void refuse_pair_encoder(const PairEncoder* pair) {
 
 void host_reweighted_velocity(const ReweightedArgs& a) {
     refuse_pair_encoder(a.pair);
-    // Half of the offset comes from memory, as in a captured graph.
-    ReweightedArgs rest = a;
-    rest.offset = a.offset / 2;
-    const uint64_t more = a.offset - rest.offset;
+    CudaReweighted args{a, &a.alpha, &a.seed};
+    args.reweighted.alpha = NAN;  // which is not to be read, nor is the seed
+    args.reweighted.seed = ~a.seed;
     with_memory([&](Carver& m) { count_reweighted(a, m); },
-                [&](Carver& m) { reweighted_velocity(launcher(), rest, &more, tensor_cores, m); });
+                [&](Carver& m) { reweighted_velocity(launcher(), args, tensor_cores, m); });
 }
 
 void host_flow_density(const FlowDensityArgs& a) { flow_density(launcher(), a); }
@@ -158,6 +158,8 @@ void host_adam(const AdamArgs& a) {
 
 void host_soft_update(const SoftUpdateArgs& a) { soft_update(launcher(), a); }
 
+void host_monotonicity_gap(const MonotonicityArgs& a) { monotonicity_gap(launcher(), a); }
+
 struct HostOperations {
     Launcher launch = launcher();
 
@@ -190,8 +192,15 @@ CriticUpdatesResult host_critic_updates(const CriticUpdates& u) {
     const size_t outcomes = static_cast<size_t>(u.updates) * u.critics.members;
     std::vector<double> loss(outcomes);
     std::vector<double> q_mean(outcomes);
-    const CudaCriticUpdates args{u,         u.policy->time.data(), u.policy->scale.data(),
-                                 &schedule, loss.data(),           q_mean.data()};
+    const auto alpha = static_cast<double>(u.alpha);
+    CudaCriticUpdates args{u,
+                           u.policy->time.data(),
+                           u.policy->scale.data(),
+                           &schedule,
+                           u.alpha != 0.0f ? &alpha : nullptr,
+                           loss.data(),
+                           q_mean.data()};
+    args.updates.alpha = NAN;  // which is not to be read
     const HostOperations operations;
     const size_t bytes = critic_updates_bytes(operations, args);
     with_memory([&](Carver& m) { m.array<char>(bytes); },
@@ -221,6 +230,7 @@ const CpuKernels kTable = {
     host_truncated_normals,
     host_adam,
     host_soft_update,
+    host_monotonicity_gap,
     host_critic_updates,
 };
 
@@ -266,7 +276,7 @@ void policy_act_on_host(const PolicyActArgs& a, const HostDevice& device) {
 
 void product_on_host(const float* x, const float* w, int rows, int depth, int columns,
                      int rows_per_warp, const HostDevice& device, float* y) {
-    const MlpSpec spec{1, 1, {depth, columns}, Activation::kRelu, false};
+    const MlpSpec spec{1, 1, {depth, columns}, Activation::kRelu, false, false};
     const TileDemand want{rows, 1, 1, 0, 0, device.tensor_cores};
     const TilePlan plan = tile_plan(rows_per_warp, want, tile_lds(spec, want));
     with_tile(plan, [&](auto rows_of_warp, auto tensor) {

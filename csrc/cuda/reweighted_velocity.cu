@@ -4,16 +4,15 @@
 
 namespace flame {
 
-void cuda_reweighted_velocity(const ReweightedArgs& args, const uint64_t* draw_offset,
-                              bool tensor_cores, void* workspace, void* stream) {
+void cuda_reweighted_velocity(const CudaReweighted& args, bool tensor_cores, void* workspace,
+                              void* stream) {
     isa_cuda::Carver memory(workspace);
-    isa_cuda::reweighted_velocity(isa_cuda::Launcher(stream), args, draw_offset, tensor_cores,
-                                  memory);
+    isa_cuda::reweighted_velocity(isa_cuda::Launcher(stream), args, tensor_cores, memory);
 }
 
-size_t cuda_workspace_bytes(const ReweightedArgs& args) {
+size_t cuda_workspace_bytes(const CudaReweighted& args) {
     isa_cuda::Carver memory(nullptr);
-    isa_cuda::count_reweighted(args, memory);
+    isa_cuda::count_reweighted(args.reweighted, memory);
     return memory.used();
 }
 

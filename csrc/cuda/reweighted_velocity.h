@@ -2,15 +2,17 @@
 // candidates (FLAME, Sec. 4.1): candidates, twin Q (twin_q.h), softmax; the same uniforms as the
 // CPU's kernel.
 //
-// obs (states, O); z, velocity and resampled (states, A) dense; signal, scale, ess (states);
-// uniform (states, K, A) for kGiven: device memory of the caller. Workspace: candidates (states, K,
-// A), for kStratified as many draws that order them, Qmin (states, K) and twin Q's.
+// alpha and seed: one number each in device memory. obs (states, O); z, velocity and resampled
+// (states, A) dense; signal, scale, ess (states); uniform (states, K, A) for kGiven: device memory
+// of the caller. Workspace: candidates (states, K, A), for kStratified as many draws that order
+// them, Qmin (states, K) and twin Q's.
 //
 // Beside twin Q (twin_q.h: 0.13 or 0.20 ms at B 256, K 100) the two other launches move 1.4 MB, 0.4
 // us at 3.35 TB/s and mostly in L2, and do about 150 double operations per coordinate: 23 MFLOP,
 // 0.7 us at the 34 TFLOP/s of an H100's double units, 30 times that where a device has few of them.
 #pragma once
 
+#include "cuda/training.h"
 #include "cuda/twin_q.h"
 #include "partition.h"
 #include "reverse_candidates.h"
@@ -18,20 +20,12 @@
 
 namespace flame::FLAME_ISA {
 
-// What a captured graph changes between replays; in device memory, added to the arguments' offset.
-struct DrawOffset {
-    const uint64_t* blocks;  // null for none
-    FLAME_BODY uint64_t operator()(uint64_t offset) const {
-        return blocks == nullptr ? offset : offset + *blocks;
-    }
-};
-
 // actions (states, K, A), order (states, A, K) for kStratified. One block per state: its intervals
 // and the draws of its order first, then a Philox block of four draws per thread.
 struct CandidatesKernel {
     static constexpr const char* kName = "reverse_candidates";
     ReweightedArgs a;
-    DrawOffset draws;
+    const uint64_t* seed;
     float* actions;
     float* order;
 
@@ -65,7 +59,7 @@ struct CandidatesKernel {
 
     // The order's draws with flat index 4 q .. 4 q + 3, as far as they are this state's.
     FLAME_BODY void four_orders(uint64_t q, uint64_t first, uint64_t end) const {
-        const PhiloxBlock bits = philox_block(a.seed, a.stream + 2, draws(a.offset) + q);
+        const PhiloxBlock bits = philox_block(*seed, a.stream + 2, a.offset + q);
         for (int i = 0; i < 4; ++i) {
             const uint64_t flat = 4 * q + i;
             if (flat < first || flat >= end) continue;
@@ -80,7 +74,7 @@ struct CandidatesKernel {
                                const TruncatedInterval* intervals) const {
         PhiloxBlock bits{};
         if (a.source != Candidates::kGiven) {
-            bits = philox_block(a.seed, a.stream, draws(a.offset) + q);
+            bits = philox_block(*seed, a.stream, a.offset + q);
         }
         for (int i = 0; i < 4; ++i) {
             const uint64_t flat = 4 * q + i;
@@ -109,7 +103,8 @@ struct CandidatesKernel {
 struct SoftmaxKernel {
     static constexpr const char* kName = "reweighted_softmax";
     ReweightedArgs a;
-    DrawOffset draws;
+    const double* alpha;
+    const uint64_t* seed;
     const float* actions;
     const float* q_min;
 
@@ -124,7 +119,8 @@ struct SoftmaxKernel {
         const int n = a.candidates;
         const float* q = q_min + state * n;
         const float* action = actions + state * n * a.action_dim;
-        const auto logit = [&](int k) { return static_cast<double>(q[k]) / a.alpha; };
+        const double temperature = *alpha;
+        const auto logit = [&](int k) { return static_cast<double>(q[k]) / temperature; };
         const double top = warp.largest(n, -HUGE_VAL, logit);
         const auto weight = [&](int k) { return ::exp(logit(k) - top); };
         const double sum = warp.sum<double>(n, weight);
@@ -153,7 +149,7 @@ struct SoftmaxKernel {
         const int n = a.candidates;
         const auto key = [&](int k) {
             const uint64_t draw = static_cast<uint64_t>(state) * n + k;
-            const PhiloxBlock bits = philox_block(a.seed, a.stream + 1, draws(a.offset) + draw / 4);
+            const PhiloxBlock bits = philox_block(*seed, a.stream + 1, a.offset + draw / 4);
             return gumbel_key(logit(k), bits.v[draw % 4]);
         };
         const int chosen = first_largest(warp, n, -HUGE_VAL, key);
@@ -185,15 +181,16 @@ static inline void count_reweighted(const ReweightedArgs& a, Carver& memory) {
     carve_twin_q(carve_reweighted(a, memory).twin_q, memory);
 }
 
-static inline void reweighted_velocity(const Launcher& launch, const ReweightedArgs& a,
-                                       const uint64_t* draw_offset, bool tensor_cores,
-                                       Carver& memory) {
+static inline void reweighted_velocity(const Launcher& launch, const CudaReweighted& args,
+                                       bool tensor_cores, Carver& memory) {
+    const ReweightedArgs& a = args.reweighted;
     if (a.states == 0) return;
     const ReweightedMemory m = carve_reweighted(a, memory);
-    launch(CandidatesKernel{a, {draw_offset}, m.actions, m.order}, a.states,
+    launch(CandidatesKernel{a, args.seed, m.actions, m.order}, a.states,
            a.action_dim * (sizeof(TruncatedInterval) / sizeof(float)));
     twin_q(launch, m.twin_q, tensor_cores, memory);
-    launch(SoftmaxKernel{a, {draw_offset}, m.actions, m.q_min}, divide_up(a.states, kWarps), 0);
+    launch(SoftmaxKernel{a, args.alpha, args.seed, m.actions, m.q_min}, divide_up(a.states, kWarps),
+           0);
 }
 
 }  // namespace flame::FLAME_ISA

@@ -12,6 +12,7 @@
 
 #include "cpu/training.h"
 #include "critic_updates.h"
+#include "monotonicity.h"
 
 namespace flame {
 
@@ -30,14 +31,22 @@ struct FlowGradientArgs {
 };
 
 // Updates whose pointers are device memory, with what takes the place of host memory in them: the
-// sampler's tables, Adam's rate and step.
+// sampler's tables, Adam's rate and step, the temperature.
 struct CudaCriticUpdates {
-    CriticUpdates updates;
-    const float* time;   // (steps, time_features)
-    const float* scale;  // (steps)
+    CriticUpdates updates;  // .step, .learning_rate and .alpha are not read
+    const float* time;      // (steps, time_features)
+    const float* scale;     // (steps)
     AdamSchedule* schedule;
-    double* loss;    // (updates, members)
-    double* q_mean;  // (updates, members)
+    const double* alpha;  // null leaves the density out of the target
+    double* loss;         // (updates, members)
+    double* q_mean;       // (updates, members)
+};
+
+// Candidates whose temperature and seed a captured graph may change between replays.
+struct CudaReweighted {
+    ReweightedArgs reweighted;  // .alpha and .seed are not read
+    const double* alpha;
+    const uint64_t* seed;
 };
 
 // action[s] = the best by Qmin of the `samples` actions that z <- z + scale_i u(z, time_i, s),
@@ -72,14 +81,14 @@ void cuda_flow_density(const FlowDensityArgs& args, void* stream);
 // record: a workspace to be kept until the last cuda_flow_backward, like the parameters.
 void cuda_flow_record(const FlowDensityArgs& args, void* record, void* stream);
 void cuda_flow_backward(const FlowGradientArgs& args, void* workspace, void* stream);
-// draw_offset: in device memory, Philox blocks added to args.offset; or null.
-void cuda_reweighted_velocity(const ReweightedArgs& args, const uint64_t* draw_offset,
-                              bool tensor_cores, void* workspace, void* stream);
+void cuda_reweighted_velocity(const CudaReweighted& args, bool tensor_cores, void* workspace,
+                              void* stream);
 void cuda_policy_act(const PolicyActArgs& args, void* workspace, void* stream);
 // args.step and args.learning_rate are not read: the schedule, in device memory, has them.
 void cuda_adam(const AdamArgs& args, AdamSchedule* schedule, void* stream);
 void cuda_soft_update(const SoftUpdateArgs& args, void* stream);
-// Of a flow's critics. args.updates.step and .learning_rate are not read.
+void cuda_monotonicity_gap(const MonotonicityArgs& args, void* stream);
+// Of a flow's critics.
 void cuda_critic_updates(const CudaCriticUpdates& args, void* workspace, void* stream);
 
 size_t cuda_workspace_bytes(const TwinQArgs& args);
@@ -88,7 +97,7 @@ size_t cuda_workspace_bytes(const QGradientArgs& args);
 size_t cuda_workspace_bytes(const MeanFlowStepArgs& args);
 size_t cuda_workspace_bytes(const FlowDensityArgs& args);  // of cuda_flow_record
 size_t cuda_workspace_bytes(const FlowGradientArgs& args);
-size_t cuda_workspace_bytes(const ReweightedArgs& args);
+size_t cuda_workspace_bytes(const CudaReweighted& args);
 size_t cuda_workspace_bytes(const PolicyActArgs& args);
 size_t cuda_workspace_bytes(const CudaCriticUpdates& args);
 

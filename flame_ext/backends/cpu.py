@@ -223,7 +223,7 @@ class CpuBackend(TorchBackend):
                 acting_fraction=c.acting_fraction,
                 num_candidates=c.num_candidates,
                 sampling=c.candidate_sampling,
-                seed=draw_seed(generator),
+                seed=int(draw_seed(generator)),
             )
             loss += weight * flow_loss
             metrics |= {"ess": ess, "reweighted_loss": flow_loss}

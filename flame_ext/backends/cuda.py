@@ -1,18 +1,28 @@
 """The native CUDA backend: whole steps by the fused kernels, in place on the flat buffers.
 
 Kernels run on PyTorch's current stream of the tensors' device, with workspaces from PyTorch's
-caching allocator; none of them allocates or synchronises by itself.
+caching allocator; none of them allocates or synchronises by itself. An agent's updates are captured
+in CUDA graphs (``FLAME_EXT_CUDA_GRAPHS=0`` launches their kernels one by one).
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from flame_ext.backends.cuda_call import pointer, rows_pointer, run_with_workspace, stream
+from flame_ext.backends.cuda_call import (
+    device_scalar,
+    pointer,
+    rows_pointer,
+    run_with_workspace,
+    stream,
+)
+from flame_ext.backends.cuda_graph import GraphedSteps
 from flame_ext.backends.native_evaluator import NativeEvaluator, chooser, draw_seed
 from flame_ext.backends.native_views import flow_table, mlp_spec
 from flame_ext.backends.samplers import native_sampler, next_action_steps
@@ -25,7 +35,7 @@ from flame_ext.native import load_core
 from flame_ext.networks import FlatMLP, MeanVelocityNet
 from flame_ext.policies.base import Actor
 from flame_ext.policies.flow import FlowActor
-from flame_ext.reference import denoise, monotonicity_gap, tanh_gaussian
+from flame_ext.reference import denoise, tanh_gaussian
 from flame_ext.replay import Batch
 from flame_ext.sampling import CandidateSampling, Flow
 from flame_ext.scalars import Scalar, Scalars
@@ -53,13 +63,29 @@ def require_cuda() -> None:
 
 
 class CudaBackend(TorchBackend):
-    """Critic updates of a flow in one call, and every evaluation inside the losses, by kernels."""
+    """Critic updates of a flow in one call, and every evaluation inside the losses, by kernels.
+
+    Args:
+        graphs: Whether updates are captured; None asks the environment.
+    """
 
     name = "cuda"
 
-    def __init__(self) -> None:
+    def __init__(self, graphs: bool | None = None) -> None:
         self._core = load_core()
+        asked = os.environ.get("FLAME_EXT_CUDA_GRAPHS", "1") != "0"
+        self._graphs = asked if graphs is None else graphs
         self._schedules: dict[Tensor, tuple[float, Tensor]] = {}
+
+    def prepare_steps(
+        self, steps: Callable[..., Scalars], generator: torch.Generator
+    ) -> Callable[..., dict[str, float]]:
+        return GraphedSteps(steps, generator, capture=self._graphs)
+
+    def set_learning_rate(self, optimizer: torch.optim.Adam, rate: float) -> None:
+        super().set_learning_rate(optimizer, rate)
+        (parameter,) = optimizer.param_groups[0]["params"]
+        self._schedule(parameter, rate)  # which captured steps read
 
     def accelerate(self, network: FlatMLP, matmul_precision: MatmulPrecision = "float32") -> None:
         super().accelerate(network, matmul_precision)
@@ -92,6 +118,7 @@ class CudaBackend(TorchBackend):
         schedule = self._advanced_schedule(flat, group["lr"], moments["step"], updates)
         evaluator = cast("CudaEvaluator", actor.network.evaluator)
         tables = evaluator.device_table(steps, c.flow)
+        temperature = device_scalar(alpha, flat) if c.entropy_in_target else None
         sums = flat.new_empty((2, updates, critics.members), dtype=torch.float64)
         run_with_workspace(
             self._core.cuda_critic_updates,
@@ -113,7 +140,7 @@ class CudaBackend(TorchBackend):
             pointer(noise, (rows, columns), flat),
             c.reward_scale,
             c.gamma,
-            alpha if c.entropy_in_target else 0.0,
+            0 if temperature is None else temperature.data_ptr(),
             c.tau,
             *group["betas"],
             group["eps"],
@@ -209,9 +236,7 @@ class CudaEvaluator(NativeEvaluator):
     """
 
     differentiates_forward = False
-    # As PyTorch computes them.
-    tanh_gaussian = staticmethod(tanh_gaussian)
-    monotonicity_gap = staticmethod(monotonicity_gap)
+    tanh_gaussian = staticmethod(tanh_gaussian)  # as PyTorch computes it
 
     def __init__(self, network: FlatMLP) -> None:
         super().__init__(network)
@@ -280,6 +305,22 @@ class CudaEvaluator(NativeEvaluator):
         )
         return q_min, gradient
 
+    def gap_and_gradient(self, transport: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+        transport = transport.contiguous()
+        rows, columns = transport.shape[:2]
+        gap, gradient = transport.new_empty(rows), torch.empty_like(transport)
+        with torch.cuda.device(transport.device):
+            self.core.cuda_monotonicity_gap(
+                rows,
+                columns,
+                pointer(transport, (rows, columns, columns)),
+                margin,
+                pointer(gap),
+                pointer(gradient),
+                stream(transport),
+            )
+        return gap, gradient
+
     def meanflow_gradient(
         self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -313,17 +354,13 @@ class CudaEvaluator(NativeEvaluator):
         num_candidates: int,
         sampling: CandidateSampling,
         generator: torch.Generator | None,
-        draw_offset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As on the CPU, from the same uniforms for the same seed.
-
-        `draw_offset`, one int64 on the device, is added to the draws' offset in blocks of four: a
-        captured graph must change it between replays.
-        """
+        """As on the CPU, from the same uniforms for the same seed."""
         flat = self.network.flat
         obs, z, signal, scale = (x.contiguous() for x in (obs, z, signal, scale))
         rows, columns = z.shape
         velocity, ess = torch.empty_like(z), z.new_empty(rows)
+        temperature, seed = device_scalar(alpha, flat), draw_seed(generator).to(flat.device)
         run_with_workspace(
             self.core.cuda_reweighted_velocity,
             flat,
@@ -336,11 +373,9 @@ class CudaEvaluator(NativeEvaluator):
             pointer(z, z.shape, flat),
             pointer(signal, (rows, 1), flat),
             pointer(scale, (rows, 1), flat),
-            alpha,
+            temperature.data_ptr(),
             sampling,
-            draw_seed(generator),
-            0,
-            0 if draw_offset is None else draw_offset.data_ptr(),
+            seed.data_ptr(),
             pointer(velocity),
             pointer(ess),
             self.tensor_cores,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flame_ext.scalars import Scalar
+
 
 def rows_pointer(tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> tuple[int, int]:
     """Address and row distance, in floats, of rows or of a column that may lie in wider rows.
@@ -20,6 +22,11 @@ def rows_pointer(tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> tuple[
     if tuple(tensor.shape) != shape:
         raise ValueError(f"a tensor has shape {tuple(tensor.shape)}; expected {shape}")
     return pointer(tensor[:1].reshape(-1), like=like), distance
+
+
+def device_scalar(value: Scalar, like: Tensor) -> Tensor:
+    """A float64 of no dimension where `like` is, `value` itself if it is one."""
+    return torch.as_tensor(value, dtype=torch.float64, device=like.device)
 
 
 def stream(tensor: Tensor) -> int:

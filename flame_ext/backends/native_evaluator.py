@@ -262,7 +262,7 @@ class NativeEvaluator:
 
         The uniforms are the kernel's own Philox draws, seeded by one draw of `generator`.
         """
-        seed = draw_seed(generator)
+        seed = int(draw_seed(generator))
         velocity, ess, _ = self.core.reweighted_velocity(
             self.spec,
             self.parameters,
@@ -289,8 +289,13 @@ class NativeEvaluator:
 
     def monotonicity_gap(self, transport: Tensor, margin: float) -> Tensor:
         """As `reference.monotonicity_gap` for rows, differentiable once."""
-        gap: Tensor = _MonotonicityGap.apply(transport, margin, self.core)  # type: ignore[no-untyped-call]
+        gap: Tensor = _MonotonicityGap.apply(transport, margin, self)  # type: ignore[no-untyped-call]
         return gap
+
+    def gap_and_gradient(self, transport: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+        """`monotonicity_gap` and its gradient: ``(B, A, A)`` -> ``(B,)``, ``(B, A, A)``."""
+        gap, gradient = self.core.monotonicity_gap(array(transport.contiguous()), margin)
+        return torch.from_numpy(gap), torch.from_numpy(gradient)
 
     def meanflow_loss(
         self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor, velocity: Tensor
@@ -413,10 +418,10 @@ class _MonotonicityGap(torch.autograd.Function):
     """The gap and its gradient, from one native call."""
 
     @staticmethod
-    def forward(ctx: Any, transport: Tensor, margin: float, core: Any) -> Tensor:
-        gap, gradient = core.monotonicity_gap(array(transport.contiguous()), margin)
-        ctx.save_for_backward(torch.from_numpy(gradient))
-        return torch.from_numpy(gap)
+    def forward(ctx: Any, transport: Tensor, margin: float, evaluator: NativeEvaluator) -> Tensor:
+        gap, gradient = evaluator.gap_and_gradient(transport, margin)
+        ctx.save_for_backward(gradient)
+        return gap
 
     @staticmethod
     @once_differentiable
@@ -465,7 +470,7 @@ def chooser(critics: Critics | None, particles: int) -> Critics | None:
     return critics if particles > 1 else None
 
 
-def draw_seed(generator: torch.Generator | None) -> int:
-    """One seed for a kernel's own generator."""
+def draw_seed(generator: torch.Generator | None) -> Tensor:
+    """One seed for a kernel's own generator, an int64 where `generator` draws."""
     device = None if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    return torch.randint(2**63 - 1, (), generator=generator, device=device)

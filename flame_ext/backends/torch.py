@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from flame_ext.embeddings import StateActionEncoder
 from flame_ext.networks import FlatMLP
 from flame_ext.policies.base import Actor
 from flame_ext.replay import Batch
-from flame_ext.scalars import Scalar, Scalars
+from flame_ext.scalars import Scalar, Scalars, to_floats
 from flame_ext.td_target import target_noise, td_target
 
 
@@ -28,6 +28,26 @@ class TorchBackend:
     def training(self) -> Iterator[None]:
         """Surrounds a training loop; PyTorch needs nothing."""
         yield
+
+    def prepare_steps(
+        self, steps: Callable[..., Scalars], generator: torch.Generator
+    ) -> Callable[..., dict[str, float]]:
+        """Steps that an agent will take again and again, with plain numbers as their result.
+
+        Args:
+            steps: Called as ``steps(batch, alpha, *options)``. They neither wait for a result nor
+                take, beside the batch, other tensors from call to call.
+            generator: What they draw from.
+        """
+
+        def run(batch: Batch, alpha: float, *options: object) -> dict[str, float]:
+            return to_floats(steps(batch, alpha, *options))
+
+        return run
+
+    def set_learning_rate(self, optimizer: torch.optim.Adam, rate: float) -> None:
+        """The rate of all steps from now on."""
+        optimizer.param_groups[0]["lr"] = rate
 
     def accelerate(self, network: FlatMLP, matmul_precision: MatmulPrecision = "float32") -> None:
         """Prepares a network of the agent; PyTorch needs nothing.
