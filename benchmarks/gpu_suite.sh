@@ -46,7 +46,7 @@ sanitize() { # tool
         --error-exitcode 1 --report-api-errors no --target-processes all \
         --kernel-name kernel_substring=run_kernel \
         pytest -q python_tests/test_cuda_kernels.py \
-        -k "31-17-6 or 1-32-17 or reweighted or flame-True"
+        -k "31-17-6 or 1-32-17 or reweighted or flame-True or monotonicity"
 }
 
 export FLAME_EXT_REQUIRE_NATIVE=1

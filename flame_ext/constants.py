@@ -13,7 +13,7 @@ def constant(values: tuple[float, ...], like: Tensor) -> Tensor:
     return _constant(values, like.dtype, like.device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: a captured graph reads them
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(mode=False):  # it outlives the caller's mode
         return torch.tensor(values, dtype=dtype, device=device)

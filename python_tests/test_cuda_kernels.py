@@ -292,25 +292,31 @@ def test_updates_with_embeddings_follow_pytorchs(algorithm):
         assert second == pytest.approx(first, rel=2e-3, abs=2e-3)
 
 
+LOG_DET = {"entropy_estimator": "multi_step", "entropy_trace": "log_det", "entropy_steps": 2}
+
+
 @pytest.mark.parametrize("embedding_dim", [0, 24])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_captured_updates_are_those_launched_one_by_one(algorithm, embedding_dim):
-    """A hundred updates with every key of a graph, annealed rate, moving temperature and draws."""
-    config = make_config(
-        algorithm,
-        overrides={
-            "embedding_dim": embedding_dim,
-            "policy_delay": 3,
-            "final_policy_learning_rate": 1e-4,
-            "target_particles": 2 if algorithm == "flame" else 1,
-        },
-    )
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        *((algorithm, {}) for algorithm in ALGORITHMS),
+        ("flame", {"entropy_in_target": True}),
+        ("flame", {"proposal": "policy"}),
+        ("flame", {"z_source": "target", "target_particles": 2}),
+        ("flame", LOG_DET),
+    ],
+)
+def test_captured_updates_are_those_launched_one_by_one(algorithm, options, embedding_dim):
+    """A hundred: with and without a policy's step, with and without the temperature's."""
+    fixed = {"policy_delay": 3, "alpha_interval": 9, "final_policy_learning_rate": 1e-4}
+    overrides = {"embedding_dim": embedding_dim, **fixed, **options}
+    config = make_config(algorithm, overrides=overrides)
     agents = [
         Agent(config, 17, 6, CudaBackend(graphs), seed=0, device="cuda") for graphs in (True, False)
     ]
     rows = [draw(300, 17), draw(300, 6).tanh(), draw(300), draw(300).gt(1).float(), draw(300, 17)]
     for i in range(100):
-        updates = 1 + i % 2
+        updates = 2 if i % 5 == 1 else 1
         index = torch.arange(i, i + 64 * updates)
         batch = Batch(*(x[index] for x in rows))
         for agent in agents:
@@ -324,7 +330,8 @@ def test_captured_updates_are_those_launched_one_by_one(algorithm, embedding_dim
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (40, 6), (7, 17), (2, 64)])
 def test_monotonicity_gap(rows, size):
-    transport = draw(rows, size, size) / 2 + torch.linspace(-3, 3, rows).cuda().view(-1, 1, 1)
+    shift = torch.linspace(-3, 3, rows).cuda().view(-1, 1, 1) * torch.eye(size).cuda()
+    transport = draw(rows, size, size) / 2 + shift
     native = CudaEvaluator(make_policy(2, 1, (8,)))
     ours = native.gap_and_gradient(transport, 0.02)
     results = []

@@ -8,7 +8,6 @@ in CUDA graphs (``FLAME_EXT_CUDA_GRAPHS=0`` launches their kernels one by one).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from flame_ext.backends.cuda_graph import GraphedSteps
 from flame_ext.backends.native_evaluator import NativeEvaluator, chooser, draw_seed
 from flame_ext.backends.native_views import flow_table, mlp_spec
 from flame_ext.backends.samplers import native_sampler, next_action_steps
-from flame_ext.backends.torch import TorchBackend, adam_moments, zeroed_gradient
+from flame_ext.backends.torch import StepRunner, TorchBackend, adam_moments, zeroed_gradient
 from flame_ext.config import MatmulPrecision
 from flame_ext.critics import Critics
 from flame_ext.embeddings import normalised
@@ -75,17 +74,16 @@ class CudaBackend(TorchBackend):
         self._core = load_core()
         asked = os.environ.get("FLAME_EXT_CUDA_GRAPHS", "1") != "0"
         self._graphs = asked if graphs is None else graphs
-        self._schedules: dict[Tensor, tuple[float, Tensor]] = {}
+        self._schedules: dict[Tensor, Tensor] = {}
+        # PyTorch's determinants by MAGMA would synchronise the device, which no graph can hold.
+        torch.backends.cuda.preferred_linalg_library("cusolver")
 
-    def prepare_steps(
-        self, steps: Callable[..., Scalars], generator: torch.Generator
-    ) -> Callable[..., dict[str, float]]:
-        return GraphedSteps(steps, generator, capture=self._graphs)
+    def step_runner(self, generator: torch.Generator) -> StepRunner:
+        return GraphedSteps(generator, capture=self._graphs)
 
     def set_learning_rate(self, optimizer: torch.optim.Adam, rate: float) -> None:
         super().set_learning_rate(optimizer, rate)
-        (parameter,) = optimizer.param_groups[0]["params"]
-        self._schedule(parameter, rate)  # which captured steps read
+        self._schedule(optimizer)[0] = rate
 
     def accelerate(self, network: FlatMLP, matmul_precision: MatmulPrecision = "float32") -> None:
         super().accelerate(network, matmul_precision)
@@ -115,7 +113,7 @@ class CudaBackend(TorchBackend):
         noise = target_noise(actor, batch, generator).squeeze(1)
         (group,) = optimizer.param_groups
         moments = adam_moments(optimizer)
-        schedule = self._advanced_schedule(flat, group["lr"], moments["step"], updates)
+        schedule = self._advanced_schedule(optimizer, updates)
         evaluator = cast("CudaEvaluator", actor.network.evaluator)
         tables = evaluator.device_table(steps, c.flow)
         temperature = device_scalar(alpha, flat) if c.entropy_in_target else None
@@ -176,7 +174,7 @@ class CudaBackend(TorchBackend):
         (group,) = optimizer.param_groups
         (parameter,) = group["params"]
         moments = adam_moments(optimizer)
-        schedule = self._advanced_schedule(parameter, group["lr"], moments["step"], 1)
+        schedule = self._advanced_schedule(optimizer, 1)
         with torch.cuda.device(parameter.device):
             self._core.cuda_adam(
                 parameter.numel(),
@@ -190,24 +188,21 @@ class CudaBackend(TorchBackend):
                 stream(parameter),
             )
 
-    def _advanced_schedule(
-        self, parameter: Tensor, rate: float, step: Tensor, updates: int
-    ) -> Tensor:
+    def _advanced_schedule(self, optimizer: torch.optim.Adam, updates: int) -> Tensor:
         """The schedule before `updates` steps, which are added to PyTorch's count."""
-        schedule = self._schedule(parameter, rate)
+        schedule, step = self._schedule(optimizer), adam_moments(optimizer)["step"]
         schedule.view(torch.int64)[1].copy_(step)
         step += updates
         return schedule
 
-    def _schedule(self, parameter: Tensor, rate: float) -> Tensor:
+    def _schedule(self, optimizer: torch.optim.Adam) -> Tensor:
         """Learning rate (float64) and steps taken (int64) in device memory, as `AdamSchedule`."""
-        known = self._schedules.get(parameter)
-        if known is None:
-            known = (rate, parameter.new_full((2,), rate, dtype=torch.float64))
-        elif known[0] != rate:
-            known[1][0] = rate
-        self._schedules[parameter] = (rate, known[1])
-        return known[1]
+        (group,) = optimizer.param_groups
+        (parameter,) = group["params"]
+        if parameter not in self._schedules:
+            rate = parameter.new_full((2,), group["lr"], dtype=torch.float64)
+            self._schedules[parameter] = rate
+        return self._schedules[parameter]
 
     def soft_update(self, target: Tensor, online: Tensor, tau: float) -> None:
         with torch.cuda.device(target.device):

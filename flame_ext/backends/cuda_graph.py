@@ -16,87 +16,92 @@ WARM_UPS = 3
 
 
 class GraphedSteps:
-    """Steps of training that are captured once for every size of batch and choice of options.
+    """A `StepRunner` that captures the steps once for every size of batch and choice of options.
 
-    The first calls with either run, and are kept, without a graph.
+    The first `WARM_UPS` calls of each run without a graph.
 
     Args:
-        steps: As in `TorchBackend.prepare_steps`. What they read and write beside the batch and
-            alpha stays where it is in memory.
-        generator: What they draw from, on a CUDA device.
+        generator: What the steps draw from, on a CUDA device.
         capture: Whether to use graphs at all.
     """
 
-    def __init__(
-        self, steps: Callable[..., Scalars], generator: torch.Generator, *, capture: bool = True
-    ) -> None:
-        self._steps, self._generator, self._capture = steps, generator, capture
+    def __init__(self, generator: torch.Generator, *, capture: bool = True) -> None:
+        self._generator, self._capture = generator, capture
         self._alpha = torch.zeros((), dtype=torch.float64, device=generator.device)
-        # One for all: autograd adds up a parameter's gradient on the stream of its first one.
+        # The same for warm-ups and captures: libraries keep memory for every stream they meet.
         self._stream = torch.cuda.Stream(generator.device)  # type: ignore[no-untyped-call]
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
 
-    def __call__(self, batch: Batch, alpha: float, *options: object) -> dict[str, float]:
-        """Runs the steps; returns when they are done."""
+    def __call__(
+        self, steps: Callable[..., Scalars], batch: Batch, alpha: float, *options: object
+    ) -> dict[str, float]:
+        """As `StepRunner`."""
         key = (len(batch), *options)
         if key not in self._graphs:
-            self._graphs[key] = _Graph(self._steps, batch, self._alpha, options)
+            self._graphs[key] = _Graph(batch)
         graph = self._graphs[key]
+
+        def launch() -> Scalars:
+            return steps(graph.batch, self._alpha, *options)
+
         with torch.cuda.device(self._generator.device):
             self._alpha.fill_(alpha)
             graph.load(batch)
             if self._capture and graph.runs == WARM_UPS:
-                graph.capture(self._stream, self._generator)
-            graph.run(self._stream)
+                graph.capture(launch, self._stream, self._generator)
+            graph.run(launch, self._stream)
         return graph.read()
 
 
 class _Graph:
-    """The steps for one size of batch and one choice of options, with memory of their own."""
+    """What is captured for one size of batch and one choice of options.
 
-    def __init__(
-        self,
-        steps: Callable[..., Scalars],
-        batch: Batch,
-        alpha: Tensor,
-        options: tuple[object, ...],
-    ) -> None:
-        self._batch = Batch(*(column.clone() for column in batch.columns()))
-        self._steps, self._arguments = steps, (self._batch, alpha, *options)
+    Attributes:
+        batch: What is read, in memory of its own.
+        runs: How often it was run.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = Batch(*map(torch.empty_like, batch.columns()))
         self.runs = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._names: list[str] = []
-        self._values: Tensor | None = None
+        self._values = torch.empty(0)
 
     def load(self, batch: Batch) -> None:
-        """Makes a batch the input."""
-        for kept, column in zip(self._batch.columns(), batch.columns(), strict=True):
+        """Makes a batch the one that is read."""
+        for kept, column in zip(self.batch.columns(), batch.columns(), strict=True):
             kept.copy_(column)
 
-    def capture(self, stream: torch.cuda.Stream, generator: torch.Generator) -> None:
-        """Records what the steps launch, without running it."""
+    def capture(
+        self,
+        launch: Callable[[], Scalars],
+        stream: torch.cuda.Stream,
+        generator: torch.Generator,
+    ) -> None:
+        """Records what is launched, without running it."""
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=stream):
-            self._launch()
+        # What other threads do meanwhile is no concern of this graph.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self._keep(launch())
         self._graph = graph
 
-    def run(self, stream: torch.cuda.Stream) -> None:
-        """Runs the steps, from the graph if there is one."""
+    def run(self, launch: Callable[[], Scalars], stream: torch.cuda.Stream) -> None:
+        """Runs the graph if there is one, else launches."""
         self.runs += 1
         if self._graph is not None:
             self._graph.replay()
             return
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._launch()
+            self._keep(launch())
         torch.cuda.current_stream().wait_stream(stream)
 
     def read(self) -> dict[str, float]:
-        """The last run's result."""
-        assert self._values is not None
+        """What the last run reports, once it is done."""
         return dict(zip(self._names, self._values.tolist(), strict=True))
 
-    def _launch(self) -> None:
-        scalars = self._steps(*self._arguments)
-        self._names, self._values = list(scalars), stacked(scalars)
+    def _keep(self, reported: Scalars) -> None:
+        tensors = {name: x for name, x in reported.items() if isinstance(x, Tensor)}
+        self._names, self._values = list(tensors), stacked(list(tensors.values()))

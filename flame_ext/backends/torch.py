@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,30 @@ from flame_ext.scalars import Scalar, Scalars, to_floats
 from flame_ext.td_target import target_noise, td_target
 
 
+class StepRunner(Protocol):
+    """Runs an agent's steps and waits for what they report."""
+
+    def __call__(
+        self, steps: Callable[..., Scalars], batch: Batch, alpha: float, *options: object
+    ) -> dict[str, float]:
+        """Plain numbers of ``steps(batch, alpha, *options)``.
+
+        Args:
+            steps: The same in every call. They do not wait for a device, and the tensors that they
+                read and write, beside those given, stay where they are in memory.
+            batch: Of any size.
+            alpha: Temperature.
+            options: Decide what the steps do.
+        """
+
+
+def run_steps(
+    steps: Callable[..., Scalars], batch: Batch, alpha: float, *options: object
+) -> dict[str, float]:
+    """The `StepRunner` that just calls them."""
+    return to_floats(steps(batch, alpha, *options))
+
+
 class TorchBackend:
     """Whole steps by autograd; gradients land in each network's flat buffer."""
 
@@ -29,21 +54,10 @@ class TorchBackend:
         """Surrounds a training loop; PyTorch needs nothing."""
         yield
 
-    def prepare_steps(
-        self, steps: Callable[..., Scalars], generator: torch.Generator
-    ) -> Callable[..., dict[str, float]]:
-        """Steps that an agent will take again and again, with plain numbers as their result.
-
-        Args:
-            steps: Called as ``steps(batch, alpha, *options)``. They neither wait for a result nor
-                take, beside the batch, other tensors from call to call.
-            generator: What they draw from.
-        """
-
-        def run(batch: Batch, alpha: float, *options: object) -> dict[str, float]:
-            return to_floats(steps(batch, alpha, *options))
-
-        return run
+    def step_runner(self, generator: torch.Generator) -> StepRunner:
+        """What runs an agent's steps, which draw from `generator`."""
+        del generator
+        return run_steps
 
     def set_learning_rate(self, optimizer: torch.optim.Adam, rate: float) -> None:
         """The rate of all steps from now on."""

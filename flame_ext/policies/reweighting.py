@@ -69,8 +69,10 @@ def candidate_uniforms(
 
 def resample(action: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
     """One candidate per state drawn by softmax(logits) (SIR): ``(B, K, A)`` -> ``(B, A)``."""
-    index = torch.multinomial(torch.softmax(logits, dim=1), 1, generator=generator)
-    return action.take_along_dim(index.unsqueeze(-1), dim=1).squeeze(1)
+    # The largest Gumbel key: multinomial checks its weights on the host.
+    exponential = torch.empty_like(logits).exponential_(generator=generator)
+    index = (logits - exponential.log()).argmax(1)
+    return action[torch.arange(len(action), device=action.device), index]
 
 
 def damped_logits(logits: Tensor, ess_fraction: float, bisections: int = 12) -> Tensor:
@@ -92,9 +94,9 @@ def damped_logits(logits: Tensor, ess_fraction: float, bisections: int = 12) -> 
         return (1 / weights.square().sum(1)).mean() / logits.shape[1]
 
     low, high = torch.zeros_like(logits[0, 0]), torch.ones_like(logits[0, 0])
-    whole = ess(high) >= ess_fraction
+    undamped = ess(high) >= ess_fraction
     for _ in range(bisections):
         middle = 0.5 * (low + high)
         enough = ess(middle) >= ess_fraction
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return torch.where(whole, 1.0, low) * centred
+    return torch.where(undamped, 1.0, low) * centred
