@@ -72,7 +72,7 @@ class Agent:
             for name, network in self.encoder.networks().items():
                 self.optimizers[name] = _adam(network.flat, config.embedding_learning_rate)
         self.updates = 0
-        self._run = backend.step_runner(self.generator)
+        self._run_steps = backend.step_runner(self.generator)
 
     def set_progress(self, fraction: float) -> None:
         """Anneals the policy's learning rate; `fraction` of the run that is done."""
@@ -135,7 +135,7 @@ class Agent:
         policy_due = done % c.policy_delay == 0
         alpha_due = policy_due and done % c.alpha_interval < c.policy_delay
         alpha = self.temperature.alpha
-        metrics = self._run(self._steps, batch, alpha, updates, policy_due, alpha_due)
+        metrics = self._run_steps(self._steps, batch, alpha, updates, policy_due, alpha_due)
         self.updates = done
         if policy_due:
             if alpha_due:

@@ -11,14 +11,15 @@ Scalars = dict[str, Scalar]
 
 def to_floats(scalars: Scalars) -> dict[str, float]:
     """Plain numbers, in one transfer from the device."""
-    tensors = {name: x for name, x in scalars.items() if isinstance(x, Tensor)}
     plain = {name: x for name, x in scalars.items() if not isinstance(x, Tensor)}
-    return plain | dict(zip(tensors, stacked(list(tensors.values())).tolist(), strict=True))
+    names, values = stacked(scalars)
+    return plain | dict(zip(names, values.tolist(), strict=True))
 
 
-def stacked(tensors: list[Tensor]) -> Tensor:
-    """All of them ``(n,)`` in the widest dtype among them."""
+def stacked(scalars: Scalars) -> tuple[list[str], Tensor]:
+    """Names and values ``(n,)`` of the tensors among them, in the widest dtype."""
+    tensors = {name: x for name, x in scalars.items() if isinstance(x, Tensor)}
     if not tensors:
-        return torch.empty(0)
-    widest = max(tensors, key=lambda x: x.dtype.itemsize)
-    return torch.stack([x.to(widest) for x in tensors])
+        return [], torch.empty(0)
+    widest = max(tensors.values(), key=lambda x: x.dtype.itemsize)
+    return list(tensors), torch.stack([x.to(widest) for x in tensors.values()])

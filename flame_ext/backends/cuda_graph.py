@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flame_ext.replay import Batch
 from flame_ext.scalars import Scalars, stacked
@@ -84,7 +83,7 @@ class _Graph:
         graph.register_generator_state(generator)
         # What other threads do meanwhile is no concern of this graph.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._keep(launch())
+            self._names, self._values = stacked(launch())
         self._graph = graph
 
     def run(self, launch: Callable[[], Scalars], stream: torch.cuda.Stream) -> None:
@@ -95,13 +94,9 @@ class _Graph:
             return
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._keep(launch())
+            self._names, self._values = stacked(launch())
         torch.cuda.current_stream().wait_stream(stream)
 
     def read(self) -> dict[str, float]:
         """What the last run reports, once it is done."""
         return dict(zip(self._names, self._values.tolist(), strict=True))
-
-    def _keep(self, reported: Scalars) -> None:
-        tensors = {name: x for name, x in reported.items() if isinstance(x, Tensor)}
-        self._names, self._values = list(tensors), stacked(list(tensors.values()))

@@ -12,6 +12,7 @@ from flame_ext.reference import (
     reverse_candidates,
     reweighted_velocity,
     stratify,
+    take_best,
 )
 from flame_ext.sampling import CandidateSampling
 from flame_ext.scalars import Scalar
@@ -69,10 +70,9 @@ def candidate_uniforms(
 
 def resample(action: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
     """One candidate per state drawn by softmax(logits) (SIR): ``(B, K, A)`` -> ``(B, A)``."""
-    # The largest Gumbel key: multinomial checks its weights on the host.
+    # By Gumbel keys: older PyTorch's multinomial checks its weights on the host.
     exponential = torch.empty_like(logits).exponential_(generator=generator)
-    index = (logits - exponential.log()).argmax(1)
-    return action[torch.arange(len(action), device=action.device), index]
+    return take_best(action, logits - exponential.log())
 
 
 def damped_logits(logits: Tensor, ess_fraction: float, bisections: int = 12) -> Tensor:
