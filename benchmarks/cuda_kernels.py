@@ -29,7 +29,8 @@ from torch import Tensor
 
 from flame_ext import reference
 from flame_ext.agent import Agent
-from flame_ext.backends.cuda import CudaBackend, CudaEvaluator
+from flame_ext.backends.cuda import CudaBackend
+from flame_ext.backends.cuda_evaluator import CudaEvaluator
 from flame_ext.backends.torch import TorchBackend
 from flame_ext.config import make_config
 from flame_ext.critics import Critics

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from flame_ext import reference
 from flame_ext.backends import BackendName, resolve_operator
-from flame_ext.backends.cuda import CudaEvaluator
+from flame_ext.backends.cuda_evaluator import CudaEvaluator
 from flame_ext.backends.native_evaluator import NativeEvaluator
 from flame_ext.critics import Critics
 from flame_ext.networks import FlatMLP, MeanVelocityNet

@@ -79,6 +79,12 @@ def test_monotonicity_gap(rows, size):
         assert_as_accurate(value.detach().numpy(), theirs, truth)
 
 
+@pytest.mark.usefixtures("kernels")
+def test_monotonicity_gap_shows_nan():
+    transport = np.full((1, 3, 3), np.nan, np.float32)
+    assert np.isnan(_core.monotonicity_gap(transport, 0.02)[0])
+
+
 @pytest.mark.parametrize(
     ("low", "high"),
     [

@@ -56,7 +56,6 @@ class TorchBackend:
 
     def step_runner(self, generator: torch.Generator) -> StepRunner:
         """What runs an agent's steps, which draw from `generator`."""
-        del generator
         return run_steps
 
     def set_learning_rate(self, optimizer: torch.optim.Adam, rate: float) -> None:
