@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from flame_ext.replay import Batch
 
 B, K, OBS, ACT, HIDDEN = 256, 100, 17, 6, (256, 256, 256)
 ROUNDS = 30
-BUSY_CYCLES = 2_000_000  # about a millisecond
+BUSY_CYCLES = 20_000_000  # about ten milliseconds
 Run = Callable[[], Any]
 
 
@@ -50,7 +49,12 @@ class Row:
     floor_us: float
     native_us: float
     eager_us: float
-    compiled_us: float
+    compiled_us: float | None = None  # not timed yet, or torch.compile failed
+
+    def __str__(self) -> str:
+        times = (self.floor_us, self.native_us, self.eager_us, self.compiled_us)
+        shown = ("-" if t is None else f"{t:.1f}" for t in times)
+        return f"{self.name:<40}" + "".join(f"{text:>9}" for text in shown)
 
 
 def device_us(run: Run) -> float:
@@ -107,14 +111,14 @@ def cases() -> list[tuple[str, float, Run, Run]]:
     uniform = torch.rand(B, K, ACT, device="cuda").clamp_(1e-6, 1 - 1e-6)
     inputs, width = OBS + ACT + 32, (*HIDDEN, ACT)
     backend = CudaBackend()
-    seed = torch.Generator().manual_seed(0)
+    seed = torch.Generator("cuda").manual_seed(0)
+    alpha = torch.tensor(0.2, dtype=torch.float64, device="cuda")
 
     def critic_step() -> None:
         critics.flat.grad = None
         q = critics.q_values(obs, noise)
         loss = F.mse_loss(q, target.expand_as(q), reduction="none").mean(1).sum()
         loss.backward()
-        loss.item()  # as the native form reports it
 
     def meanflow() -> None:
         net.flat.grad = None
@@ -131,7 +135,7 @@ def cases() -> list[tuple[str, float, Run, Run]]:
     @torch.no_grad()
     def reweighted() -> Any:
         action, eps = reference.reverse_candidates(noise, 1 - t, t, uniform)
-        logits = critics.candidate_q_min(obs, action) / 0.2
+        logits = critics.candidate_q_min(obs, action) / alpha
         return reference.reweighted_velocity(logits, action, eps)
 
     no_grad = torch.no_grad()
@@ -152,7 +156,7 @@ def cases() -> list[tuple[str, float, Run, Run]]:
                 f"reweighted velocity{suffix}",
                 candidate_flop,
                 lambda native=native: native.reweighted_velocity(
-                    obs, noise, 1 - t, t, 0.2, K, "random", seed
+                    obs, noise, 1 - t, t, alpha, K, "random", seed
                 ),
                 reweighted,
             )
@@ -241,14 +245,14 @@ def update_case() -> tuple[str, float, Run, Run]:
     )
 
 
-def compiled_time(clock: Callable[[Run], float], eager: Run) -> float:
-    """Of the PyTorch form under torch.compile with CUDA graphs; NaN where that fails."""
+def compiled_time(clock: Callable[[Run], float], eager: Run) -> float | None:
+    """Of the PyTorch form under torch.compile with CUDA graphs; None where that fails."""
     torch._dynamo.reset()  # beyond a few graphs per function it would fall back to eager silently
     try:
         return clock(torch.compile(eager, mode="reduce-overhead", dynamic=False))
     except Exception as error:  # whatever a compiler raises must not lose the other rows
         print(f"torch.compile: {error}")
-        return math.nan
+        return None
 
 
 def main() -> None:
@@ -256,19 +260,25 @@ def main() -> None:
     parser.add_argument("--json", required=True)
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
-    peak = peak_flop_per_us()
-    print(f"{torch.cuda.get_device_name()}: float32 product {peak / 1e6:.1f} TFLOP/s")
-    print(f"{'microseconds':<40}{'floor':>9}{'native':>9}{'eager':>9}{'compiled':>9}")
-    rows = []
-    on_device = [*cases(), *acting_cases(host=False)]
-    timed = [(device_us, case) for case in on_device]
+    device, peak = torch.cuda.get_device_name(), peak_flop_per_us()
+    timed = [(device_us, case) for case in [*cases(), *acting_cases(host=False)]]
     timed += [(host_us, case) for case in [*acting_cases(host=True), update_case()]]
+    rows: list[Row] = []
+
+    def report(row: Row) -> None:
+        print(row, flush=True)
+        found = {"device": device, "rows": [asdict(r) for r in rows]}
+        Path(options.json).write_text(json.dumps(found, indent=1))
+
+    print(f"{device}: float32 product {peak / 1e6:.1f} TFLOP/s")
+    print(f"{'microseconds':<40}{'floor':>9}{'native':>9}{'eager':>9}{'compiled':>9}")
     for clock, (name, flop, native, eager) in timed:
-        times = clock(native), clock(eager), compiled_time(clock, eager)
-        rows.append(Row(name, flop, flop / peak, *times))
-        print(f"{name:<40}{flop / peak:9.1f}" + "".join(f"{x:9.1f}" for x in times), flush=True)
-        report = {"device": torch.cuda.get_device_name(), "rows": [asdict(r) for r in rows]}
-        Path(options.json).write_text(json.dumps(report, indent=1))
+        rows.append(Row(name, flop, flop / peak, clock(native), clock(eager)))
+        report(rows[-1])
+    # Compiling takes minutes where the rest takes seconds; the whole update comes first.
+    for row, (clock, (*_, eager)) in zip(reversed(rows), reversed(timed), strict=True):
+        row.compiled_us = compiled_time(clock, eager)
+        report(row)
 
 
 if __name__ == "__main__":

@@ -15,5 +15,6 @@ def constant(values: tuple[float, ...], like: Tensor) -> Tensor:
 
 @functools.cache  # for good: a captured graph reads them
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(mode=False):  # it outlives the caller's mode
+    # It outlives the caller's mode. torch.compile takes no keyword here.
+    with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)

@@ -272,3 +272,18 @@ def test_standard_normal_when_the_network_is_zero() -> None:
     noise, obs = draws(12, (3, 4), (3, 2))
     expected = -0.5 * noise.square().sum(-1) - 2 * math.log(2 * math.pi)
     torch.testing.assert_close(log_prob(net, obs, noise).log_prob, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+def test_the_specification_compiles() -> None:
+    """What users hand to torch.compile, here without its code generator, whole and unbroken."""
+    net = double_net(3, 2)
+    obs, noise = draws(3, (5, 3), (5, 2))
+
+    def evaluate() -> tuple[Tensor, Tensor, Tensor]:
+        sample = log_prob(net, obs, noise)
+        return one_step_action(net, obs, noise), sample.action, sample.log_prob
+
+    compiled = torch.compile(evaluate, backend="eager", fullgraph=True)
+    for got, expected in zip(compiled(), evaluate(), strict=True):
+        torch.testing.assert_close(got, expected)

@@ -66,8 +66,11 @@ struct Warp {
     template <typename Body>
     FLAME_BODY void each(int n, Body&& body) const {
         for (int c = lane(); c < n; c += kLanesPerWarp) body(c);
-        __syncwarp();
+        meet();
     }
+
+    // The barrier alone: where lanes have read, by `sum`, what others write next.
+    FLAME_BODY void meet() const { __syncwarp(); }
 
     // term(0) + ... + term(n - 1), the same bits in every lane.
     template <typename T = float, typename Term>
@@ -160,6 +163,8 @@ struct Warp {
     void each(int n, Body&& body) const {
         for (int c = 0; c < n; ++c) body(falling ? n - 1 - c : c);
     }
+
+    void meet() const {}
 
     template <typename T = float, typename Term>
     T sum(int n, Term&& term) const {

@@ -55,6 +55,7 @@ struct MonotonicityKernel {
             warp.each(1, [&](int) { a.gap[row] = value; });
             return;
         }
+        warp.meet();  // the factor's last pivot is read; eigenvectors overwrite it
         const int column = smallest_eigenvalue(warp, m);
         warp.each(n * n, [&](int e) {
             const double product = m.other[e / n * n + column] * m.other[e % n * n + column];

@@ -79,7 +79,7 @@ class CudaBackend(TorchBackend):
 
     def set_learning_rate(self, optimizer: torch.optim.Adam, rate: float) -> None:
         super().set_learning_rate(optimizer, rate)
-        self._schedule(optimizer)[0] = rate
+        self._schedule(optimizer)[:1].fill_(rate)  # assigning would copy from the host and wait
 
     def accelerate(self, network: FlatMLP, matmul_precision: MatmulPrecision = "float32") -> None:
         super().accelerate(network, matmul_precision)
