@@ -63,8 +63,8 @@ std::unique_ptr<PackedPolicy> pack_policy(
     const std::optional<Floats>& pair_encoder, const std::vector<int>& encoder_hidden,
     const std::string& encoder_activation, int embedding_dim, float embedding_min_scale,
     const std::string& precision, const std::optional<Floats>& obs_shift,
-    const std::optional<Floats>& obs_scale, float obs_clip,
-    const std::optional<Floats>& action_middle, const std::optional<Floats>& action_half) {
+    const std::optional<Floats>& obs_scale, float obs_clip, const std::optional<Floats>& action_low,
+    const std::optional<Floats>& action_high) {
     check(kind == "flow" || kind == "gaussian", "kind='", kind,
           "' is unknown; choose flow or gaussian");
     PolicyDesc d;
@@ -98,8 +98,8 @@ std::unique_ptr<PackedPolicy> pack_policy(
     d.obs_shift = to_vector(obs_shift);
     d.obs_scale = to_vector(obs_scale);
     d.obs_clip = obs_clip;
-    d.action_middle = to_vector(action_middle);
-    d.action_half = to_vector(action_half);
+    d.action_low = to_vector(action_low);
+    d.action_high = to_vector(action_high);
     const WithoutGil without_gil;
     return std::make_unique<PackedPolicy>(d);
 }
@@ -297,8 +297,8 @@ void bind_policy(py::module_& m) {
              py::arg("encoder_activation") = "silu", py::arg("embedding_dim") = 0,
              py::arg("embedding_min_scale") = 0.0f, py::arg("precision") = "fp32",
              py::arg("obs_shift") = py::none(), py::arg("obs_scale") = py::none(),
-             py::arg("obs_clip") = 10.0f, py::arg("action_middle") = py::none(),
-             py::arg("action_half") = py::none())
+             py::arg("obs_clip") = 10.0f, py::arg("action_low") = py::none(),
+             py::arg("action_high") = py::none())
         .def("q_min", &q_min, py::arg("obs"), py::arg("action"))
         .def_property_readonly("obs_dim", &PackedPolicy::obs_dim)
         .def_property_readonly("action_dim", &PackedPolicy::action_dim)

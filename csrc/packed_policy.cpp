@@ -125,8 +125,8 @@ PackedPolicy::PackedPolicy(const PolicyDesc& d)
       steps_(d.steps),
       obs_shift_(d.obs_shift),
       obs_scale_(d.obs_scale),
-      action_middle_(d.action_middle),
-      action_half_(d.action_half) {
+      action_low_(d.action_low),
+      action_high_(d.action_high) {
     check(obs_dim_ >= 0, "obs_dim is ", obs_dim_, "; it must not be negative");
     check(action_dim_ >= 1, "action_dim is ", action_dim_, "; it must be at least 1");
     const bool flow = kind_ == PolicyKind::kFlow;
@@ -137,10 +137,10 @@ PackedPolicy::PackedPolicy(const PolicyDesc& d)
           " values, expected steps x features = ", steps, " x ", flow ? d.num_features : 0);
     check_length(obs_shift_, obs_dim_, "obs_shift");
     check_length(obs_scale_, obs_dim_, "obs_scale");
-    check_length(action_middle_, action_dim_, "action_middle");
-    check_length(action_half_, action_dim_, "action_half");
-    check(obs_shift_.size() == obs_scale_.size() && action_middle_.size() == action_half_.size(),
-          "obs_shift comes with obs_scale, and action_middle with action_half");
+    check_length(action_low_, action_dim_, "action_low");
+    check_length(action_high_, action_dim_, "action_high");
+    check(obs_shift_.size() == obs_scale_.size() && action_low_.size() == action_high_.size(),
+          "obs_shift comes with obs_scale, and action_low with action_high");
 
     check_embeddings(d);
 
@@ -264,9 +264,18 @@ void PackedPolicy::act(const MatrixView& obs, int64_t num_particles, const float
             std::copy_n(t.action + best * action_dim_, action_dim_, action + s * action_dim_);
         }
     }
-    if (action_half_.empty()) return;
-    for (float* row = action; row < action + obs.rows * action_dim_; row += action_dim_) {
-        for (int j = 0; j < action_dim_; ++j) row[j] = action_middle_[j] + action_half_[j] * row[j];
+    scale(action, obs.rows);
+}
+
+void PackedPolicy::scale(float* actions, int64_t rows) const {
+    if (action_low_.empty()) return;
+    for (float* row = actions; row < actions + rows * action_dim_; row += action_dim_) {
+        for (int j = 0; j < action_dim_; ++j) {
+            const double low = action_low_[j];
+            const double high = action_high_[j];
+            const double scaled = 0.5 * (high + low) + 0.5 * (high - low) * row[j];
+            row[j] = static_cast<float>(std::clamp(scaled, low, high));  // NaN passes
+        }
     }
 }
 

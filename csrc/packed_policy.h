@@ -36,10 +36,10 @@ struct PolicyDesc {
     std::vector<ActStep> steps;
     float log_std_min = 0.0f, log_std_max = 0.0f;
     // Optional, each of its dimension: obs -> clip((obs - shift) * scale, -obs_clip, obs_clip) on
-    // entry, action -> middle + half * action on return.
+    // entry, action in [-1, 1] -> [action_low, action_high] on return, never outside by rounding.
     std::vector<float> obs_shift, obs_scale;
     float obs_clip = 0.0f;
-    std::vector<float> action_middle, action_half;
+    std::vector<float> action_low, action_high;
 };
 
 // Any strided matrix of float32 or float64; strides in bytes.
@@ -74,6 +74,7 @@ class PackedPolicy {
 
   private:
     const float* prepare_obs(const MatrixView& obs, int64_t* ld) const;
+    void scale(float* actions, int64_t rows) const;
     ActTask task(const float* obs, int64_t ld, int64_t states, int64_t particles) const;
 
     int obs_dim_, action_dim_;
@@ -82,7 +83,7 @@ class PackedPolicy {
     int embedding_dim_;
     float embedding_min_scale_, log_std_min_, log_std_max_, obs_clip_;
     std::vector<ActStep> steps_;
-    std::vector<float> obs_shift_, obs_scale_, action_middle_, action_half_;
+    std::vector<float> obs_shift_, obs_scale_, action_low_, action_high_;
     AlignedBuffer storage_;
     PackedNet policy_, state_encoder_, pair_encoder_;  // encoders only with embeddings
     std::vector<PackedNet> critics_;

@@ -92,8 +92,8 @@ class PackedPolicy:
         obs_shift: _Array | None = None,
         obs_scale: _Array | None = None,
         obs_clip: float = 10.0,
-        action_middle: _Array | None = None,
-        action_half: _Array | None = None,
+        action_low: _Array | None = None,
+        action_high: _Array | None = None,
     ) -> None: ...
     def act(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
 
 
@@ -15,7 +16,7 @@ class BackendUnavailableError(FlameError):
 
 
 class EnvironmentDataError(FlameError):
-    """An environment returned NaN or infinity."""
+    """An environment returned NaN, infinity or what has another shape."""
 
 
 class DivergenceError(FlameError):
@@ -35,6 +36,17 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
         f"{name}={value!r} is unknown{nearest_hint(str(value), choices) or '.'} "
         f"Choose one of: {', '.join(choices)}."
     )
+
+
+def check_seed(seed: object) -> int:
+    """The seed as an int; raises ValueError unless it is a whole number from 0 to 2^63 - 1."""
+    try:
+        value = operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        value = -1
+    if not 0 <= value < 1 << 63:
+        raise ValueError(f"seed={seed!r}: give a whole number from 0 to 2**63 - 1")
+    return value
 
 
 def nearest_hint(value: str, choices: Iterable[str]) -> str:

@@ -74,7 +74,9 @@ class _Graph:
         unit = sample(spec, tensors["actor.flat"], obs)
         middle, half = spec.action_middle_and_half()
         scaled = self.node("Mul", unit, half.astype(np.float32))
-        self.node("Add", scaled, middle.astype(np.float32), name="action")
+        moved = self.node("Add", scaled, middle.astype(np.float32))
+        above = self.node("Max", moved, np.asarray(spec.action_low, np.float32))
+        self.node("Min", above, np.asarray(spec.action_high, np.float32), name="action")
         return self._model(spec)
 
     def embedding(self, spec: PolicySpec, tensors: Mapping[str, Array], obs: str) -> str:

@@ -9,7 +9,7 @@ import itertools
 import json
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -18,13 +18,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flame_ext.config import ALGORITHMS
-from flame_ext.errors import BackendUnavailableError, RunDirectoryError, check_choice
+from flame_ext.errors import (
+    BackendUnavailableError,
+    RunDirectoryError,
+    check_choice,
+    check_seed,
+)
 from flame_ext.sampling import OBSERVATION_CLIP
 
 POLICY_FILE = "policy.safetensors"
 _FORMAT = 1
 _TENSORS = ("actor.flat", "critics.flat")
 _ENCODER_TENSORS = ("state_encoder.flat", "pair_encoder.flat")
+# The options that decide what the weights mean.
+_OPTIONS = (
+    "hidden_sizes",
+    "policy_activation",
+    "policy_layer_norm",
+    "critic_activation",
+    "critic_layer_norm",
+    "sampling_steps",
+    "flow",
+)
 # Where a run directory keeps policies, in the order `load` looks for them.
 _PLACES = ("", "best")
 
@@ -59,6 +74,13 @@ class PolicySpec:
         """Environment units are middle + half * action for actions in [-1, 1]; ``(A,)`` each."""
         low, high = np.asarray(self.action_low), np.asarray(self.action_high)
         return 0.5 * (high + low), 0.5 * (high - low)
+
+    def scaled_action(self, unit: NDArray[Any]) -> Array:
+        """Actions ``(..., A)`` in [-1, 1] in environment units, not outside by rounding."""
+        middle, half = self.action_middle_and_half()
+        inside = np.clip(middle + half * unit, self.action_low, self.action_high)
+        scaled: Array = inside.astype(np.float32)
+        return scaled
 
     def unit_action(self, action: NDArray[Any]) -> NDArray[np.float64]:
         """Actions ``(..., A)`` in environment units, in [-1, 1]; 0 where there is no choice."""
@@ -262,11 +284,11 @@ def load(
 
     Raises:
         RunDirectoryError: If no policy is there, or the file is not one.
-        ValueError: If the policy is of an algorithm that this version does not know.
+        ValueError: If the policy is of an algorithm that this version does not know, or the seed
+            is no whole number from 0 to 2^63 - 1.
     """
+    seed = secrets.randbits(63) if seed is None else check_seed(seed)
     spec, tensors = read_policy(path)
-    if seed is None:
-        seed = secrets.randbits(63)
     return Policy(spec, make_engine(spec, tensors, backend=backend, precision=precision, seed=seed))
 
 
@@ -284,17 +306,29 @@ def read_policy(path: str | Path) -> tuple[PolicySpec, dict[str, Array]]:
             raise RunDirectoryError(
                 f"{file} has format {version}, this version of flame_ext reads {_FORMAT}"
             )
+        for size in ("obs_dim", "action_dim"):
+            header[size] = int(header[size])
         for bound in ("action_low", "action_high"):
-            header[bound] = tuple(header[bound])
+            header[bound] = tuple(map(float, header[bound]))
+            if len(header[bound]) != header["action_dim"]:
+                raise RunDirectoryError(f"{file} has {len(header[bound])} values of {bound}")
         spec = PolicySpec(**header)
-        wanted = _TENSORS + (_ENCODER_TENSORS if spec.config.get("embedding_dim") else ())
-        missing = [name for name in wanted if name not in tensors]
-        if missing:
-            raise RunDirectoryError(f"{file} lacks the weights {', '.join(missing)}")
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        encoder = _ENCODER_TENSORS if spec.config.get("embedding_dim") else ()
+        _check_present(file, "weights", _TENSORS + encoder, tensors)
+        _check_present(file, "options", _OPTIONS, spec.config)
+    # Text that is not of this form; JSONDecodeError is a ValueError.
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunDirectoryError(f"{file} is not a flame_ext policy: {error}") from error
     check_choice("algorithm", spec.algorithm, ALGORITHMS)
     return spec, tensors
+
+
+def _check_present(
+    file: Path, what: str, wanted: Sequence[str], present: Mapping[str, object]
+) -> None:
+    missing = [name for name in wanted if name not in present]
+    if missing:
+        raise RunDirectoryError(f"{file} lacks the {what} {', '.join(missing)}")
 
 
 def _find(path: Path) -> Path:

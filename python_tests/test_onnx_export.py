@@ -16,6 +16,7 @@ from flame_ext.config import make_config
 from flame_ext.policy import PolicySpec, save_policy
 
 OBS, ACT, B = 5, 3, 9
+LOW, HIGH = np.array([(-3.0718, -0.0698), (-0.1, 0.7), (-2, 3)], np.float32).T
 
 
 def save_random(path: Path, algorithm: str, normalised: bool, **options: Any) -> None:
@@ -31,7 +32,8 @@ def save_random(path: Path, algorithm: str, normalised: bool, **options: Any) ->
     if normalised:
         tensors["normalizer.shift"] = rng.standard_normal(OBS).astype(np.float32)
         tensors["normalizer.scale"] = rng.uniform(0.2, 90, OBS).astype(np.float32)
-    spec = PolicySpec(algorithm, config.to_dict(), OBS, ACT, (-1, 0, -2), (1, 4, 3), None)
+    box = tuple(LOW.tolist()), tuple(HIGH.tolist())
+    spec = PolicySpec(algorithm, config.to_dict(), OBS, ACT, *box, None)
     save_policy(path, spec, tensors)
 
 
@@ -64,6 +66,8 @@ def test_the_model_acts_as_the_policy(
         expected = policy._engine.act(obs, draws, 1, 0)
         assert np.ptp(expected, axis=0).max() > 1e-3, "a constant would say nothing"
         np.testing.assert_allclose(action, expected, rtol=1e-4, atol=2e-4)
+    (action,) = session.run(None, {"obs": obs, "noise": 1e3 * noise[:, 0]})
+    assert ((action >= LOW) & (action <= HIGH)).all()
 
 
 def test_the_command_names_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -61,6 +61,35 @@ def test_acts_as_the_agent_in_environment_units(
     np.testing.assert_allclose(single, action[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_actions_stay_in_the_box(tmp_path: Path, backend: str) -> None:
+    """In float32 the middle and half of the range add up to more than these boxes' bounds."""
+    policy, agent = make_policy(tmp_path, "flame")
+    low, high = np.array([(-3.0718, -0.0698), (-0.1, 0.7), (-0.2, 1.0)], np.float32).T
+    box = {"action_low": tuple(low.tolist()), "action_high": tuple(high.tolist())}
+    spec = dataclasses.replace(policy.spec, **box)
+    networks = deployed_networks(agent.actor, agent.critics)
+    tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
+    save_policy(tmp_path / "box" / "policy.safetensors", spec, tensors)
+    noise = 1e3 * np.random.default_rng(0).standard_normal((50, 1, ACT), np.float32)
+    engine = load(tmp_path / "box", backend=backend)._engine
+    action = engine.act(np.zeros((50, OBS), np.float32), noise, 1, 0)
+    assert ((low <= action) & (action <= high)).all()
+    for bound in (low, high):
+        assert (action == bound).any(0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_views_of_any_order_are_taken(tmp_path: Path, backend: str) -> None:
+    policy, _ = make_policy(tmp_path, "flame", backend=backend)
+    obs = np.random.default_rng(0).normal(size=(7, OBS)).astype(np.float32)
+    expected = policy.act(obs, deterministic=True)
+    for view in (obs[::-1, ::-1], np.asfortranarray(obs)[::-1]):
+        action = policy.act(np.ascontiguousarray(view), deterministic=True)
+        np.testing.assert_array_equal(policy.act(view, deterministic=True), action)
+    np.testing.assert_allclose(action[::-1], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("precision", "error"), [("fp16", 5e-3), ("bf16", 4e-2)])
 @pytest.mark.parametrize("embedding_dim", [0, 8])
 def test_half_the_bits_stay_close(
@@ -154,6 +183,36 @@ def test_refuses_what_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunDirectoryError, match="no policy in"):
         load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config", {}),
+        ("config", None),
+        ("action_low", (0.0,)),
+        ("action_high", 3),
+        ("obs_dim", None),
+    ],
+)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_damaged_header_is_refused(
+    tmp_path: Path, name: str, value: object, backend: str
+) -> None:
+    policy, agent = make_policy(tmp_path, "sac")
+    networks = deployed_networks(agent.actor, agent.critics)
+    tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
+    file = tmp_path / "x" / "policy.safetensors"
+    save_policy(file, dataclasses.replace(policy.spec, **{name: value}), tensors)
+    with pytest.raises(RunDirectoryError):
+        load(file, backend=backend)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, 1 << 63])
+def test_seeds_are_checked(tmp_path: Path, seed: int) -> None:
+    make_policy(tmp_path, "sac")
+    with pytest.raises(ValueError, match=r"seed=.*whole number from 0 to"):
+        load(tmp_path, seed=seed)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

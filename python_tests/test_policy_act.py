@@ -335,8 +335,9 @@ def test_normalisation_and_action_box():
     rng = np.random.default_rng(0)
     shift, scale = rng.standard_normal(17), rng.uniform(0.1, 3, 17)
     middle, half = rng.standard_normal(6), rng.uniform(0.1, 3, 6)
+    low, high = middle - half, middle + half
     packed = case.pack(
-        obs_shift=shift, obs_scale=scale, obs_clip=2.0, action_middle=middle, action_half=half
+        obs_shift=shift, obs_scale=scale, obs_clip=2.0, action_low=low, action_high=high
     )
     obs, noise = case.inputs(9)
     normalised = ((obs - shift) * scale).clip(-2, 2)

@@ -62,7 +62,6 @@ class NativeActingEngine:
 
 def _pack_policy(spec: PolicySpec, tensors: Mapping[str, Array], precision: Precision) -> Any:
     """The kernels' form of a policy."""
-    middle, half = spec.action_middle_and_half()
     options = spec.config
     return load_core().PackedPolicy(
         kind="gaussian" if spec.algorithm == "sac" else "flow",
@@ -88,8 +87,8 @@ def _pack_policy(spec: PolicySpec, tensors: Mapping[str, Array], precision: Prec
         obs_shift=tensors.get("normalizer.shift"),
         obs_scale=tensors.get("normalizer.scale"),
         obs_clip=OBSERVATION_CLIP,
-        action_middle=middle.astype(np.float32),
-        action_half=half.astype(np.float32),
+        action_low=np.asarray(spec.action_low, np.float32),
+        action_high=np.asarray(spec.action_high, np.float32),
     )
 
 

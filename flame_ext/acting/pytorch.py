@@ -33,7 +33,7 @@ class TorchActingEngine:
         for name, network in deployed_networks(self._actor, self._critics).items():
             _load(network, tensors[f"{name}.flat"])
         self._tensors = tensors
-        self._middle, self._half = spec.action_middle_and_half()
+        self._spec = spec
         self._seed = seed
 
     @torch.no_grad()
@@ -47,7 +47,7 @@ class TorchActingEngine:
             noise = rng.standard_normal(shape, np.float32)
         base = torch.tensor(noise).view(shape)
         unit = self._actor.best_action(self._critics, self._observe(rows), base).numpy()
-        action: NDArray[np.float32] = (self._middle + self._half * unit).astype(np.float32)
+        action = self._spec.scaled_action(unit)
         return action[0] if np.ndim(obs) == 1 else action
 
     @torch.no_grad()
@@ -58,7 +58,8 @@ class TorchActingEngine:
         return q
 
     def _observe(self, obs: NDArray[Any]) -> torch.Tensor:
-        return self._critics.observe(torch.tensor(network_observations(obs, self._tensors)))
+        rows = np.ascontiguousarray(network_observations(obs, self._tensors))
+        return self._critics.observe(torch.from_numpy(rows))
 
 
 def _load(network: FlatMLP, flat: Array) -> None:
