@@ -34,7 +34,10 @@ def write_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary / _STATE_FILE)
+    try:
+        save_file(contiguous, temporary / _STATE_FILE)
+    except SafetensorError as error:  # as on a full disk
+        raise OSError(f"cannot write {temporary / _STATE_FILE}: {error}") from error
     (temporary / _MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, default=_to_json))
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -43,18 +46,27 @@ def write_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether the run can be resumed."""
+    return _checkpoint_dir(run_dir) is not None
+
+
+def _checkpoint_dir(run_dir: Path) -> Path | None:
+    places = (run_dir / CHECKPOINT_DIR, run_dir / f"{CHECKPOINT_DIR}.old")
+    return next((p for p in places if (p / _MANIFEST_FILE).is_file()), None)
+
+
 def read_checkpoint(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the manifest of the run's checkpoint.
 
     Raises:
         RunDirectoryError: If there is none, or it is damaged.
     """
-    places = (run_dir / CHECKPOINT_DIR, run_dir / f"{CHECKPOINT_DIR}.old")
-    place = next((p for p in places if (p / _MANIFEST_FILE).is_file()), None)
+    place = _checkpoint_dir(run_dir)
     if place is None:
         raise RunDirectoryError(
             f"no checkpoint in {run_dir}: a run writes one every checkpoint_interval steps and at "
-            "its end. Start it again without resume."
+            "its end. Start it again without resume, in a new directory or with this one deleted."
         )
     try:
         manifest = json.loads((place / _MANIFEST_FILE).read_text())

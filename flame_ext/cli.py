@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -269,6 +270,7 @@ def _count(text: str) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from flame_ext.checkpoint import has_checkpoint
     from flame_ext.config_text import describe_config
 
     config = _train_config(options)
@@ -281,8 +283,13 @@ def _train(options: argparse.Namespace) -> None:
     try:
         result = trainer.run(options.steps)
     except KeyboardInterrupt:
-        print(f"\nsaved; go on with: flame-ext train --resume {trainer.run_dir}", file=sys.stderr)
+        if has_checkpoint(trainer.run_dir):
+            run_dir = shlex.quote(str(trainer.run_dir))
+            print(f"\nsaved; go on with: flame-ext train --resume {run_dir}", file=sys.stderr)
         raise
+    if trainer.agent.updates == 0:
+        starts = trainer.config.learning_starts
+        print(f"not trained: the first update is due after {starts:,} steps", file=sys.stderr)
     _report(result)
 
 
@@ -363,7 +370,7 @@ def _report(result: Any) -> None:
     )
     print(f"best evaluation   return {result.best_return:.1f}, its policy in {result.run_dir}/best")
     print(f"learning curve    {picture}")
-    print(f"play with it      flame-ext eval {result.run_dir}")
+    print(f"play with it      flame-ext eval {shlex.quote(str(result.run_dir))}")
 
 
 def _eval(options: argparse.Namespace) -> None:

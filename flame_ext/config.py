@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from flame_ext.errors import check_choice
 from flame_ext.sampling import Activation, CandidateSampling, Estimator, Flow, Trace
 
@@ -184,8 +186,10 @@ class Config:
             check_choice(name, getattr(self, name), choices)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}={value!r} is out of range; allowed: [{low}, {high}]")
+            if value is None or (low <= value <= high and math.isfinite(value)):
+                continue
+            ends = f"{'(' if low == -_INF else '['}{low}, {high}{')' if high == _INF else ']'}"
+            raise ValueError(f"{name}={value!r} is out of range; allowed: {ends}")
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             raise ValueError(f"hidden_sizes={self.hidden_sizes!r}: give at least one width >= 1")
         if self.instantaneous_fraction + self.acting_fraction > 1:
@@ -281,6 +285,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "initial_alpha": (1e-12, _INF),
     "alpha_learning_rate": (0, _INF),
     "alpha_interval": (1, _INF),
+    "target_entropy_scale": (-_INF, _INF),
     "target_ess": (0, 1),
     "entropy_steps": (1, _INF),
     "num_candidates": (1, _INF),
@@ -434,7 +439,9 @@ def _check_algorithm(algorithm: str, overriding: str) -> None:
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
-    """Accepts what JSON and the command line hand over: lists for tuples, 1e6 for an int."""
+    """Accepts numbers of numpy, lists for tuples and 1e6 for an int, as of JSON."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if name == "final_policy_learning_rate":
         if value is None:
             return None

@@ -75,7 +75,7 @@ class VectorEnvHandle:
         self.obs_dim = spaces.flatdim(vector.single_observation_space)
         self.action_dim = int(np.prod(action_space.shape))
         self.action_low, self.action_high = _float32_bounds(action_space)
-        self.spec_id = _sufficient_id(spec_of(vector))
+        self.spec_id = _sufficient_id(spec_of(vector)) if vector is vector.unwrapped else None
         self._seed = seed
         self._action_space = action_space
         # Centre and half range, in float64: [-1, 1] boxes then pass through without rounding.
@@ -306,8 +306,9 @@ def check_action_space(space: spaces.Space[Any]) -> spaces.Box:
         raise ValueError(f"The action space {space} is empty; at least one action is needed.")
     if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
         raise ValueError(
-            f"The action space {space} is unbounded; finite bounds are needed. Wrap it, for "
-            "example gymnasium.wrappers.RescaleAction, or give the Box low and high."
+            f"The action space {space} is unbounded; finite bounds are needed. Give the Box finite "
+            "low and high, or wrap the environment in a gymnasium.wrappers.TransformAction with a "
+            "finite action_space."
         )
     return space
 
@@ -315,10 +316,10 @@ def check_action_space(space: spaces.Space[Any]) -> spaces.Box:
 def spec_of(vector: VectorEnv[Any, Any, Any]) -> EnvSpec | None:
     """The spec of the first environment, where it can be reached."""
     base = vector.unwrapped
-    spec = base.envs[0].spec if isinstance(base, SyncVectorEnv) else vector.spec
-    if isinstance(base, AsyncVectorEnv) and spec is None:
-        spec = base.get_attr("spec")[0]
-    return spec
+    if isinstance(base, SyncVectorEnv):
+        return base.envs[0].spec
+    # Its own spec, where it has one, makes a vector environment.
+    return base.get_attr("spec")[0] if isinstance(base, AsyncVectorEnv) else vector.spec
 
 
 def _sufficient_id(spec: EnvSpec | None) -> str | None:

@@ -221,6 +221,11 @@ def _check_vector(vector: VectorEnv[Any, Any, Any], num_envs: int | None) -> Non
 def _single_of(vector: VectorEnv[Any, Any, Any]) -> Environment:
     """One environment like those of a user's vector environment."""
     base = vector.unwrapped
+    if vector is not base:
+        raise ValueError(
+            f"No evaluation environment can be built from {vector}: it would lack the wrappers "
+            f"around {base}. Pass eval_env, such as a factory of one environment."
+        )
     if isinstance(base, SyncVectorEnv):
         return base.envs[0]
     spec = spec_of(vector)

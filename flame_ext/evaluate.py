@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,12 @@ class Evaluation:
 
 
 def run_episodes(
-    env: VectorEnvHandle, act: ActFunction, episodes: int, *, seed: int | None = None
+    env: VectorEnvHandle,
+    act: ActFunction,
+    episodes: int,
+    *,
+    seed: int | None = None,
+    interrupted: threading.Event | None = None,
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """Returns and lengths of `episodes` complete episodes.
 
@@ -65,9 +71,11 @@ def run_episodes(
         act: Maps observations ``(n, O)`` to actions ``(n, A)`` in [-1, 1].
         episodes: How many.
         seed: Reset seed.
+        interrupted: Ends the episodes at their next step.
 
     Raises:
         FlameError: If an episode does not end.
+        KeyboardInterrupt: If `interrupted` was set.
     """
     quota = [len(range(i, episodes, env.num_envs)) for i in range(env.num_envs)]
     returns: list[float] = []
@@ -75,6 +83,8 @@ def run_episodes(
     obs = env.reset(seed)
     while any(quota):
         check_ends(env)
+        if interrupted is not None and interrupted.is_set():
+            raise KeyboardInterrupt
         step = env.step(act(obs))
         finished = np.flatnonzero(step.terminated | step.truncated)
         results = zip(finished, step.episode_returns, step.episode_lengths, strict=True)

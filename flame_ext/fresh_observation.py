@@ -1,4 +1,4 @@
-"""Observations that environments may not write to afterwards."""
+"""Observations as the space says, which environments may not write to afterwards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from flame_ext.errors import EnvironmentDataError
+
 
 class FreshObservation(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Copies observations, for environments that return one array again and again.
@@ -16,10 +18,29 @@ class FreshObservation(gymnasium.Wrapper[Any, Any, Any, Any]):
     environment would overwrite what the critic bootstraps from at a time limit.
     """
 
+    def reset(self, **options: Any) -> Any:
+        """As of the environment, with an observation of its own."""
+        obs, info = self.env.reset(**options)
+        return self._copy(obs), info
+
     def step(self, action: Any) -> Any:
         """As of the environment, with an observation of its own."""
-        obs, *rest = self.env.step(action)
-        return np.array(obs), *rest
+        obs, reward, *rest = self.env.step(action)
+        shape = np.asarray(reward).shape
+        if shape:
+            self._refuse("reward", shape, ())
+        return self._copy(obs), reward, *rest
+
+    def _copy(self, obs: Any) -> Any:
+        own = np.array(obs)
+        if own.shape != self.observation_space.shape:
+            self._refuse("observation", own.shape, self.observation_space.shape)
+        return own
+
+    def _refuse(self, what: str, given: object, expected: object) -> None:
+        raise EnvironmentDataError(
+            f"{self.env} returned {what} of shape {given}; it must be {expected}"
+        )
 
     @property
     def spec(self) -> EnvSpec | None:  # type: ignore[override]

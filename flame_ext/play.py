@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,14 +77,16 @@ def film_episode(
     require_video_support(path)
     from imageio import v2 as imageio
 
-    env = make_eval_env(env_id, seed=seed, render_mode="rgb_array")
+    with _rendering(env_id):
+        env = make_eval_env(env_id, seed=seed, render_mode="rgb_array")
     try:
         act = _unit_actions(policy, env, acting)
         rate = env.vector.metadata.get("render_fps", _FRAMES_PER_SECOND)
         # A GIF counts milliseconds per frame, a film frames per second.
         timing = {"duration": 1000 / rate} if path.suffix.lower() == ".gif" else {"fps": rate}
         obs, done = env.reset(seed), False
-        frame = _render(env)
+        with _rendering(env_id):
+            frame = env.render()
         path.parent.mkdir(parents=True, exist_ok=True)
         writer: Any = imageio.get_writer(path, **timing)
         with writer:
@@ -92,18 +95,20 @@ def film_episode(
                 step = env.step(act(obs))
                 obs, done = step.obs, bool(step.terminated[0] or step.truncated[0])
                 if not done:  # the next episode has begun
-                    writer.append_data(_render(env))
+                    writer.append_data(env.render())
     finally:
         env.close()
 
 
-def _render(env: VectorEnvHandle) -> NDArray[np.uint8]:
+@contextmanager
+def _rendering(env_id: str) -> Iterator[None]:
     try:
-        return env.render()
+        yield
     except Exception as error:  # Drivers and simulators raise what they like.
         raise ValueError(
-            f"{env.spec_id} cannot be rendered here: {error}. Without a display, MuJoCo needs "
-            "MUJOCO_GL=egl (with a GPU) or MUJOCO_GL=osmesa (without) in the environment."
+            f"{env_id} cannot be rendered here: {error}. It must take render_mode='rgb_array'; "
+            "without a display MuJoCo needs MUJOCO_GL=egl (with a GPU) or MUJOCO_GL=osmesa (with "
+            "libOSMesa)."
         ) from error
 
 

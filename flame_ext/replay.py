@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flame_ext.errors import FlameError
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -47,13 +49,24 @@ class ReplayBuffer:
         obs_dim: O.
         action_dim: A.
         device: Where the rows live.
+
+    Raises:
+        FlameError: If the memory is not there.
     """
 
     def __init__(
         self, capacity: int, obs_dim: int, action_dim: int, device: torch.device | str = "cpu"
     ) -> None:
         self._columns = (obs_dim, obs_dim, action_dim, 1, 1)
-        self._rows = torch.empty((capacity, sum(self._columns)), device=device)
+        width = sum(self._columns)
+        try:
+            self._rows = torch.empty((capacity, width), device=device)
+        except RuntimeError as error:
+            raise FlameError(
+                f"buffer_size={capacity:,} transitions of {obs_dim} observations and {action_dim} "
+                f"actions need {4e-9 * capacity * width:,.1f} GB, which {device} does not give; "
+                "lower buffer_size"
+            ) from error
         self._next = 0
         self.size = 0
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flame_ext.checkpoint import has_checkpoint
 from flame_ext.errors import RunDirectoryError
 
 if sys.platform != "win32":
@@ -25,15 +28,28 @@ def new_run_dir(run_dir: str | Path | None, env_id: str | None, algorithm: str, 
     if run_dir is None:
         task = re.sub(r"[^\w.-]+", "_", env_id or "custom")
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        run_dir = Path("runs") / f"{task}-{algorithm}-s{seed}-{stamp}"
+        return _make_unused(Path("runs") / f"{task}-{algorithm}-s{seed}-{stamp}")
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunDirectoryError(
-            f"{path} exists already; give a new run_dir, or continue that run with "
-            f"Trainer.resume({str(path)!r}).run() or `flame-ext train --resume {path}`"
-        )
+        otherwise = "delete it"
+        if has_checkpoint(path):
+            command = f"flame-ext train --resume {shlex.quote(str(path))}"
+            otherwise = f"continue its run with Trainer.resume({str(path)!r}).run() or `{command}`"
+        raise RunDirectoryError(f"{path} exists already; give a new run_dir, or {otherwise}")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _make_unused(path: Path) -> Path:
+    """Makes the directory, numbered if another run began in the same second."""
+    for number in itertools.count(1):
+        made = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            made.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return made
+    raise AssertionError
 
 
 @contextmanager

@@ -32,8 +32,8 @@ from flame_ext.envs import EnvLike, EnvState, VectorEnvHandle, make_eval_env, ma
 from flame_ext.errors import (
     BackendUnavailableError,
     DivergenceError,
-    EnvironmentDataError,
     RunDirectoryError,
+    check_seed,
 )
 from flame_ext.evaluate import MAX_EVAL_ENVS, Evaluation, run_episodes
 from flame_ext.interrupts import interrupts_between_steps
@@ -103,7 +103,8 @@ class Trainer:
         eval_env: What evaluations play in, as for `env`; None makes it from `env`.
 
     Raises:
-        ValueError: For options or spaces that cannot be used.
+        ValueError: For options, seeds or spaces that cannot be used.
+        TypeError: For what is no `Callback`.
         RunDirectoryError: If `run_dir` exists and is not empty.
         BackendUnavailableError: If this build or machine lacks the backend.
     """
@@ -124,7 +125,8 @@ class Trainer:
         _resuming: bool = False,
     ) -> None:
         wanted = make_config(algorithm, preset, config)
-        self.seed, self.callbacks = seed, tuple(callbacks)
+        self.seed = seed = check_seed(seed)
+        self.callbacks = _checked(callbacks)
         # Evaluation and training episodes must not share seeds.
         self._eval_seed = seed + 1_000_003
         self.device = _resolve_device(device, backend)
@@ -231,14 +233,22 @@ class Trainer:
                 also of a resumed run, and at first the configured one.
 
         Raises:
+            ValueError: If the run has more steps than that already.
             DivergenceError: If the networks' weights are no longer finite; the checkpoint and the
                 policy saved last are kept.
             RunDirectoryError: If another trainer is at work in the run's directory.
         """
         if total_steps is not None:
-            self.config = dataclasses.replace(self.config, total_steps=total_steps)
+            self._plan(total_steps)
         with held(self.run_dir):
             return self._run()
+
+    def _plan(self, total_steps: int) -> None:
+        # Several environments may have gone beyond the last total by a part of a step.
+        if total_steps <= self.global_step - self.env.num_envs:
+            raise ValueError(f"total_steps={total_steps}: the run is at step {self.global_step:,}")
+        options = self.config.to_dict() | {"total_steps": total_steps}
+        self.config = make_config(self.config.algorithm, overrides=options)
 
     def _run(self) -> RunResult:
         self._write_config()
@@ -286,13 +296,15 @@ class Trainer:
             progress.update(self.global_step, self.agent.updates)
             if self._due(before, c.log_interval):
                 self._log(log, progress)
-            if self._due(before, c.eval_interval) and self.global_step < total:
-                self._evaluate(log, evaluation_log, progress)
+            # Since the last one, which an interrupt may have cut off.
+            evaluated = self.evaluations[-1].step if self.evaluations else 0
+            if self._due(evaluated, c.eval_interval) and self.global_step < total:
+                self._evaluate(interrupted, log, evaluation_log, progress)
             if self._due(before, c.checkpoint_interval) and self.global_step < total:
                 self.save()
         evaluated = bool(self.evaluations) and self.evaluations[-1].step == self.global_step
         if not evaluated and not interrupted.is_set():
-            self._evaluate(log, evaluation_log, progress)
+            self._evaluate(interrupted, log, evaluation_log, progress)
         if interrupted.is_set():
             raise KeyboardInterrupt
 
@@ -306,9 +318,9 @@ class Trainer:
         running = 0.0 if self._start is None else time.perf_counter() - self._start
         return self._earlier_wall_time + running
 
-    def _due(self, before: int, interval: int) -> bool:
-        """Whether a multiple of `interval` was reached since step `before`."""
-        return interval > 0 and before // interval < self.global_step // interval
+    def _due(self, since: int, interval: int) -> bool:
+        """Whether a multiple of `interval` was reached after step `since`."""
+        return interval > 0 and since // interval < self.global_step // interval
 
     def _collect(self) -> None:
         """One step of every environment into the replay buffer."""
@@ -324,8 +336,9 @@ class Trainer:
         executed = action.cpu().numpy()
         try:
             step = self.env.step(executed)
-        except EnvironmentDataError:
-            self._obs = None  # what diverged must not be restored: new episodes instead
+        except BaseException:
+            # Some environments may have moved on, or diverged: new episodes instead.
+            self._obs = None
             raise
         self.replay.add(self._obs, executed, step.reward, step.terminated, step.next_obs)
         self._obs = step.obs
@@ -365,7 +378,11 @@ class Trainer:
         self._call("on_log", metrics)
 
     def _evaluate(
-        self, log: MultiLogger, evaluation_log: EvaluationLog, progress: Progress
+        self,
+        interrupted: threading.Event,
+        log: MultiLogger,
+        evaluation_log: EvaluationLog,
+        progress: Progress,
     ) -> None:
         c = self.config
         noise = torch.tensor(fixed_noise(c.eval_particles, self.env.action_dim))
@@ -377,7 +394,9 @@ class Trainer:
             return array
 
         # The same episodes at every evaluation: their start states do not blur the curve.
-        outcome = run_episodes(self.eval_env, act, c.eval_episodes, seed=self._eval_seed)
+        outcome = run_episodes(
+            self.eval_env, act, c.eval_episodes, seed=self._eval_seed, interrupted=interrupted
+        )
         evaluation = Evaluation(self.global_step, self.wall_time, *outcome)
         best = all(evaluation.mean_return >= e.mean_return for e in self.evaluations)
         self.evaluations.append(evaluation)
@@ -424,8 +443,9 @@ class Trainer:
             "evaluations": [dataclasses.asdict(e) for e in self.evaluations],
             "env_state": None if env_state is None else env_state.meta,
         }
-        write_checkpoint(self.run_dir, tensors, manifest)
+        # The smaller file first: a full disk may still have room for it.
         self._save_policy(self.run_dir / POLICY_FILE)
+        write_checkpoint(self.run_dir, tensors, manifest)
 
     def _restore(self, tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> None:
         try:
@@ -444,8 +464,9 @@ class Trainer:
         self.evaluations = [Evaluation(**_from_json(e)) for e in manifest["evaluations"]]
         if manifest["env_state"] is None:
             warnings.warn(
-                "the environment's inner state was not saved (it diverged, or cannot be read): the "
-                "resumed run starts new episodes and is not bit-equal to one that never stopped",
+                "the environment's inner state was not saved (a step failed, or it cannot be "
+                "read): the resumed run starts new episodes and is not bit-equal to one that never "
+                "stopped",
                 stacklevel=3,
             )
             self._obs = self.env.reset(self.seed + self.global_step)
@@ -484,6 +505,16 @@ def _make_training_env(env: EnvLike, config: Config, seed: int) -> VectorEnvHand
     return make_vector_env(env, num_envs=None if is_object else config.num_envs, seed=seed)
 
 
+def _checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks holds {callback!r}, which is no Callback; a function goes into "
+                "FunctionCallback(function)"
+            )
+    return tuple(callbacks)
+
+
 def _check_sizes(trained: tuple[int, int], evaluated: tuple[int, int]) -> None:
     if trained != evaluated:
         raise ValueError(
@@ -502,6 +533,8 @@ def _resolve_device(device: str, backend: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r}: give auto, cpu, cuda or cuda:N") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: give auto, cpu, cuda or cuda:N")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
             f"device={device!r} was given but PyTorch sees no CUDA device; use device='cpu'"

@@ -181,12 +181,15 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     trainer = importlib.import_module("flame_ext.trainer")
 
     def interrupt(self, total_steps=None):
+        if saved:
+            self.save()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer.Trainer, "run", interrupt)
-    path = tmp_path / "run"
-    assert cli.main(train(path)) == 130
-    assert f"flame-ext train --resume {path}\n" in capsys.readouterr().err
+    for saved in (False, True):
+        path = tmp_path / f"saved {saved}"
+        assert cli.main(train(path)) == 130
+        assert (f"flame-ext train --resume '{path}'\n" in capsys.readouterr().err) == saved
 
 
 def test_a_terminated_run_saves_itself(tmp_path, monkeypatch):
@@ -222,6 +225,7 @@ def test_a_terminated_run_saves_itself(tmp_path, monkeypatch):
         (["train", "Pendulum-v1", "--backend", "gpu"], "gpu"),
         (["train", "Pendulum-v1", "--set", "gama=0.9"], "did you mean 'gamma'"),
         (["train", "Pendulum-v1", "--set", "gamma=2"], "gamma=2"),
+        (["train", "Pendulum-v1", "--seed=-1"], "seed=-1"),
         (["train", "Pendulum-v1", "--set", "gamma=high"], "gamma='high'"),
         (["train", "--resume", "nowhere"], "nowhere"),
         (["train", "--resume", "nowhere", "--set", "gamma=1"], "--set cannot be used with"),
@@ -281,6 +285,15 @@ def test_eval_films_an_episode(run_dir, tmp_path, capsys):
     frames = imageio.mimread(film)
     assert 1 < len(frames) <= 30
     assert frames[0].shape[:2] == (256, 256)
+
+
+def test_an_environment_that_gives_no_pictures_is_named(run_dir, tmp_path, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise AttributeError("'NoneType' object has no attribute 'glGetError'")
+
+    monkeypatch.setattr(play, "make_eval_env", broken)
+    words = ["eval", str(run_dir), "--episodes", "1", "--video", str(tmp_path / "film.gif")]
+    assert "cannot be rendered here: 'NoneType' object" in error_line(capsys, *words)
 
 
 def test_a_missing_video_package_is_named_before_playing(run_dir, capsys, monkeypatch):

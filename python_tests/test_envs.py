@@ -1,6 +1,4 @@
-"""Environments: exact transitions, action scaling, clear refusals, exact save and restore."""
-
-import json
+"""Environments: exact transitions, action scaling, clear refusals."""
 
 import gymnasium
 import numpy as np
@@ -8,7 +6,6 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from flame_ext.env_state import EnvState
 from flame_ext.envs import EnvironmentDataError, make_eval_env, make_vector_env
 from flame_ext.multigoal import MultiGoalEnv
 
@@ -327,6 +324,31 @@ def test_an_object_for_several_environments_is_refused():
         make_vector_env(lambda: shared, num_envs=2)
 
 
+def test_shapes_are_compared_with_the_space():
+    class Wide(Counter):
+        def _obs(self):
+            return np.zeros(self.width)
+
+    class Listed(Counter):
+        def step(self, action):
+            obs, reward, *rest = super().step(action)
+            return obs, np.array([reward]), *rest
+
+    Wide.width = 3
+    with pytest.raises(EnvironmentDataError, match=r"observation of shape \(3,\); .* \(2,\)"):
+        make_vector_env(Wide).reset()
+    Wide.width = 2
+    handle = make_vector_env(Wide)
+    handle.reset()
+    Wide.width = 1
+    with pytest.raises(EnvironmentDataError, match=r"observation of shape \(1,\); .* \(2,\)"):
+        handle.step(np.zeros((1, 2)))
+    listed = make_vector_env(Listed)
+    listed.reset()
+    with pytest.raises(EnvironmentDataError, match=r"reward of shape \(1,\); it must be \(\)"):
+        listed.step(np.zeros((1, 2)))
+
+
 def test_other_misuse_is_refused():
     vector = SyncVectorEnv([Counter] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(ValueError, match="num_envs=3"):
@@ -398,6 +420,18 @@ def test_the_evaluation_environment_is_separate():
             assert np.array_equal(source.unwrapped.position, before)
 
 
+def test_worker_processes_are_evaluated_in_an_environment_like_theirs():
+    """Also those of `make_vec`, whose own spec makes the vector environment."""
+    vector = gymnasium.make_vec(
+        "flame_ext/MultiGoal-v0", 2, vectorization_mode="async", num_goals=3, **SAME_STEP
+    )
+    try:
+        assert len(make_eval_env(vector).vector.unwrapped.envs[0].unwrapped.goals) == 3
+        assert make_vector_env(vector).spec_id is None
+    finally:
+        vector.close()
+
+
 def test_an_object_that_cannot_be_doubled_is_refused():
     class Single(Counter):
         def __deepcopy__(self, memo):
@@ -432,84 +466,3 @@ def test_pictures_come_from_evaluation_environments():
     silent.reset()
     with pytest.raises(ValueError, match="rgb_array"):
         silent.render()
-
-
-# Save and restore -------------------------------------------------------------------------------
-
-RESTORABLE = [
-    "flame_ext/MultiGoal-v0",
-    "Pendulum-v1",
-    "HalfCheetah-v5",
-    "Hopper-v5",
-    "Humanoid-v5",
-    "Reacher-v5",
-]
-
-
-@pytest.mark.parametrize("env_id", RESTORABLE)
-def test_a_restored_environment_goes_on_bit_equal(env_id):
-    if "-v5" in env_id:
-        pytest.importorskip("mujoco")
-    handle = make_vector_env(env_id, num_envs=2, seed=3)
-    handle.reset()
-    actions = np.random.default_rng(0).uniform(-1, 1, (120, 2, handle.action_dim))
-    for action in actions[:37]:
-        handle.step(action)
-    state = handle.get_state()
-    other = make_vector_env(env_id, num_envs=2, seed=99)
-    obs = other.set_state(EnvState(state.arrays, json.loads(json.dumps(state.meta))))
-    assert obs.shape == (2, handle.obs_dim)
-    for action in actions[37:]:
-        expected, got = handle.step(action), other.step(action)
-        assert np.array_equal(expected.obs, got.obs)
-        assert np.array_equal(expected.next_obs, got.next_obs)
-        assert np.array_equal(expected.reward, got.reward)
-        assert expected.episode_returns == got.episode_returns
-        assert expected.episode_lengths == got.episode_lengths
-
-
-def test_environments_with_a_hidden_memory_have_no_state():
-    class Listed(Counter):
-        def __init__(self):
-            super().__init__()
-            self.history = []
-
-    class Odd(gymnasium.Wrapper):
-        pass
-
-    for factory in (Listed, lambda: Odd(Counter())):
-        handle = make_vector_env(factory)
-        handle.reset()
-        assert handle.get_state() is None
-
-
-def test_a_space_that_is_sampled_from_is_restored():
-    class Sampling(Counter):
-        def _obs(self):
-            return self.observation_space.sample()
-
-    handles = [make_vector_env(Sampling, seed=seed) for seed in (3, 99)]
-    for handle in handles:
-        handle.reset()
-    handles[1].set_state(handles[0].get_state())
-    action = np.zeros((1, 2))
-    assert np.array_equal(*(handle.step(action).next_obs for handle in handles))
-
-
-def test_an_environment_with_state_of_its_own_kind_is_not_guessed():
-    class Hidden(Counter):
-        def reset(self, **kwargs):
-            self.data = [0.0]  # the name of MuJoCo's state
-            return super().reset(**kwargs)
-
-    handle = make_vector_env(Hidden)
-    handle.reset()
-    assert handle.get_state() is None
-
-
-def test_a_state_of_another_number_of_environments_is_refused():
-    handle = make_vector_env(Counter, num_envs=2)
-    handle.reset()
-    state = handle.get_state()
-    with pytest.raises(ValueError, match="has 2 environments; this handle has 3"):
-        make_vector_env(Counter, num_envs=3).set_state(state)

@@ -5,6 +5,7 @@ import os
 import signal
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -137,6 +138,35 @@ def test_an_interrupt_in_the_last_evaluation_is_not_lost(tmp_path: Path) -> None
     assert [evaluation.step for evaluation in trainer.evaluations] == [40]
 
 
+def test_an_interrupt_ends_an_evaluation_at_its_next_step(tmp_path: Path) -> None:
+    """It may take minutes; the resumed run makes up for it."""
+
+    class Interrupting(Counting):
+        def step(self, action):  # type: ignore[no-untyped-def]
+            steps.append(0)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().step(action)
+
+    steps: list[int] = []
+    options = {**TINY, "num_envs": 1, "eval_episodes": 1}
+    trainer = Trainer(Counting, config=options, run_dir=tmp_path / "run", eval_env=Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(total_steps=120)
+    assert (len(steps), trainer.global_step, trainer.evaluations) == (3, 80, [])
+    resumed = Trainer.resume(tmp_path / "run", env=Counting).run()
+    assert [evaluation.step for evaluation in resumed.evaluations] == [81, 120]
+
+
+def test_fewer_steps_than_done_are_refused(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path / "run")
+    trainer.run(total_steps=81)  # by two environments: 82
+    assert trainer.run(total_steps=np.int64(81)).steps == 82
+    with pytest.raises(ValueError, match="total_steps=80: the run is at step 82"):
+        trainer.run(total_steps=80)
+    assert Trainer.resume(tmp_path / "run").config.total_steps == 81
+
+
 def test_a_run_goes_on_after_it_was_stopped(tmp_path: Path) -> None:
     stop = flame_ext.callbacks.FunctionCallback(lambda *_: np.bool_(False), event="log")
     trainer = Trainer(TASK, config=TINY, run_dir=tmp_path / "run", callbacks=[stop])
@@ -160,6 +190,18 @@ def test_resuming_asks_for_what_an_id_alone_does_not_make(tmp_path: Path) -> Non
     resumed = Trainer.resume(tmp_path / "run", env=factory)
     goals = {len(env.unwrapped.goals) for env in resumed.eval_env.vector.unwrapped.envs}
     assert goals == {2}
+
+
+def test_also_around_vector_environments(tmp_path: Path) -> None:
+    """A wrapper there changes what is learned, and evaluations would lack it."""
+    mode = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+    plain = gymnasium.make_vec(TASK, 2, vectorization_mode="sync", vector_kwargs=mode)
+    vector = gymnasium.wrappers.vector.TransformReward(plain, lambda reward: reward / 1000)
+    with pytest.raises(ValueError, match=r"lack the wrappers .* Pass eval_env"):
+        Trainer(vector, config=TINY, run_dir=tmp_path / "none")
+    Trainer(vector, config=TINY, run_dir=tmp_path / "run", eval_env=TASK).run(total_steps=40)
+    with pytest.raises(RunDirectoryError, match="pass it again"):
+        Trainer.resume(tmp_path / "run")
 
 
 def test_a_resumed_run_keeps_its_backend(tmp_path: Path) -> None:
@@ -241,41 +283,54 @@ def test_a_broken_environment_loses_nothing(tmp_path: Path) -> None:
     assert resumed.run(total_steps=100).steps == 100
 
 
-def test_directories_are_never_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "precious.txt").write_text("x")
-    with pytest.raises(RunDirectoryError, match="exists already"):
-        tiny(tmp_path / "run")
-    with pytest.raises(RunDirectoryError, match="no checkpoint"):
-        Trainer.resume(tmp_path / "run")
+def test_a_step_that_fails_in_one_environment_is_no_transition_of_the_others(
+    tmp_path: Path,
+) -> None:
+    class Failing(Counting):
+        def step(self, action):  # type: ignore[no-untyped-def]
+            made.append(0)
+            if len(made) == 33:
+                raise RuntimeError("the cable came loose")
+            return super().step(action)
+
+    made: list[int] = []
+    options = {**TINY, "num_envs": 3}
+    trainer = Trainer(Failing, config=options, run_dir=tmp_path / "run", eval_env=Counting)
+    with pytest.raises(RuntimeError, match="the cable"):
+        trainer.run(total_steps=60)
+    with pytest.warns(UserWarning, match="a step failed"):
+        resumed = Trainer.resume(tmp_path / "run", env=Counting)
+    resumed.run(total_steps=60)
+    rows = resumed.replay.state_dict()["rows"]
+    assert len(rows) == 60
+    assert torch.equal(rows[:, 1] - rows[:, 0], torch.ones(60)), "one step leads to the next count"
 
 
-def test_a_directory_takes_one_trainer_at_a_time(tmp_path: Path) -> None:
-    run, before_and_after = tmp_path / "run", []
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"seed": -1}, ValueError, "seed=-1: give a whole number from 0"),
+        ({"seed": None}, ValueError, "seed=None: give"),
+        ({"device": "mps"}, ValueError, "device='mps': give auto, cpu, cuda or cuda:N"),
+        ({"callbacks": [print]}, TypeError, r"no Callback; a function goes into FunctionCallback"),
+        ({"config": {"buffer_size": 10**13}}, FlameError, r"320,000.0 GB.*lower buffer_size"),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    with pytest.raises(error, match=named):
+        Trainer(TASK, run_dir=tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
 
-    def intrude(trainer: Trainer, _: object) -> None:
-        trainer.save()
-        before_and_after.append((run / "evaluations.csv").read_bytes())
-        with pytest.raises(RunDirectoryError, match="another trainer is at work"):
-            Trainer.resume(run).run(total_steps=400)
-        before_and_after.append((run / "evaluations.csv").read_bytes())
 
-    watch = flame_ext.callbacks.FunctionCallback(intrude, event="evaluation")
-    Trainer(TASK, config=TINY, run_dir=run, callbacks=[watch]).run(total_steps=80)
-    before, after = before_and_after
-    assert before == after
-    assert Trainer.resume(run).run(total_steps=120).steps == 120, "it was not given back"
-
-
-def test_a_hostile_checkpoint_is_refused(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    tiny(run).run(total_steps=60)
-    (run / "checkpoint" / "state.safetensors").write_bytes(b"\x80\x04cos\nsystem\n.")
-    with pytest.raises(RunDirectoryError, match="damaged"):
-        Trainer.resume(run)
-    (run / "policy.safetensors").write_bytes(b"\x80\x04cos\nsystem\n.")
-    with pytest.raises(RunDirectoryError, match="not a flame_ext policy"):
-        flame_ext.load(run)
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    options = {**TINY, "batch_size": np.int64(8), "gamma": np.float32(0.5)}
+    trainer = Trainer(TASK, config=options, run_dir=tmp_path / "run", seed=np.int64(3))
+    trainer.run(total_steps=np.int64(20))
+    resumed = Trainer.resume(tmp_path / "run")
+    found = (resumed.config.batch_size, resumed.config.gamma, resumed.seed)
+    assert found == (8, 0.5, 3)
 
 
 class Counting(gymnasium.Env):  # type: ignore[type-arg]

@@ -1,0 +1,75 @@
+"""A run's directory: never overwritten, one trainer at a time, no code in its files."""
+
+from pathlib import Path
+
+import pytest
+
+import flame_ext
+from flame_ext.errors import RunDirectoryError
+from flame_ext.run_dir import new_run_dir
+from flame_ext.trainer import Trainer
+
+TASK = "flame_ext/MultiGoal-v0"
+TINY = {
+    "hidden_sizes": (16, 16),
+    "batch_size": 16,
+    "num_envs": 2,
+    "learning_starts": 40,
+    "eval_interval": 80,
+    "eval_episodes": 2,
+    "buffer_size": 10_000,
+}
+
+
+def tiny(run_dir: Path) -> Trainer:
+    return Trainer(TASK, config=TINY, run_dir=run_dir)
+
+
+def test_directories_are_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("x")
+    with pytest.raises(RunDirectoryError, match=r"exists already.*or delete it"):
+        tiny(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match=r"no checkpoint.* in a new directory"):
+        Trainer.resume(tmp_path / "run")
+    tiny(tmp_path / "a b").run(total_steps=2)
+    with pytest.raises(RunDirectoryError, match=r"exists already.*--resume '.*a b'"):
+        tiny(tmp_path / "a b")
+
+
+def test_runs_that_begin_in_one_second_get_directories_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    found = [new_run_dir(None, "Task-v0", "flame", 3) for _ in range(3)]
+    name = "runs/Task-v0-flame-s3-now"
+    assert found == [Path(name), Path(f"{name}-2"), Path(f"{name}-3")]
+
+
+def test_a_directory_takes_one_trainer_at_a_time(tmp_path: Path) -> None:
+    run, before_and_after = tmp_path / "run", []
+
+    def intrude(trainer: Trainer, _: object) -> None:
+        trainer.save()
+        before_and_after.append((run / "evaluations.csv").read_bytes())
+        with pytest.raises(RunDirectoryError, match="another trainer is at work"):
+            Trainer.resume(run).run(total_steps=400)
+        before_and_after.append((run / "evaluations.csv").read_bytes())
+
+    watch = flame_ext.callbacks.FunctionCallback(intrude, event="evaluation")
+    Trainer(TASK, config=TINY, run_dir=run, callbacks=[watch]).run(total_steps=80)
+    before, after = before_and_after
+    assert before == after
+    assert Trainer.resume(run).run(total_steps=120).steps == 120, "it was not given back"
+
+
+def test_a_hostile_checkpoint_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny(run).run(total_steps=60)
+    (run / "checkpoint" / "state.safetensors").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(RunDirectoryError, match="damaged"):
+        Trainer.resume(run)
+    (run / "policy.safetensors").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(RunDirectoryError, match="not a flame_ext policy"):
+        flame_ext.load(run)
