@@ -190,6 +190,7 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_dir", type=Path, metavar="RUN_DIR", help="a run directory with a checkpoint")
+    add("--env", metavar="ID", help="of a run that was not started from an environment id")
     add("--states", type=_count, default=500, metavar="N", help="states of the replay buffer")
     add("--seed", type=int, default=0, metavar="S", help="decides states, samples and episodes")
 
@@ -412,7 +413,7 @@ def _deviation(values: Sequence[float]) -> float:
 def _diagnose(options: argparse.Namespace) -> None:
     from flame_ext.diagnosis import diagnose
 
-    figures = diagnose(options.run_dir, states=options.states, seed=options.seed)
+    figures = diagnose(options.run_dir, env=options.env, states=options.states, seed=options.seed)
     width = max(map(len, figures))
     for name, value in figures.items():
         print(f"{name:<{width}}  {value:.4g}")

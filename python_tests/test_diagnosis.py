@@ -97,6 +97,14 @@ def test_leaves_the_run_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["diagnose", str(tmp_path / "none")]) == 2
 
 
+def test_a_run_without_an_id_takes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    Trainer(lambda: gymnasium.make(TASK, num_goals=3), config=TINY, run_dir=run).run(80)
+    assert cli.main(["diagnose", str(run)]) == 2
+    assert cli.main(["diagnose", str(run), "--env", TASK, "--states", "20"]) == 0
+    assert "alpha" in capsys.readouterr().out
+
+
 class Paying(gymnasium.Env):
     """One unit of reward per step; ends after `length` steps."""
 
