@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shlex
@@ -42,14 +41,14 @@ def new_run_dir(run_dir: str | Path | None, env_id: str | None, algorithm: str, 
 
 def _make_unused(path: Path) -> Path:
     """Makes the directory, numbered if another run began in the same second."""
-    for number in itertools.count(1):
-        made = path if number == 1 else path.with_name(f"{path.name}-{number}")
+    made, number = path, 1
+    while True:
         try:
             made.mkdir(parents=True)
+            return made
         except FileExistsError:
-            continue
-        return made
-    raise AssertionError
+            number += 1
+            made = path.with_name(f"{path.name}-{number}")
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class TorchActingEngine:
 
     def _observe(self, obs: NDArray[Any]) -> torch.Tensor:
         rows = np.ascontiguousarray(network_observations(obs, self._tensors))
-        return self._critics.observe(torch.from_numpy(rows))
+        return self._critics.observe(torch.tensor(rows))
 
 
 def _load(network: FlatMLP, flat: Array) -> None:
