@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from flame_ext.native import BackendInfo, backend_info
     from flame_ext.onnx_export import export_onnx
     from flame_ext.policy import Policy, load
-    from flame_ext.trainer import RunResult, Trainer
+    from flame_ext.run_result import RunResult
+    from flame_ext.trainer import Trainer
 
 __version__: str
 
@@ -24,7 +25,7 @@ _EXPORTS = {
     "Callback": "flame_ext.callbacks",
     "Config": "flame_ext.config",
     "Policy": "flame_ext.policy",
-    "RunResult": "flame_ext.trainer",
+    "RunResult": "flame_ext.run_result",
     "Trainer": "flame_ext.trainer",
     "backend_info": "flame_ext.native",
     "export_onnx": "flame_ext.onnx_export",

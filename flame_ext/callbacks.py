@@ -12,7 +12,8 @@ from flame_ext.errors import check_choice
 from flame_ext.evaluate import Evaluation
 
 if TYPE_CHECKING:  # For types only: the trainer imports this module.
-    from flame_ext.trainer import RunResult, Trainer
+    from flame_ext.run_result import RunResult
+    from flame_ext.trainer import Trainer
 
 Event = Literal["start", "log", "evaluation", "end"]
 

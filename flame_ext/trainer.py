@@ -8,7 +8,6 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,12 @@ from flame_ext.checkpoint import (
     write_checkpoint,
 )
 from flame_ext.config import Config, make_config
+from flame_ext.devices import resolve_device
 from flame_ext.envs import EnvLike, EnvState, VectorEnvHandle, make_eval_env, make_vector_env
-from flame_ext.errors import (
-    BackendUnavailableError,
-    DivergenceError,
-    RunDirectoryError,
-    check_seed,
-)
+from flame_ext.errors import DivergenceError, RunDirectoryError, check_seed
 from flame_ext.evaluate import MAX_EVAL_ENVS, Evaluation, run_episodes
 from flame_ext.interrupts import interrupts_between_steps
 from flame_ext.loggers import EvaluationLog, MultiLogger, make_loggers
-from flame_ext.native import auto_backend
 from flame_ext.normalizer import ObservationNormalizer
 from flame_ext.policies.base import uniform_like
 from flame_ext.policy import POLICY_FILE, PolicySpec, fixed_noise, save_policy
@@ -46,43 +40,10 @@ from flame_ext.process_settings import denormals_flushed, keep_freed_memory
 from flame_ext.progress import Progress
 from flame_ext.replay import Batch, ReplayBuffer
 from flame_ext.run_dir import held, new_run_dir
+from flame_ext.run_result import RunResult
 from flame_ext.tally import Tally
 
 CONFIG_FILE = "config.json"
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run gave.
-
-    Attributes:
-        evaluations: Every evaluation, the last one after the last step.
-        steps: Environment steps taken, over all processes of a resumed run.
-        wall_time: Seconds, likewise.
-        run_dir: Where everything was written.
-        stopped_by: Name of the callback that ended the run early, or None.
-    """
-
-    evaluations: tuple[Evaluation, ...]
-    steps: int
-    wall_time: float
-    run_dir: Path
-    stopped_by: str | None = None
-
-    @property
-    def final_return(self) -> float:
-        """Mean return of the last evaluation."""
-        return self.evaluations[-1].mean_return
-
-    @property
-    def best_return(self) -> float:
-        """Highest mean return of any evaluation."""
-        return max(e.mean_return for e in self.evaluations)
-
-    @property
-    def policy_path(self) -> Path:
-        """The final policy, for `flame_ext.load`."""
-        return self.run_dir / POLICY_FILE
 
 
 class Trainer:
@@ -129,7 +90,7 @@ class Trainer:
         self.callbacks = _checked(callbacks)
         # Evaluation and training episodes must not share seeds.
         self._eval_seed = seed + 1_000_003
-        self.device = _resolve_device(device, backend)
+        self.device = resolve_device(device, backend)
         self._asked_for = {"backend": backend, "device": device}
         self.env = _make_training_env(env, wanted, seed)
         # Environment objects come in their own number.
@@ -521,25 +482,6 @@ def _check_sizes(trained: tuple[int, int], evaluated: tuple[int, int]) -> None:
             f"env has {trained[0]} observations and {trained[1]} actions, eval_env {evaluated[0]} "
             f"and {evaluated[1]}: they must be of one kind."
         )
-
-
-def _resolve_device(device: str, backend: str) -> torch.device:
-    if device == "auto":
-        # Networks of this size leave a GPU idle in PyTorch, launch after launch.
-        chosen = auto_backend("cpu")[0] if backend == "auto" else backend
-        on_cuda = chosen != "cpu" and torch.cuda.is_available()
-        return torch.device("cuda" if on_cuda else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r}: give auto, cpu, cuda or cuda:N") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r}: give auto, cpu, cuda or cuda:N")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            f"device={device!r} was given but PyTorch sees no CUDA device; use device='cpu'"
-        )
-    return resolved
 
 
 def _from_json(values: Mapping[str, Any]) -> dict[str, Any]:
