@@ -95,7 +95,9 @@ def film_episode(
                 step = env.step(act(obs))
                 obs, done = step.obs, bool(step.terminated[0] or step.truncated[0])
                 if not done:  # the next episode has begun
-                    writer.append_data(env.render())
+                    with _rendering(env_id):
+                        frame = env.render()
+                    writer.append_data(frame)
     finally:
         env.close()
 

@@ -75,13 +75,6 @@ class PolicySpec:
         low, high = np.asarray(self.action_low), np.asarray(self.action_high)
         return 0.5 * (high + low), 0.5 * (high - low)
 
-    def scaled_action(self, unit: NDArray[Any]) -> Array:
-        """Actions ``(..., A)`` in [-1, 1] in environment units, not outside by rounding."""
-        middle, half = self.action_middle_and_half()
-        inside = np.clip(middle + half * unit, self.action_low, self.action_high)
-        scaled: Array = inside.astype(np.float32)
-        return scaled
-
     def unit_action(self, action: NDArray[Any]) -> NDArray[np.float64]:
         """Actions ``(..., A)`` in environment units, in [-1, 1]; 0 where there is no choice."""
         middle, half = self.action_middle_and_half()

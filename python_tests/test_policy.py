@@ -20,6 +20,11 @@ OBS, ACT = 5, 3
 LOW, HIGH = (-1.0, 0.0, -2.0), (1.0, 4.0, 3.0)
 
 
+def weights(agent: Agent) -> dict[str, np.ndarray]:
+    networks = deployed_networks(agent.actor, agent.critics)
+    return {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
+
+
 def make_policy(
     path: Path,
     algorithm: str,
@@ -31,8 +36,7 @@ def make_policy(
     config = make_config(algorithm, overrides=options)
     agent = Agent(config, OBS, ACT, TorchBackend(), seed=3)
     spec = PolicySpec(algorithm, config.to_dict(), OBS, ACT, LOW, HIGH, "Task-v0")
-    networks = deployed_networks(agent.actor, agent.critics)
-    tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
+    tensors = weights(agent)
     if normalized:
         tensors["normalizer.shift"] = np.full(OBS, 2, np.float32)
         tensors["normalizer.scale"] = np.full(OBS, 0.5, np.float32)
@@ -68,8 +72,7 @@ def test_actions_stay_in_the_box(tmp_path: Path, backend: str) -> None:
     low, high = np.array([(-3.0718, -0.0698), (-0.1, 0.7), (-0.2, 1.0)], np.float32).T
     box = {"action_low": tuple(low.tolist()), "action_high": tuple(high.tolist())}
     spec = dataclasses.replace(policy.spec, **box)
-    networks = deployed_networks(agent.actor, agent.critics)
-    tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
+    tensors = weights(agent)
     save_policy(tmp_path / "box" / "policy.safetensors", spec, tensors)
     noise = 1e3 * np.random.default_rng(0).standard_normal((50, 1, ACT), np.float32)
     engine = load(tmp_path / "box", backend=backend)._engine
@@ -200,8 +203,7 @@ def test_a_damaged_header_is_refused(
     tmp_path: Path, name: str, value: object, backend: str
 ) -> None:
     policy, agent = make_policy(tmp_path, "sac")
-    networks = deployed_networks(agent.actor, agent.critics)
-    tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
+    tensors = weights(agent)
     file = tmp_path / "x" / "policy.safetensors"
     save_policy(file, dataclasses.replace(policy.spec, **{name: value}), tensors)
     with pytest.raises(RunDirectoryError):
@@ -237,8 +239,7 @@ def test_other_algorithms_and_missing_weights_are_refused(tmp_path: Path, backen
 def test_options_that_no_longer_exist_do_not_matter(tmp_path: Path, backend: str) -> None:
     policy, agent = make_policy(tmp_path, "flame")
     older = dataclasses.replace(policy.spec, config={**policy.spec.config, "gone": 250})
-    networks = deployed_networks(agent.actor, agent.critics)
-    tensors = {f"{name}.flat": net.flat.detach().numpy() for name, net in networks.items()}
+    tensors = weights(agent)
     save_policy(tmp_path / "older" / "policy.safetensors", older, tensors)
     obs = np.ones((2, OBS), np.float32)
     action = load(tmp_path / "older", backend=backend).act(obs, deterministic=True)

@@ -33,7 +33,8 @@ class TorchActingEngine:
         for name, network in deployed_networks(self._actor, self._critics).items():
             _load(network, tensors[f"{name}.flat"])
         self._tensors = tensors
-        self._spec = spec
+        self._middle, self._half = spec.action_middle_and_half()
+        self._low, self._high = np.asarray(spec.action_low), np.asarray(spec.action_high)
         self._seed = seed
 
     @torch.no_grad()
@@ -47,7 +48,8 @@ class TorchActingEngine:
             noise = rng.standard_normal(shape, np.float32)
         base = torch.tensor(noise).view(shape)
         unit = self._actor.best_action(self._critics, self._observe(rows), base).numpy()
-        action = self._spec.scaled_action(unit)
+        scaled = np.clip(self._middle + self._half * unit, self._low, self._high)
+        action: NDArray[np.float32] = scaled.astype(np.float32)
         return action[0] if np.ndim(obs) == 1 else action
 
     @torch.no_grad()
