@@ -1,20 +1,17 @@
-// The native surface: plain structs and raw pointers, no Python, no torch. bindings.cpp checks the
-// arguments, releases the GIL and calls these.
+// The native surface: plain structs and raw pointers, no Python, no torch. bindings*.cpp check the
+// arguments, release the GIL and call these.
 //
 // Conventions for everything below and for the files that extend it:
 //   * a matrix is row-major float32; `ld` is the distance between rows in floats, columns are
-//   dense;
+//     dense;
 //   * the caller owns every pointer; const pointers are only read; no pointer is kept after the
-//   call
-//     unless the name says so;
+//     call unless the name says so;
 //   * sizes are int64_t where they count rows, int32_t where they count columns or layers;
 //   * arguments are checked in the bindings (check.h), everything below assumes them checked;
 //   * results do not depend on the number of threads.
 #pragma once
 
 #include <stdint.h>
-
-#include <string>
 
 namespace flame {
 
@@ -47,15 +44,5 @@ struct PhiloxKey {
     uint64_t stream;
     uint64_t offset;  // in blocks of four draws
 };
-
-// --- CUDA (cuda/device.cu, cuda/philox.cu); declared always, defined only in a build with CUDA
-
-// 0 where there is no driver or no device, or where a problem (which is then set) hides them.
-int cuda_device_count(std::string* problem = nullptr);
-// Name and compute capability of a device, truncated to `size` characters; throws without devices.
-void cuda_device_name(int device, char* name, int size, int* major, int* minor);
-// The first n draws of `key` into device memory, on `stream` (a cudaStream_t).
-void cuda_philox_bits(const PhiloxKey& key, int64_t n, uint32_t* out, void* stream);
-void cuda_philox_normal(const PhiloxKey& key, int64_t n, float* out, void* stream);
 
 }  // namespace flame

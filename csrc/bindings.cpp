@@ -15,6 +15,7 @@
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/machine_probe.h"
+#include "cuda/device.h"
 #include "partition.h"
 #include "philox.h"
 #include "thread_pool.h"
@@ -32,12 +33,11 @@ std::vector<std::string> isas(bool (*accept)(Isa)) {
     return names;
 }
 
-// Seconds of the best of a few bursts of work(thread) on every thread of the pool.
+// Seconds of the best of a few bursts of work(thread), one for each of `threads`.
 template <typename Work>
-double best_burst(Work&& work) {
+double best_burst(int threads, Work&& work) {
     constexpr int kBursts = 10;
     const WithoutGil without_gil;
-    const int threads = num_threads();
     std::vector<float> sinks(static_cast<size_t>(threads));
     double best = std::numeric_limits<double>::infinity();
     for (int i = 0; i < kBursts; ++i) {
@@ -56,10 +56,10 @@ double best_burst(Work&& work) {
 // Multiply-adds in registers on all threads, GFLOP/s.
 double peak_gflops() {
     constexpr int64_t kRounds = 1 << 20;
+    const int threads = num_threads();
     const auto& k = kernels();
-    const double seconds = best_burst([&](int64_t) { return k.multiply_add(kRounds); });
-    return 2e-9 * static_cast<double>(kRounds) * kProbeChains * k.vector_floats * num_threads() /
-           seconds;
+    const double seconds = best_burst(threads, [&](int64_t) { return k.multiply_add(kRounds); });
+    return 2e-9 * static_cast<double>(kRounds) * kProbeChains * k.vector_floats * threads / seconds;
 }
 
 // Reading a buffer of `size` bytes again and again, each thread its share, GB/s: what the caches
@@ -67,14 +67,14 @@ double peak_gflops() {
 double read_gbps(int64_t size) {
     constexpr int64_t kFloats = 128;  // read_stream takes multiples of it
     check(size >= 1, "size is ", size, "; it must be at least 1");
-    const int64_t threads = num_threads();
+    const int threads = num_threads();
     const int64_t share =
         round_up(divide_up(size, threads * static_cast<int64_t>(sizeof(float))), kFloats);
     const int64_t share_bytes = share * static_cast<int64_t>(sizeof(float));
     const int64_t repeats = divide_up(int64_t{1} << 24, share_bytes);
     const std::vector<float> data(static_cast<size_t>(share * threads), 1.0f);
     const auto& k = kernels();
-    const double seconds = best_burst([&](int64_t thread) {
+    const double seconds = best_burst(threads, [&](int64_t thread) {
         float total = 0.0f;
         for (int64_t r = 0; r < repeats; ++r) {
             total += k.read_stream(data.data() + thread * share, share);
@@ -193,7 +193,8 @@ PYBIND11_MODULE(_core, m) {
     m.def("isa_supported", [] { return isas(&isa_supported); });
     m.def("isa_active", [] { return isa_name(isa_active()); });
     m.def("bfloat16_supported", &bfloat16_supported);
-    m.def("set_isa", &set_isa, py::arg("name"));
+    // By a string: pybind11 makes a null pointer of None where one is asked for.
+    m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"));
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("n"));
     m.def("peak_gflops", &peak_gflops);

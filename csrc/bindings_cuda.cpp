@@ -126,28 +126,12 @@ size_t reweighted_velocity(const MlpSpec& spec, Pointer parameters, int64_t stat
     check(candidates >= 1, "num_candidates is ", candidates, "; at least 1 is needed");
     check(action_dim <= kMaxActionColumns, "z has ", action_dim, " columns; at most ",
           kMaxActionColumns, " are supported");
-    const CudaReweighted args{{spec,
-                               at<float>(parameters),
-                               nullptr,
-                               states,
-                               candidates,
-                               action_dim,
-                               at<float>(obs),
-                               critic_obs_dim(spec, action_dim),
-                               at<float>(z),
-                               at<float>(signal),
-                               at<float>(scale),
-                               0.0,
-                               parse_candidates(sampling),
-                               nullptr,
-                               0,
-                               0,
-                               0,
-                               at<float>(velocity),
-                               at<float>(ess),
-                               nullptr},
-                              at<double>(alpha),
-                              at<uint64_t>(seed)};
+    const CudaReweighted args{
+        {spec, at<float>(parameters), nullptr, states, candidates, action_dim, at<float>(obs),
+         critic_obs_dim(spec, action_dim), at<float>(z), at<float>(signal), at<float>(scale), 0.0,
+         parse_candidates(sampling), nullptr, 0, 0, 0, at<float>(velocity), at<float>(ess)},
+        at<double>(alpha),
+        at<uint64_t>(seed)};
     return with_workspace(args, workspace, [&](void* memory) {
         cuda_reweighted_velocity(args, tensor_cores, memory, at<void>(stream));
     });

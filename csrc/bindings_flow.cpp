@@ -22,7 +22,7 @@ py::tuple py_reweighted_velocity(const MlpSpec& spec, const py::array& parameter
                                  const py::array& scale, double alpha,
                                  const std::optional<py::array>& uniform, int num_candidates,
                                  uint64_t seed, uint64_t stream, uint64_t offset,
-                                 const std::string& sampling, bool resample) {
+                                 const std::string& sampling) {
     check(z.ndim() == 2 && z.shape(1) >= 1 && z.shape(1) <= kMaxActionColumns, "z has shape ",
           shape_text(z), "; it must be (states, action columns) with 1 to ", kMaxActionColumns,
           " columns");
@@ -42,7 +42,6 @@ py::tuple py_reweighted_velocity(const MlpSpec& spec, const py::array& parameter
     }
     Array velocity({states, action_dim});
     Array ess(states);
-    Array resampled({resample ? states : 0, action_dim});
     const ReweightedArgs args{
         spec,
         dense(parameters, "parameters", {count_of(spec)}),
@@ -62,14 +61,12 @@ py::tuple py_reweighted_velocity(const MlpSpec& spec, const py::array& parameter
         stream,
         offset,
         velocity.mutable_data(),
-        ess.mutable_data(),
-        resample ? resampled.mutable_data() : nullptr};
+        ess.mutable_data()};
     {
         const WithoutGil without_gil;
         kernels(spec).reweighted_velocity(args);
     }
-    if (resample) return py::make_tuple(velocity, ess, resampled);
-    return py::make_tuple(velocity, ess, py::none());
+    return py::make_tuple(velocity, ess);
 }
 
 Array py_truncated_normal(const py::array& low, const py::array& high, const py::array& uniform) {
@@ -227,7 +224,7 @@ void bind_flow(py::module_& m) {
           py::arg("obs"), py::arg("z"), py::arg("signal"), py::arg("scale"), py::arg("alpha"),
           py::kw_only(), py::arg("uniform") = py::none(), py::arg("num_candidates") = 32,
           py::arg("seed") = 0, py::arg("stream") = 0, py::arg("offset") = 0,
-          py::arg("sampling") = "stratified", py::arg("resample") = false);
+          py::arg("sampling") = "stratified");
     m.def("truncated_normal", &py_truncated_normal, py::arg("low"), py::arg("high"),
           py::arg("uniform"));
     m.def("meanflow_step", &py_meanflow_step, py::arg("spec"), py::arg("parameters"),

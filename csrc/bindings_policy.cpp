@@ -53,13 +53,15 @@ NetDesc net_desc(const Floats& flat, const std::vector<int>& hidden, const std::
     return net;
 }
 
+constexpr int kCritics = 2;  // whose minimum chooses
+
 std::unique_ptr<PackedPolicy> pack_policy(
     const std::string& kind, int obs_dim, int action_dim, const Floats& policy,
     const std::vector<int>& hidden, const std::string& activation, bool layer_norm,
     const std::optional<Floats>& time_features, const std::optional<Floats>& steps,
     std::pair<float, float> log_std_range, const std::optional<Floats>& critics,
     const std::vector<int>& critic_hidden, const std::string& critic_activation,
-    bool critic_layer_norm, int critic_members, const std::optional<Floats>& state_encoder,
+    bool critic_layer_norm, const std::optional<Floats>& state_encoder,
     const std::optional<Floats>& pair_encoder, const std::vector<int>& encoder_hidden,
     const std::string& encoder_activation, int embedding_dim, float embedding_min_scale,
     const std::string& precision, const std::optional<Floats>& obs_shift,
@@ -73,9 +75,8 @@ std::unique_ptr<PackedPolicy> pack_policy(
     d.action_dim = action_dim;
     d.policy = net_desc(policy, hidden, activation, layer_norm, 1);
     if (critics) {
-        check(critic_members >= 1, "critic_members is ", critic_members, "; give at least 1");
         d.critics =
-            net_desc(*critics, critic_hidden, critic_activation, critic_layer_norm, critic_members);
+            net_desc(*critics, critic_hidden, critic_activation, critic_layer_norm, kCritics);
     }
     const auto encoder = [&](const std::optional<Floats>& flat) {
         return flat ? net_desc(*flat, encoder_hidden, encoder_activation, false, 1) : NetDesc{};
@@ -292,13 +293,12 @@ void bind_policy(py::module_& m) {
              py::arg("steps") = py::none(), py::arg("log_std_range") = std::pair(-5.0f, 2.0f),
              py::arg("critics") = py::none(), py::arg("critic_hidden") = std::vector<int>{},
              py::arg("critic_activation") = "mish", py::arg("critic_layer_norm") = false,
-             py::arg("critic_members") = 2, py::arg("state_encoder") = py::none(),
-             py::arg("pair_encoder") = py::none(), py::arg("encoder_hidden") = std::vector<int>{},
-             py::arg("encoder_activation") = "silu", py::arg("embedding_dim") = 0,
-             py::arg("embedding_min_scale") = 0.0f, py::arg("precision") = "fp32",
-             py::arg("obs_shift") = py::none(), py::arg("obs_scale") = py::none(),
-             py::arg("obs_clip") = 10.0f, py::arg("action_low") = py::none(),
-             py::arg("action_high") = py::none())
+             py::arg("state_encoder") = py::none(), py::arg("pair_encoder") = py::none(),
+             py::arg("encoder_hidden") = std::vector<int>{}, py::arg("encoder_activation") = "silu",
+             py::arg("embedding_dim") = 0, py::arg("embedding_min_scale") = 0.0f,
+             py::arg("precision") = "fp32", py::arg("obs_shift") = py::none(),
+             py::arg("obs_scale") = py::none(), py::arg("obs_clip") = 10.0f,
+             py::arg("action_low") = py::none(), py::arg("action_high") = py::none())
         .def("q_min", &q_min, py::arg("obs"), py::arg("action"))
         .def_property_readonly("obs_dim", &PackedPolicy::obs_dim)
         .def_property_readonly("action_dim", &PackedPolicy::action_dim)

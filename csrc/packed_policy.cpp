@@ -87,7 +87,7 @@ void check_length(const std::vector<float>& values, int expected, const char* na
           values.size(), " elements, expected ", expected, " or none");
 }
 
-int32_t widest(const PackedNet& net) {
+int32_t widest(const ActNet& net) {
     int32_t width = net.obs.outputs;
     for (int i = 0; i < net.num_hidden; ++i) width = std::max(width, net.hidden[i].outputs);
     return padded(width);
@@ -155,8 +155,7 @@ PackedPolicy::PackedPolicy(const PolicyDesc& d)
     storage_.resize(floats);
     float* place = storage_.data();
     const auto pack = [&](const Part& part, int member) {
-        const PackedNet net =
-            pack_net(part.net, part.shape, member, part.features, part.steps, place);
+        const ActNet net = pack_net(part.net, part.shape, member, part.features, part.steps, place);
         place += part.member_floats();
         width_ = std::max(width_, widest(net));
         return net;

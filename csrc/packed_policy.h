@@ -85,8 +85,8 @@ class PackedPolicy {
     std::vector<ActStep> steps_;
     std::vector<float> obs_shift_, obs_scale_, action_low_, action_high_;
     AlignedBuffer storage_;
-    PackedNet policy_, state_encoder_, pair_encoder_;  // encoders only with embeddings
-    std::vector<PackedNet> critics_;
+    ActNet policy_, state_encoder_, pair_encoder_;  // encoders only with embeddings
+    std::vector<ActNet> critics_;
     int32_t width_ = 0;
     int64_t weight_bytes_ = 0;
 };

@@ -26,7 +26,7 @@ QValues evaluate_q(const PolicyLossInputs& in, const float* action, Workspace& w
     const int action_dim = in.policy->action_dim;
     const int obs_dim = obs_columns(in.critics, action_dim, in.pair);
     QValues v{workspace.floats(in.rows), workspace.floats(action_count(in)), 0.0, 0.0};
-    const RecordMemory memory;
+    RecordMemory memory;
     const Pairs pairs{in.rows, action_dim, action, action_dim, obs_dim, in.obs, in.obs_ld};
     const RecordedPairs recorded = record_pairs(in.pair, pairs, *memory);
     const SeenActions& seen = recorded.seen;

@@ -36,8 +36,7 @@ void take_steps(const PolicySampler& p, const float* parameters, int64_t rows, c
             for (int j = 0; j < n; ++j) {
                 float& z = input[b * in + j];
                 float& a = action[b * n + j];
-                const float x = s.p * z + s.q * a;
-                a = z = s.m * (s.clip ? into_box(x) : x) + s.n * z;
+                a = z = after_step(s, z, a);
             }
         }
     }

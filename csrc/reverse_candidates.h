@@ -53,9 +53,4 @@ FLAME_HD ReverseCandidate reverse_candidate(float z, float signal, float scale, 
                                static_cast<double>(scale))};
 }
 
-// Gumbel's maximum: the candidate with the largest key is a draw by the softmax of the logits.
-FLAME_HD double gumbel_key(double logit, uint32_t bits) {
-    return logit - ::log(-::log(static_cast<double>(uniform_from_bits(bits))));
-}
-
 }  // namespace flame

@@ -11,11 +11,11 @@
 #include <math.h>
 
 #include "lanes.h"
+#include "scalar_rules.h"
 
 namespace flame::FLAME_ISA {
 
 constexpr double kSqrtHalf = 0.70710678118654752440;
-constexpr double kLogSqrt2Pi = 0.91893853320467274178;
 
 // log(x) of positive normal doubles: x = m 2^k with m in [sqrt(1/2), sqrt(2)), log m by the series
 // of 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.1716; error about 1e-15 + 1e-16 |log x|.
@@ -107,7 +107,7 @@ FLAME_INLINE double log_mills_correction(double x) {
 FLAME_INLINE double extreme_quantile(double log_p) {
     double x = ::sqrt(-2.0 * log_p);
     for (int i = 0; i < 8; ++i) {
-        x = ::sqrt(2.0 * (-log_p - kLogSqrt2Pi - ::log(x) + log_mills_correction(x)));
+        x = ::sqrt(2.0 * (-log_p - kHalfLog2Pi - ::log(x) + log_mills_correction(x)));
     }
     return x;
 }
@@ -138,7 +138,7 @@ FLAME_INLINE vd quantile_from_log(vd log_p, vd p) {
 
 FLAME_INLINE double log_ndtr(double x) {
     if (x > -25.0) return ::log(0.5 * ::erfc(-x * kSqrtHalf));
-    return -0.5 * x * x - ::log(-x) - kLogSqrt2Pi + log_mills_correction(-x);
+    return -0.5 * x * x - ::log(-x) - kHalfLog2Pi + log_mills_correction(-x);
 }
 
 // What all draws from one interval share, in double per coordinate.

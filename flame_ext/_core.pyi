@@ -87,7 +87,6 @@ class PackedPolicy:
         critic_hidden: Sequence[int] = (),
         critic_activation: str = "mish",
         critic_layer_norm: bool = False,
-        critic_members: int = 2,
         precision: Literal["fp32", "fp16", "bf16"] = "fp32",
         obs_shift: _Array | None = None,
         obs_scale: _Array | None = None,
@@ -285,8 +284,7 @@ def reweighted_velocity(
     stream: int = 0,
     offset: int = 0,
     sampling: CandidateSampling = "stratified",
-    resample: bool = False,
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]: ...
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
 def truncated_normal(low: _Array, high: _Array, uniform: _Array) -> NDArray[np.float32]: ...
 def tanh_gaussian(
     output: _Array, noise: _Array, log_std_range: tuple[float, float]

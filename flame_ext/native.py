@@ -128,7 +128,8 @@ def backend_info() -> BackendInfo:
     """Describe the build and the machine.
 
     Raises:
-        ValueError: ``FLAME_EXT_ISA`` names an instruction set that is unknown or unsupported here.
+        ValueError: ``FLAME_EXT_ISA`` names an instruction set that is unknown or unsupported
+            here, or ``FLAME_EXT_NUM_THREADS`` is no number of threads.
     """
     installed = (_installed_version("flame_ext"), _installed_version("torch"))
     auto = auto_backend("cpu")

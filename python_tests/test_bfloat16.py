@@ -132,7 +132,9 @@ def test_network_and_gradients(rows, sizes, members, layer_norm):
         assert_rounded(net(x, constant), wanted[0], exact[0])
 
 
-@pytest.mark.parametrize(("obs_dim", "action_dim"), [(17, 6), (11, 3), (4, 1), (700, 3)])
+@pytest.mark.parametrize(
+    ("obs_dim", "action_dim"), [(17, 6), (11, 3), (4, 1), (700, 3), (0, 2), (0, 3)]
+)
 def test_critics(obs_dim, action_dim):
     """Where the first layer is multiplied in two parts, also at an odd column."""
     critics = make_critics(obs_dim, action_dim, (64, 48), activation="relu", layer_norm=True)

@@ -259,7 +259,9 @@ def test_other_losses_are_built_by_autograd(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize(("states", "samples"), [((7, 1), (7, 4)), ((1,), (1,)), ((65,), (65,))])
+@pytest.mark.parametrize(
+    ("states", "samples"), [((7, 1), (7, 4)), ((1,), (1,)), ((65,), (65,)), ((0,), (0,))]
+)
 def test_denoising(states: tuple[int, ...], samples: tuple[int, ...]) -> None:
     """Actions of the multi-step policy, of several samples per state as of one."""
     net = make_agent("cpu", "diffusion").actor.network
@@ -270,7 +272,7 @@ def test_denoising(states: tuple[int, ...], samples: tuple[int, ...]) -> None:
         single = reference.denoise(net, obs, noise, 5)
         exact = reference.denoise(net.double(), obs.double(), noise.double(), 5)
     assert_as_accurate(array(ours), single, exact)
-    assert ours.abs().max() == 1 or len(ours) == 1  # some are clipped
+    assert len(ours) <= 1 or ours.abs().max() == 1  # some are clipped
 
 
 def test_a_denoising_policy_has_no_density(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,8 @@ def test_set_isa(isa):
 def test_set_isa_refuses_unknown_names():
     with pytest.raises(ValueError, match="'sse9', which is not an instruction set; choose one of"):
         _core.set_isa("sse9")
+    with pytest.raises(TypeError):
+        _core.set_isa(None)
 
 
 @pytest.mark.parametrize("name", _core.isa_supported())
@@ -84,6 +86,51 @@ def test_environment_with_a_wrong_instruction_set_is_an_error():
 def test_unsupported_instruction_set_is_an_error():
     with pytest.raises(ValueError, match=r"'avx512', which this .* choose one of: generic"):
         _core.set_isa("avx512")
+
+
+FORKS = """
+import os, signal, threading
+import numpy as np
+from flame_ext import _core
+
+def zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+def linear(inputs, outputs):
+    spec = _core.MlpSpec((inputs, outputs), members=1, activation="relu", layer_norm=False)
+    return spec, zeros(spec.parameter_count)
+
+critic, policy = linear(5, 1), linear(3, 4)
+sampler = _core.PolicySampler.gaussian(policy[0], (-5.0, 2.0))
+
+def compute():
+    args = policy[1], (*critic, None), zeros(1, 3), zeros(1, 2), 0.1
+    _core.gaussian_loss(sampler, zeros(len(policy[1])), *args)
+
+def compute_until_stopped():
+    while not stopped.is_set():
+        compute()
+
+stopped = threading.Event()
+threads = [threading.Thread(target=compute_until_stopped) for _ in range(2)]
+for thread in threads:
+    thread.start()
+failed = 0
+for _ in range(200):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        compute()
+        os._exit(0)
+    failed += os.waitpid(child, 0)[1] != 0
+stopped.set()
+print(failed)
+"""
+
+
+def test_a_forked_child_computes_though_threads_did():
+    """It inherits no lock of theirs."""
+    assert run_python(FORKS).stdout.strip() == "0"
 
 
 def test_number_of_threads():

@@ -75,6 +75,19 @@ def test_mlp_forward_takes_strided_and_unaligned_rows():
     )
 
 
+@each_isa
+def test_no_rows_have_no_gradient():
+    net = make_network((3, 8, 2), members=1, layer_norm=False)
+    net.evaluator = NativeEvaluator(net)
+    x = torch.zeros(0, 2, requires_grad=True)
+    out = net(x, torch.zeros(0, 1))
+    assert out.shape == (1, 0, 2)
+    out.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == (0, 2)
+    assert not net.flat.grad.any()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @each_target
 def test_activations_at_extreme_inputs(activation):

@@ -124,7 +124,8 @@ static inline void gemm_packed(int rows, int n, int first, int depth, int packed
         const int block = row_count(i, rows, kRoundedRows);
         for (int r = 0; r < block; ++r) sums[r] = c + (i + r) * ldc;
         const float* const* start = init ? init + i : nullptr;
-        for (int k = 0; k < end; k += kRoundedWords * kWordDepth) {
+        int k = 0;
+        do {  // at least once: without depth C is what it starts from
             const int left = row_count(k, end, kRoundedWords * kWordDepth);
             for (int r = 0; r < block; ++r) {
                 round_range(a + (i + r) * lda, k - skipped, left, rounded + r * kRoundedWords);
@@ -132,7 +133,8 @@ static inline void gemm_packed(int rows, int n, int first, int depth, int packed
             gemm(block, n, depth_words(left), GemmA{rounded, kRoundedWords, 1},
                  packed + static_cast<ptrdiff_t>((first - skipped + k) / kWordDepth) * kGemmCols,
                  panel_stride, k == 0 ? start : sums, c + i * ldc, ldc);
-        }
+            k += kRoundedWords * kWordDepth;
+        } while (k < end);
     }
 }
 #else

@@ -5,6 +5,7 @@
 #include <stddef.h>
 
 #include "cpu/simd.h"
+#include "float_bits.h"
 #include "partition.h"
 
 namespace flame::FLAME_ISA {
@@ -26,10 +27,7 @@ FLAME_INLINE vf multiply_add(GemmWords a, GemmWords b, vf acc) {
 
 // Value `depth` of the two that a word holds.
 FLAME_INLINE float word_value(GemmWord word, int depth) {
-    const uint32_t bits = depth % 2 == 0 ? word << 16 : word & 0xFFFF0000u;
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
+    return bits_to_float(depth % 2 == 0 ? word << 16 : word & 0xFFFF0000u);
 }
 
 FLAME_INLINE __mmask16 first_lanes(int n) {

@@ -10,8 +10,8 @@ constexpr int kProbeChains = 12;
 #if defined(FLAME_ISA)
 namespace FLAME_ISA {
 
-// Sum of `floats` floats (a multiple of 128), read once in order: the floor of a memory-bound
-// kernel.
+// Sum of `floats` floats but for those beyond the last multiple of 128, read once in order: the
+// floor of a memory-bound kernel.
 float read_stream(const float* data, int64_t floats);
 
 // rounds * kProbeChains vector multiply-adds in registers: the floor of a compute-bound kernel.

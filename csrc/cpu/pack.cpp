@@ -1,15 +1,15 @@
 #include "cpu/pack.h"
 
 #include <cmath>
-#include <cstring>
 
 #include "check.h"
+#include "float_bits.h"
+#include "mlp_spec.h"
 #include "partition.h"
 
 namespace flame {
 namespace {
 
-constexpr int64_t kAlignment = 16;  // floats between the starts of tensors in the flat buffer
 constexpr float kHalfMax = 65504.0f;
 constexpr float kBfloatMax = 0x1.FEp127f;
 
@@ -47,7 +47,7 @@ class FlatReader {
   private:
     const float* take(int64_t floats) {
         const float* p = net_.flat + position_ + member_ * floats;
-        position_ += round_up(net_.members * floats, kAlignment);
+        position_ += round_up(net_.members * floats, kParameterAlignment);
         return p;
     }
 
@@ -113,11 +113,11 @@ void put_weight(void* to, int64_t index, float value, Precision precision, int l
 }
 
 // Input columns [first, first + count) of a layer, as panels.
-PackedLayer pack_panels(const FlatLayer& from, int first, int count, Precision precision,
-                        Writer& writer) {
+ActLayer pack_panels(const FlatLayer& from, int first, int count, Precision precision,
+                     Writer& writer) {
     const int64_t outputs = padded(from.outputs);
     void* weight = writer.take_weights(outputs * count, precision);
-    PackedLayer layer = {count, from.outputs, weight, nullptr, nullptr, nullptr};
+    ActLayer layer = {count, from.outputs, weight, nullptr, nullptr, nullptr};
     if (weight == nullptr) return layer;
     for (int o = 0; o < from.outputs; ++o) {
         const int64_t first_output = o / kPanel * kPanel;
@@ -141,13 +141,13 @@ const float* pack_vector(const float* from, int count, int layer, Writer& writer
     return to;
 }
 
-void pack_norm(const FlatLayer& from, PackedLayer& layer, Writer& writer) {
+void pack_norm(const FlatLayer& from, ActLayer& layer, Writer& writer) {
     if (from.gain == nullptr) return;
     layer.gain = pack_vector(from.gain, from.outputs, from.number, writer);
     layer.offset = pack_vector(from.offset, from.outputs, from.number, writer);
 }
 
-PackedLayer pack_output(const FlatLayer& from, Precision precision, Writer& writer) {
+ActLayer pack_output(const FlatLayer& from, Precision precision, Writer& writer) {
     const int64_t inputs = padded(from.inputs);
     void* weight = writer.take_weights(inputs * from.outputs, precision);
     if (weight != nullptr) {
@@ -184,10 +184,10 @@ const float* pack_first_bias(const FlatLayer& from, const PackShape& shape, cons
     return to;
 }
 
-PackedNet pack(const NetDesc& net, const PackShape& shape, int member, const float* features,
-               int64_t steps, Writer& writer) {
+ActNet pack(const NetDesc& net, const PackShape& shape, int member, const float* features,
+            int64_t steps, Writer& writer) {
     FlatReader reader(net, member);
-    PackedNet packed = {};
+    ActNet packed = {};
     packed.activation = net.activation;
     packed.num_hidden = static_cast<int32_t>(net.hidden.size()) - 1;
     const Precision precision = shape.precision;
@@ -227,30 +227,25 @@ int64_t packed_floats(const NetDesc& net, const PackShape& shape, int64_t steps)
     return counter.used();
 }
 
-PackedNet pack_net(const NetDesc& net, const PackShape& shape, int member, const float* features,
-                   int64_t steps, float* storage) {
+ActNet pack_net(const NetDesc& net, const PackShape& shape, int member, const float* features,
+                int64_t steps, float* storage) {
     Writer writer(storage);
     return pack(net, shape, member, features, steps, writer);
 }
 
 uint16_t to_bfloat(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
+    const uint32_t bits = float_to_bits(x);
     return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
 uint16_t to_half(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
+    const uint32_t bits = float_to_bits(x);
     const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
     const float magnitude = std::fabs(x);
     if (magnitude < 0x1p-14f) {
         // Subnormal or zero: multiples of 2^-24; adding 0.5 (whose last bit is 2^-24) rounds to
         // one.
-        const float shifted = magnitude + 0.5f;
-        uint32_t units;
-        std::memcpy(&units, &shifted, sizeof(units));
-        return static_cast<uint16_t>(sign | (units - 0x3F000000u));
+        return static_cast<uint16_t>(sign | (float_to_bits(magnitude + 0.5f) - 0x3F000000u));
     }
     const uint32_t rounded = (bits & 0x7FFFFFFFu) + 0x0FFFu + ((bits >> 13) & 1u);
     return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));

@@ -24,8 +24,8 @@ int64_t packed_floats(const NetDesc& net, const PackShape& shape, int64_t steps)
 
 // Packs member `member` into storage (zero-filled, 64-byte aligned), which the result points into.
 // features: (steps, num_features).
-PackedNet pack_net(const NetDesc& net, const PackShape& shape, int member, const float* features,
-                   int64_t steps, float* storage);
+ActNet pack_net(const NetDesc& net, const PackShape& shape, int member, const float* features,
+                int64_t steps, float* storage);
 
 // Nearest IEEE half or bfloat16 (ties to even); the caller has checked the range.
 uint16_t to_half(float x);

@@ -6,12 +6,13 @@
 
 #include "api.h"
 #include "partition.h"
+#include "scalar_rules.h"
 
 namespace flame {
 
 constexpr int kBlock = 32;           // floats that widths and tensors are padded to
 constexpr int kPanel = 64;           // outputs per weight panel; a layer's last panel has the rest
-constexpr int kMaxHiddenLayers = 8;  // what one PackedNet holds
+constexpr int kMaxHiddenLayers = 8;  // what one ActNet holds
 constexpr int kActTileRows = 64;     // rows that go through all layers together, so they stay in L2
 
 // n floats with their padding.
@@ -30,7 +31,7 @@ constexpr int kBfloatWords = kBlock / 2;
 // outputs, in each panel input after input, so that one row's pass is one stream; the last panel
 // has what is left of the outputs, padded. Output layer: output after output, `inputs` padded.
 // fp32, or ActTask::precision for the policy's; missing outputs and inputs are zero.
-struct PackedLayer {
+struct ActLayer {
     int32_t inputs;
     int32_t outputs;
     const void* weight;
@@ -40,11 +41,11 @@ struct PackedLayer {
 };
 
 // The first layer in two column blocks, so that the observation's part is computed once per state.
-struct PackedNet {
-    PackedLayer obs;
-    PackedLayer action;  // carries the first layer's LayerNorm
-    PackedLayer hidden[kMaxHiddenLayers - 1];
-    PackedLayer output;
+struct ActNet {
+    ActLayer obs;
+    ActLayer action;  // carries the first layer's LayerNorm
+    ActLayer hidden[kMaxHiddenLayers - 1];
+    ActLayer output;
     const float* first_bias;  // (steps, padded width of the first layer), time folded in
     int32_t num_hidden;       // layers in `hidden`, one less than the network's hidden layers
     Activation activation;
@@ -57,14 +58,20 @@ struct ActStep {
     bool clip;
 };
 
+FLAME_HD float after_step(const ActStep& s, float z, float u) {
+    const float x = s.p * z + s.q * u;
+    const float a = s.m * (s.clip ? into_box(x) : x);
+    return s.n == 0.0f ? a : a + s.n * z;  // without a share of z not even its infinity or NaN
+}
+
 enum class PolicyKind : int32_t {
     kFlow = 0,      // z = noise, then `steps`, then clip to [-1, 1]
     kGaussian = 1,  // the network maps obs to (mean, raw log std); action = tanh(mean + std noise)
 };
 
 struct ActTask {
-    const PackedNet* policy;  // null: `action` is given and only q is computed
-    const PackedNet* critics;
+    const ActNet* policy;  // null: `action` is given and only q is computed
+    const ActNet* critics;
     int32_t num_critics;
     PolicyKind kind;
     int32_t num_steps;
@@ -73,8 +80,8 @@ struct ActTask {
     Precision precision;  // of the weights of policy and state encoder
     int32_t width;        // widest hidden layer of all networks, padded
     // Learned embeddings: policy and critics take [observation | zs], critics [action | zsa].
-    const PackedNet* state_encoder;  // null without
-    const PackedNet* pair_encoder;
+    const ActNet* state_encoder;  // null without
+    const ActNet* pair_encoder;
     int32_t embedding_dim;      // Z, 0 without
     float embedding_min_scale;  // zs is divided by its mean absolute value, or by this if less
     const float* obs;           // (num_states, obs_ld)

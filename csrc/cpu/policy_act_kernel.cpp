@@ -68,7 +68,7 @@ FLAME_INLINE void load_weights(const void* weight, int64_t index, vf* to) {
 // What happens to a layer's sums before they are stored.
 enum class Finish { kNone, kRelu, kSilu, kMish };
 
-FLAME_INLINE Finish finish_of(const PackedNet& net) {
+FLAME_INLINE Finish finish_of(const ActNet& net) {
     if (net.activation == Activation::kRelu) return Finish::kRelu;
     return net.activation == Activation::kSilu ? Finish::kSilu : Finish::kMish;
 }
@@ -189,7 +189,7 @@ FLAME_INLINE void panel(Columns c, int rows, const float* x, int64_t ldx, const 
 }
 
 template <Precision kPrecision>
-void layer_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, const Rows& init,
+void layer_rows(const ActLayer& layer, int rows, const float* x, int64_t ldx, const Rows& init,
                 float* y, int64_t ldy, Finish finish) {
     const int outputs = padded(layer.outputs);
     for (int o = 0; o < outputs; o += kPanel) {
@@ -208,7 +208,7 @@ void layer_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx,
 }
 
 // LayerNorm of each row's `layer.outputs` columns, then the activation; padding columns become 0.
-void normalise_rows(const PackedLayer& layer, int rows, float* y, int64_t ldy, Finish finish) {
+void normalise_rows(const ActLayer& layer, int rows, float* y, int64_t ldy, Finish finish) {
     const int width = layer.outputs;
     const int vec_end = width / kLanes * kLanes;
     for (int r = 0; r < rows; ++r) {
@@ -239,7 +239,7 @@ void normalise_rows(const PackedLayer& layer, int rows, float* y, int64_t ldy, F
 
 // y = x W^T + bias, row by row, four outputs at a time; x is zero up to padded(inputs).
 template <Precision kPrecision>
-void output_rows(const PackedLayer& layer, int rows, const float* x, int64_t ldx, float* y,
+void output_rows(const ActLayer& layer, int rows, const float* x, int64_t ldx, float* y,
                  int64_t ldy) {
     constexpr int kGroup = 4;
     constexpr int kVecs = kBlock / kLanes;
@@ -276,7 +276,7 @@ struct Range {
     int rows, states;
 };
 
-struct Workspace {
+struct TileMemory {
     int64_t ld;     // task.width
     float* pre;     // (states of the tile, ld): observation part of the first layer
     float* first;   // the same plus the step's bias
@@ -295,16 +295,16 @@ struct States {
 
 // The observation part of the first layer for the range's states.
 template <Precision kPrecision>
-FLAME_INLINE void observe(const PackedNet& net, const States& states, const Range& range,
-                          const Workspace& w) {
+FLAME_INLINE void observe(const ActNet& net, const States& states, const Range& range,
+                          const TileMemory& w) {
     layer_rows<kPrecision>(net.obs, range.states, states.data, states.ld, same_row(net.obs.bias),
                            w.pre, w.ld, Finish::kNone);
 }
 
 // Everything behind the observation part: z (rows, ldz) to out (rows, ldo).
 template <Precision kPrecision>
-void evaluate(const PackedNet& net, int rows, const float* z, int64_t ldz, const Rows& pre,
-              const Workspace& w, float* out, int64_t ldo) {
+void evaluate(const ActNet& net, int rows, const float* z, int64_t ldz, const Rows& pre,
+              const TileMemory& w, float* out, int64_t ldo) {
     const Finish finish = finish_of(net);
     const bool norm = net.action.gain != nullptr;
     const Finish direct = norm ? Finish::kNone : finish;
@@ -313,7 +313,7 @@ void evaluate(const PackedNet& net, int rows, const float* z, int64_t ldz, const
     float* x = w.h0;
     float* y = w.h1;
     for (int i = 0; i < net.num_hidden; ++i) {
-        const PackedLayer& layer = net.hidden[i];
+        const ActLayer& layer = net.hidden[i];
         layer_rows<kPrecision>(layer, rows, x, w.ld, same_row(layer.bias), y, w.ld, direct);
         if (norm) normalise_rows(layer, rows, y, w.ld, finish);
         float* swap = x;
@@ -323,12 +323,12 @@ void evaluate(const PackedNet& net, int rows, const float* z, int64_t ldz, const
     output_rows<kPrecision>(net.output, rows, x, w.ld, out, ldo);
 }
 
-FLAME_INLINE Rows state_rows(const ActTask& task, const Range& range, const Workspace& w) {
+FLAME_INLINE Rows state_rows(const ActTask& task, const Range& range, const TileMemory& w) {
     return {w.first, w.ld, static_cast<int32_t>(range.row % task.num_particles),
             static_cast<int32_t>(task.num_particles)};
 }
 
-FLAME_INLINE void add_bias(const PackedNet& net, int step, int states, const Workspace& w) {
+FLAME_INLINE void add_bias(const ActNet& net, int step, int states, const TileMemory& w) {
     const int width = padded(net.obs.outputs);
     const float* bias = net.first_bias + static_cast<int64_t>(step) * width;
     for (int s = 0; s < states; ++s) {
@@ -340,8 +340,8 @@ FLAME_INLINE void add_bias(const PackedNet& net, int step, int states, const Wor
 
 // A network that sees states only: a row is a state.
 template <Precision kPrecision>
-FLAME_INLINE void evaluate_states(const PackedNet& net, const States& states, const Range& range,
-                                  const Workspace& w, float* out, int64_t ldo) {
+FLAME_INLINE void evaluate_states(const ActNet& net, const States& states, const Range& range,
+                                  const TileMemory& w, float* out, int64_t ldo) {
     observe<kPrecision>(net, states, range, w);
     add_bias(net, 0, range.states, w);
     evaluate<kPrecision>(net, range.states, nullptr, 0, {w.first, w.ld, 0, 1}, w, out, ldo);
@@ -352,7 +352,7 @@ FLAME_INLINE void evaluate_states(const PackedNet& net, const States& states, co
 // [observation | zs] of the range's states.
 template <Precision kPrecision>
 States embedded_states(const ActTask& task, const States& plain, const Range& range,
-                       const Workspace& w) {
+                       const TileMemory& w) {
     const int z = task.embedding_dim;
     const int64_t ld = act_state_columns(task);
     evaluate_states<kPrecision>(*task.state_encoder, plain, range, w, w.out, z);
@@ -368,10 +368,10 @@ States embedded_states(const ActTask& task, const States& plain, const Range& ra
 
 // [action | zsa] of the range's rows.
 const float* embedded_actions(const ActTask& task, const States& states, const Range& range,
-                              const float* action, const Workspace& w) {
+                              const float* action, const TileMemory& w) {
     const int z = task.embedding_dim;
     const int64_t ld = act_seen_columns(task);
-    const PackedNet& net = *task.pair_encoder;
+    const ActNet& net = *task.pair_encoder;
     observe<Precision::kFloat>(net, {states.data + task.obs_dim, states.ld}, range, w);
     add_bias(net, 0, range.states, w);
     evaluate<Precision::kFloat>(net, range.rows, action, task.action_dim,
@@ -388,9 +388,9 @@ const float* embedded_actions(const ActTask& task, const States& states, const R
 // --- Actions and values
 
 template <Precision kPrecision>
-void flow_actions(const ActTask& task, const States& states, const Range& range, const Workspace& w,
-                  float* z) {
-    const PackedNet& net = *task.policy;
+void flow_actions(const ActTask& task, const States& states, const Range& range,
+                  const TileMemory& w, float* z) {
+    const ActNet& net = *task.policy;
     const int dim = task.action_dim;
     observe<kPrecision>(net, states, range, w);
     for (int step = 0; step < task.num_steps; ++step) {
@@ -398,11 +398,7 @@ void flow_actions(const ActTask& task, const States& states, const Range& range,
         const Rows pre = state_rows(task, range, w);
         evaluate<kPrecision>(net, range.rows, z, dim, pre, w, w.out, dim);
         const ActStep s = task.steps[step];
-        for (int i = 0; i < range.rows * dim; ++i) {
-            float a = s.p * z[i] + s.q * w.out[i];
-            if (s.clip) a = into_box(a);
-            z[i] = s.n == 0.0f ? s.m * a : s.m * a + s.n * z[i];
-        }
+        for (int i = 0; i < range.rows * dim; ++i) z[i] = after_step(s, z[i], w.out[i]);
     }
     for (int i = 0; i < range.rows * dim; ++i) z[i] = into_box(z[i]);
 }
@@ -410,7 +406,7 @@ void flow_actions(const ActTask& task, const States& states, const Range& range,
 // The network sees states only; every particle of a state shares its mean and deviation.
 template <Precision kPrecision>
 void gaussian_actions(const ActTask& task, const States& states, const Range& range,
-                      const Workspace& w, float* z) {
+                      const TileMemory& w, float* z) {
     const int dim = task.action_dim;
     evaluate_states<kPrecision>(*task.policy, states, range, w, w.out, 2 * dim);
     const float span = 0.5f * (task.log_std_max - task.log_std_min);
@@ -426,7 +422,7 @@ void gaussian_actions(const ActTask& task, const States& states, const Range& ra
 
 template <Precision kPrecision>
 void policy_actions(const ActTask& task, const States& states, const Range& range,
-                    const Workspace& w, float* z) {
+                    const TileMemory& w, float* z) {
     const int64_t first = range.row * task.action_dim;
     const int64_t count = static_cast<int64_t>(range.rows) * task.action_dim;
     if (task.noise != nullptr) {
@@ -445,13 +441,13 @@ void policy_actions(const ActTask& task, const States& states, const Range& rang
 // Always fp32: best-of-N compares values that lie close together, and N rows are not
 // bandwidth-bound.
 void critic_values(const ActTask& task, const States& states, const Range& range,
-                   const Workspace& w, const float* action) {
+                   const TileMemory& w, const float* action) {
     const bool embedded = task.pair_encoder != nullptr;
     const float* seen = embedded ? embedded_actions(task, states, range, action, w) : action;
     const int64_t columns = embedded ? act_seen_columns(task) : task.action_dim;
     float* q = task.q + range.row;
     for (int c = 0; c < task.num_critics; ++c) {
-        const PackedNet& net = task.critics[c];
+        const ActNet& net = task.critics[c];
         observe<Precision::kFloat>(net, states, range, w);
         add_bias(net, 0, range.states, w);
         const Rows pre = state_rows(task, range, w);
@@ -463,7 +459,7 @@ void critic_values(const ActTask& task, const States& states, const Range& range
 }
 
 template <Precision kPrecision>
-void act_tile(const ActTask& task, const Range& range, const Workspace& w) {
+void act_tile(const ActTask& task, const Range& range, const TileMemory& w) {
     float* z = task.action + range.row * task.action_dim;
     States states = {task.obs + range.state * task.obs_ld, task.obs_ld};
     if (task.state_encoder != nullptr) states = embedded_states<kPrecision>(task, states, range, w);
@@ -477,14 +473,14 @@ void policy_act(const ActTask& task, int64_t begin, int64_t end, float* workspac
     const int64_t block = static_cast<int64_t>(kActTileRows) * task.width;
     float* out = workspace + 4 * block;
     float* states = out + kActTileRows * act_output_columns(task);
-    const Workspace w = {task.width,
-                         workspace,
-                         workspace + block,
-                         workspace + 2 * block,
-                         workspace + 3 * block,
-                         out,
-                         states,
-                         states + kActTileRows * act_state_columns(task)};
+    const TileMemory w = {task.width,
+                          workspace,
+                          workspace + block,
+                          workspace + 2 * block,
+                          workspace + 3 * block,
+                          out,
+                          states,
+                          states + kActTileRows * act_state_columns(task)};
     for (int64_t row = begin; row < end; row += kActTileRows) {
         Range range;
         range.row = row;

@@ -9,13 +9,12 @@ namespace flame {
 
 class RecordMemory {
   public:
-    RecordMemory()
-        : arena_(borrow_arena(), &return_arena), workspace_(new Workspace(arena_.get())) {}
-    Workspace& operator*() const { return *workspace_; }
+    RecordMemory() : arena_(borrow_arena(), &return_arena), workspace_(arena_.get()) {}
+    Workspace& operator*() { return workspace_; }
 
   private:
     std::unique_ptr<Arena, void (*)(Arena*)> arena_;
-    std::unique_ptr<Workspace> workspace_;  // after arena_: it gives back first
+    Workspace workspace_;  // after arena_: it gives back first
 };
 
 }  // namespace flame

@@ -21,12 +21,11 @@ namespace {
 // work.
 constexpr int kGroupRows = 96;
 
-// Running sums of one state; velocity and resampled are A values each.
+// Running sums of one state beside its velocity.
 struct SoftmaxSums {
     double maximum;
     double weight;
     double weight2;
-    double best_key;  // of the resampled candidate
 };
 
 struct Group {
@@ -171,7 +170,7 @@ void make_candidate(const ReweightedArgs& a, const Scratch& s, int64_t state, in
 // --- Softmax
 
 void clear_sums(const ReweightedArgs& a, const Group& group, const Scratch& s) {
-    for (int i = 0; i < group.states; ++i) s.sums[i] = {-HUGE_VAL, 0.0, 0.0, -HUGE_VAL};
+    for (int i = 0; i < group.states; ++i) s.sums[i] = {-HUGE_VAL, 0.0, 0.0};
     for (int i = 0; i < group.states * a.action_dim; ++i) s.velocity[i] = 0.0;
 }
 
@@ -193,18 +192,6 @@ void add_candidate(const ReweightedArgs& a, const Scratch& s, int position, doub
     sums.weight2 += weight * weight;
     for (int j = 0; j < a.action_dim; ++j) {
         velocity[j] += weight * (static_cast<double>(noise[j]) - static_cast<double>(action[j]));
-    }
-}
-
-// Keeps the candidate with the largest Gumbel key, the first one where none compares.
-void offer_candidate(const ReweightedArgs& a, SoftmaxSums& sums, int64_t index, double logit,
-                     const float* action, float* kept) {
-    const uint64_t draw = static_cast<uint64_t>(index);
-    const PhiloxBlock block = philox_block(a.seed, a.stream + 1, a.offset + draw / 4);
-    const double key = gumbel_key(logit, block.v[draw % 4]);
-    if (key > sums.best_key || index % a.candidates == 0) {
-        sums.best_key = key;
-        for (int j = 0; j < a.action_dim; ++j) kept[j] = action[j];
     }
 }
 
@@ -281,12 +268,7 @@ void reweight_tile(const ReweightedArgs& a, const Networks& networks, const Grou
     for (int i = 0; i < rows; ++i) {
         const int64_t state = (first + i) / a.candidates;
         const int position = static_cast<int>(state - group.first);
-        const double logit = static_cast<double>(s.q_min[i]) / a.alpha;
-        add_candidate(a, s, position, logit, i);
-        if (a.resampled) {
-            offer_candidate(a, s.sums[position], first + i, logit, s.action + i * a.action_dim,
-                            a.resampled + state * a.action_dim);
-        }
+        add_candidate(a, s, position, static_cast<double>(s.q_min[i]) / a.alpha, i);
     }
 }
 

@@ -213,9 +213,6 @@ struct ReweightedArgs {
     uint64_t offset;
     float* velocity;  // (states, A)
     float* ess;       // (states), 1 / sum_k w_k^2
-    // One candidate per state drawn by w, or null: argmax of logit - log(-log u) with uniform
-    // b K + k of stream + 1.
-    float* resampled;  // (states, A)
 };
 
 // Draws from N(0, 1) truncated to [low, high] by the inverse distribution function.

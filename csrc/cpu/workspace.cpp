@@ -1,5 +1,7 @@
 #include "cpu/workspace.h"
 
+#include <pthread.h>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -74,9 +76,19 @@ struct ArenaPool {
     std::vector<std::unique_ptr<Arena>> idle;
 };
 
+ArenaPool& arena_pool();
+
+// A forked child must not inherit the lock of a thread that it does not have.
+ArenaPool* fork_safe_pool() {
+    auto* pool = new ArenaPool;
+    pthread_atfork([] { arena_pool().mutex.lock(); }, [] { arena_pool().mutex.unlock(); },
+                   [] { arena_pool().mutex.unlock(); });
+    return pool;
+}
+
 // Never destroyed: recorded passes may be collected after static destructors have run.
 ArenaPool& arena_pool() {
-    static ArenaPool* pool = new ArenaPool;
+    static ArenaPool* pool = fork_safe_pool();
     return *pool;
 }
 

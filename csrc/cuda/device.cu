@@ -2,8 +2,8 @@
 #include <cstdio>
 #include <string>
 
-#include "api.h"
 #include "cuda/cuda_check.h"
+#include "cuda/device.h"
 
 namespace flame {
 

@@ -3,8 +3,8 @@
 // out (n): device pointer, owned by the caller, 4-byte aligned. One thread computes one block, four
 // draws; 16 bytes written per thread and about 120 integer operations, so the store is not the
 // limit and no vector store is needed.
-#include "api.h"
 #include "cuda/cuda_check.h"
+#include "cuda/device.h"
 #include "partition.h"
 #include "philox.h"
 

@@ -2,10 +2,10 @@
 // candidates (FLAME, Sec. 4.1): candidates, twin Q (twin_q.h), softmax; the same uniforms as the
 // CPU's kernel.
 //
-// alpha and seed: one number each in device memory. obs (states, O); z, velocity and resampled
-// (states, A) dense; signal, scale, ess (states); uniform (states, K, A) for kGiven: device memory
-// of the caller. Workspace: candidates (states, K, A), for kStratified as many draws that order
-// them, Qmin (states, K) and twin Q's.
+// alpha and seed: one number each in device memory. obs (states, O); z and velocity (states, A)
+// dense; signal, scale, ess (states); uniform (states, K, A) for kGiven: device memory of the
+// caller. Workspace: candidates (states, K, A), for kStratified as many draws that order them, Qmin
+// (states, K) and twin Q's.
 //
 // Beside twin Q (twin_q.h: 0.13 or 0.20 ms at B 256, K 100) the two other launches move 1.4 MB, 0.4
 // us at 3.35 TB/s and mostly in L2, and do about 150 double operations per coordinate: 23 MFLOP,
@@ -104,7 +104,6 @@ struct SoftmaxKernel {
     static constexpr const char* kName = "reweighted_softmax";
     ReweightedArgs a;
     const double* alpha;
-    const uint64_t* seed;
     const float* actions;
     const float* q_min;
 
@@ -139,23 +138,6 @@ struct SoftmaxKernel {
             });
         }
         warp.each(1, [&](int) { a.ess[state] = static_cast<float>(sum * sum / squares); });
-        if (a.resampled != nullptr) resample(warp, state, logit, action);
-    }
-
-    // The first candidate with the largest Gumbel key.
-    template <typename Logit>
-    FLAME_BODY void resample(const Warp& warp, int64_t state, Logit&& logit,
-                             const float* action) const {
-        const int n = a.candidates;
-        const auto key = [&](int k) {
-            const uint64_t draw = static_cast<uint64_t>(state) * n + k;
-            const PhiloxBlock bits = philox_block(*seed, a.stream + 1, a.offset + draw / 4);
-            return gumbel_key(logit(k), bits.v[draw % 4]);
-        };
-        const int chosen = first_largest(warp, n, -HUGE_VAL, key);
-        warp.each(a.action_dim, [&](int j) {
-            a.resampled[state * a.action_dim + j] = action[chosen * a.action_dim + j];
-        });
     }
 };
 
@@ -189,8 +171,7 @@ static inline void reweighted_velocity(const Launcher& launch, const CudaReweigh
     launch(CandidatesKernel{a, args.seed, m.actions, m.order}, a.states,
            a.action_dim * (sizeof(TruncatedInterval) / sizeof(float)));
     twin_q(launch, m.twin_q, tensor_cores, memory);
-    launch(SoftmaxKernel{a, args.alpha, args.seed, m.actions, m.q_min}, divide_up(a.states, kWarps),
-           0);
+    launch(SoftmaxKernel{a, args.alpha, m.actions, m.q_min}, divide_up(a.states, kWarps), 0);
 }
 
 }  // namespace flame::FLAME_ISA

@@ -221,7 +221,7 @@ class NativeEvaluator:
         shape = np.broadcast_shapes(tuple(obs.shape[:-1]), tuple(noise.shape[:-1]))
         rows = (array(x.contiguous()) for x in paired_rows(obs, noise))
         action = denoising_sampler(self.spec, steps).sample(self.parameters, *rows)
-        return torch.from_numpy(action).view(*shape, -1)
+        return torch.from_numpy(action).view(*shape, noise.shape[-1])
 
     def best_action(
         self, obs: Tensor, noise: Tensor, critics: Critics | None, steps: int, flow: Flow
@@ -263,7 +263,7 @@ class NativeEvaluator:
         The uniforms are the kernel's own Philox draws, seeded by one draw of `generator`.
         """
         seed = int(draw_seed(generator))
-        velocity, ess, _ = self.core.reweighted_velocity(
+        velocity, ess = self.core.reweighted_velocity(
             self.spec,
             self.parameters,
             array(obs.contiguous()),
