@@ -7,44 +7,21 @@ import pickle
 import pytest
 import torch
 from kernel_inputs import philox_candidates
+from small_agents import ACT, OBS, SMALL, make_agent, make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flame_ext import _core
 from flame_ext.agent import Agent
 from flame_ext.backends import TorchBackend, make_backend
 from flame_ext.backends.native_evaluator import draw_seed
+from flame_ext.build import deployed_networks
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.policies import reweighting
 from flame_ext.policies.reweighting import damped_logits, resample
+from flame_ext.reference import best_of
 from flame_ext.replay import Batch
 from flame_ext.td_target import target_noise, td_target
-
-OBS, ACT = 5, 3
-SMALL = {
-    "hidden_sizes": (16, 16),
-    "embedding_dim": 0,
-    "batch_size": 32,
-    "policy_batch_size": 16,
-    "policy_delay": 1,
-    "num_candidates": 8,
-}
-
-
-def make_agent(algorithm: str = "flame", seed: int = 0, **options: object) -> Agent:
-    config = make_config(algorithm, overrides={**SMALL, **options})
-    return Agent(config, OBS, ACT, TorchBackend(), seed=seed)
-
-
-def make_batch(seed: int = 0, terminated: float = 0.0) -> Batch:
-    g = torch.Generator().manual_seed(seed)
-    return Batch(
-        obs=torch.randn(32, OBS, generator=g),
-        action=2 * torch.rand(32, ACT, generator=g) - 1,
-        reward=torch.randn(32, generator=g),
-        terminated=torch.full((32,), terminated),
-        next_obs=torch.randn(32, OBS, generator=g),
-    )
 
 
 def target_of(agent: Agent, batch: Batch) -> torch.Tensor:
@@ -388,3 +365,152 @@ def test_native_losses_refuse_what_they_cannot_differentiate() -> None:
     flat = agent.actor.network.flat.detach()
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.func.jvp(log_prob, (flat,), (torch.ones_like(flat),))
+
+
+def test_policy_and_encoder_learn_from_the_last_updates_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = make_agent(policy_delay=2, policy_batch_size=10, embedding_dim=8)
+    batch = make_batch()
+    seen = {}
+    for name in ("actor_step", "encoder_step"):
+        step = getattr(agent.backend, name)
+
+        def note(network, *rows, name=name, step=step):
+            seen[name] = rows
+            return step(network, *rows)
+
+        monkeypatch.setattr(agent.backend, name, note)
+    agent.update(batch, updates=2)  # of 16 rows each
+    obs, action = seen["actor_step"][:2]
+    assert torch.equal(obs[:, :OBS], batch.obs[16:26])
+    assert torch.equal(action, batch.action[16:26])
+    columns = (batch.obs, batch.action, batch.next_obs)
+    for found, column in zip(seen["encoder_step"], columns, strict=True):
+        assert torch.equal(found, column[16:])
+
+
+def test_critics_and_policy_see_the_encoders_average() -> None:
+    agent, batch = make_agent(embedding_dim=8), make_batch()
+    for step in range(3):
+        agent.update(make_batch(step))
+    observed = agent._observed(batch)
+    for found, obs in ((observed.obs, batch.obs), (observed.next_obs, batch.next_obs)):
+        assert torch.equal(found, agent.critics.encoder.observe(obs).detach())
+        assert not torch.equal(found, agent.encoder.observe(obs).detach())
+
+
+def test_the_deployed_networks_act_with_their_own_encoder_and_critics() -> None:
+    agent, batch = make_agent(policy_tau=0.25, embedding_dim=8), make_batch()
+    noise = torch.randn(32, 8, ACT, generator=torch.Generator().manual_seed(0))
+    critics = agent.deployed_critics
+    with torch.no_grad():
+        for network in deployed_networks(agent.deployed_actor, critics).values():
+            network.flat.mul_(-1.5)  # far from those that are trained
+        states = critics.observe(batch.obs)
+        expected = best_of(critics, states, agent.deployed_actor.action(states.unsqueeze(1), noise))
+    assert torch.equal(agent.act(batch.obs, noise), expected)
+
+
+def test_the_average_moves_with_policy_updates_and_counts_them() -> None:
+    agent = make_agent(policy_tau=0.01, policy_delay=3)
+    networks = agent.networks()
+    average = networks["deployed_critics"].flat.clone()
+    for update in range(1, 10):
+        agent.update(make_batch(update))
+        if update % 3 == 0:
+            average += 9 / (9 + update // 3) * (networks["critics"].flat.detach() - average)
+        torch.testing.assert_close(networks["deployed_critics"].flat, average)
+
+
+@pytest.mark.parametrize(
+    ("option", "still"),
+    [
+        ("critic_learning_rate", {"critics", "target_critics"}),
+        ("policy_learning_rate", {"actor"}),
+        (
+            "embedding_learning_rate",
+            {"state_encoder", "pair_encoder", "seen_state_encoder", "seen_pair_encoder"},
+        ),
+    ],
+)
+def test_a_learning_rate_is_of_its_own_networks(option: str, still: set[str]) -> None:
+    agent = make_agent(embedding_dim=8, policy_tau=1.0, **{option: 0.0})
+    start = {name: net.flat.detach().clone() for name, net in agent.networks().items()}
+    agent.update(make_batch())
+    found = {n for n, net in agent.networks().items() if torch.equal(net.flat, start[n])}
+    assert found == still
+
+
+def test_the_policys_learning_rate_falls_linearly() -> None:
+    agent = make_agent(policy_learning_rate=1e-3, final_policy_learning_rate=1e-4)
+    for fraction, rate in ((0, 1e-3), (0.5, 5.5e-4), (1, 1e-4), (1.1, 1e-4)):
+        agent.set_progress(fraction)
+        assert agent.optimizers["actor"].param_groups[0]["lr"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("name", make_agent(embedding_dim=8).networks())
+def test_a_weight_that_is_not_finite_is_seen_in_every_network(name: str) -> None:
+    agent = make_agent(embedding_dim=8)
+    assert agent.is_finite()
+    with torch.no_grad():
+        agent.networks()[name].flat[3] = torch.inf
+    assert not agent.is_finite()
+
+
+def test_the_target_takes_the_best_of_several() -> None:
+    agent, batch = make_agent(target_particles=5), make_batch()
+    noise = target_noise(agent.actor, batch, agent.generator)
+    found = td_target(agent.actor, agent.target_critics, batch, noise, 0.1, agent.generator)
+    with torch.no_grad():
+        actions = [agent.actor.action(batch.next_obs, noise[:, i]) for i in range(5)]
+        values = [agent.target_critics.q_min(batch.next_obs, action) for action in actions]
+    torch.testing.assert_close(found, batch.reward + 0.99 * torch.stack(values).amax(0))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "measured"), [("sac", "entropy"), ("flame", "entropy"), ("diffusion", "ess")]
+)
+def test_the_temperature_is_given_what_was_measured(
+    algorithm: str, measured: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, seen = make_agent(algorithm), []
+
+    def note(entropy: float | None, ess: float | None) -> None:
+        seen.append({"entropy": entropy, "ess": ess})
+
+    monkeypatch.setattr(agent.temperature, "step", note)
+    metrics = agent.update(make_batch())
+    assert seen == [{"entropy": metrics.get("entropy"), "ess": metrics.get("ess")}]
+    assert seen[0][measured] is not None
+
+
+def test_the_target_entropy_is_the_actions() -> None:
+    assert make_agent("sac").temperature.target_entropy == -ACT
+
+
+def test_entropy_is_measured_where_the_loss_does_not() -> None:
+    agent = make_agent(
+        reverse_kl_weight=0.0,
+        entropy_estimator="multi_step",
+        entropy_steps=3,
+        policy_learning_rate=0.0,
+    )
+    with torch.no_grad():
+        agent.actor.network.flat.zero_()  # N(0, 1) in every state
+    entropy = agent.update(make_batch())["entropy"]
+    assert entropy == pytest.approx(ACT * 0.5 * math.log(2 * math.pi * math.e), abs=1.5)
+
+
+def test_exploration_noise_is_added_within_the_box() -> None:
+    obs = make_batch().obs
+    plain, noisy = (make_agent(exploration_noise=scale).explore(obs) for scale in (0.0, 1.0))
+    assert noisy.abs().max() == 1
+    assert (noisy - plain)[noisy.abs() < 1].std() > 0.3
+
+
+def test_data_are_collected_by_the_best_of_several() -> None:
+    agent, obs = make_agent(train_particles=4), make_batch().obs
+    noise = torch.randn(32, 4, ACT, generator=agent.generator.clone_state())
+    expected = agent.actor.best_action(agent.critics, obs, noise).detach()
+    assert torch.equal(agent.explore(obs), expected)

@@ -6,12 +6,15 @@ import os
 import re
 import signal
 
+import numpy as np
 import pytest
 
 from flame_ext import cli, latency, play
 from flame_ext.config import ALGORITHMS, Config, make_config
 from flame_ext.config_text import describe_config, parse_overrides
+from flame_ext.envs import make_vector_env
 from flame_ext.plots import run_facts
+from flame_ext.policy import load
 
 SMALL = {
     "hidden_sizes": "16",
@@ -269,6 +272,33 @@ def test_eval_reports_the_episodes(run_dir, capsys):
     for change in (["--stochastic", "--seed", "1"], ["--precision", "bf16"]):
         assert cli.main([*words, *change]) == 0
         assert capsys.readouterr().out != first
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [([], (4, True)), (["--stochastic"], (4, False)), (["--num-particles", "2"], (2, True))],
+)
+def test_eval_acts_as_it_is_told_or_as_the_run_did(tmp_path, monkeypatch, words, wanted):
+    assert cli.main([*train(tmp_path / "run", steps=20), "--set", "eval_particles=4"]) == 0
+    seen = []
+
+    def played(policy, env_id, episodes, acting, *, seed):
+        seen.append((acting.num_particles, acting.deterministic))
+        return (0.0,), (1,)
+
+    monkeypatch.setattr(play, "evaluate_policy", played)
+    assert cli.main(["eval", str(tmp_path / "run"), "--episodes", "1", *words]) == 0
+    assert seen == [wanted]
+
+
+def test_eval_plays_the_policys_own_actions(tmp_path):
+    """In the environment's units, here torques in [-2, 2]."""
+    assert cli.main(train(tmp_path / "run", env="Pendulum-v1", steps=20)) == 0
+    policy, env = load(tmp_path / "run"), make_vector_env("Pendulum-v1")
+    obs = env.reset()
+    played = play._unit_actions(policy, env, play.Acting())(obs)
+    expected = policy.act(obs, deterministic=True)
+    np.testing.assert_allclose(env._to_env(played), expected, rtol=1e-5)
 
 
 def test_eval_in_an_environment_of_other_sizes_is_refused(run_dir, capsys):

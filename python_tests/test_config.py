@@ -29,6 +29,12 @@ def test_paper_preset_is_one_for_all_flow_policies() -> None:
     assert (config.flow, config.sampling_steps) == ("instantaneous", 20)
 
 
+def test_algorithms_are_themselves() -> None:
+    sac = make_config("sac")
+    assert (sac.entropy_in_target, sac.target_entropy_scale) == (True, -1)
+    assert make_config("flame-r").instantaneous_fraction == 1
+
+
 def test_overrides_win_over_the_preset() -> None:
     config = make_config("flame-r", "paper", {"num_candidates": 7, "hidden_sizes": [8, 8]})
     assert (config.num_candidates, config.hidden_sizes) == (7, (8, 8))
@@ -61,6 +67,10 @@ def test_overrides_win_over_the_preset() -> None:
         (("flame", "default", {"updates_per_step": float("inf")}), r"=inf is .* \[0, inf\)"),
         (("sac", "default", {"target_entropy_scale": -float("inf")}), r"=-inf is .* \(-inf, inf\)"),
         (("flame", "default", {"policy_tau": 0}), "policy_tau=0.0 is out of range"),
+        (
+            ("flame", "default", {"instantaneous_fraction": 0.7, "acting_fraction": 0.4}),
+            "parts of one batch",
+        ),
         (("flame", "default", {"reward_scale": float("nan")}), "reward_scale=nan is out of range"),
     ],
 )

@@ -163,3 +163,25 @@ def test_entropies_count_where_the_critics_learn_them(tmp_path: Path) -> None:
         for on in (False, True)
     )
     assert soft.discounted_return != pytest.approx(plain.discounted_return, abs=1e-3)
+
+
+def test_returns_are_in_the_environments_units(tmp_path: Path) -> None:
+    def env() -> gymnasium.Env:
+        return Paying(20)
+
+    run = tmp_path / "run"
+    Trainer(env, config={**TINY, "reward_scale": 0.5}, run_dir=run).run(total_steps=80)
+    assert diagnose(run, env=env, states=20)["return of an episode"] == pytest.approx(20)
+
+
+def test_a_state_that_is_cut_off_has_its_entropy(tmp_path: Path) -> None:
+    options = {**TINY, "entropy_in_target": True, "initial_alpha": 2.0}
+    trainer = Trainer(
+        lambda: TimeLimit(Paying(10**9), 5),
+        algorithm="sac",
+        config=options,
+        run_dir=tmp_path / "run",
+    )
+    with torch.no_grad():
+        trainer.agent.critics.flat.zero_()
+    assert all(abs(episode.end_value) > 1e-3 for episode in play_episodes(trainer, seed=0))

@@ -7,6 +7,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from flame_ext.envs import EnvironmentDataError, make_eval_env, make_vector_env
+from flame_ext.evaluate import run_episodes
 from flame_ext.multigoal import MultiGoalEnv
 
 SAME_STEP = {"vector_kwargs": {"autoreset_mode": AutoresetMode.SAME_STEP}}
@@ -96,6 +97,20 @@ def test_environments_end_one_by_one():
     assert second.obs[:, 0].tolist() == [0, 2]
     assert second.terminated.tolist() == [True, False]
     assert (second.episode_returns, second.episode_lengths) == ((30.0,), (2,))
+
+
+def test_short_episodes_count_no_more_than_long_ones():
+    """And an episode begins with its own first observation, not with the last one's end."""
+    lengths, seen = iter([2, 9]), set()
+    handle = make_vector_env(lambda: Counter(length=next(lengths)), num_envs=2)
+
+    def act(obs):
+        seen.update(obs[:, 0].tolist())
+        return np.zeros((2, 2))
+
+    _, found = run_episodes(handle, act, 4)
+    assert sorted(found) == [2, 2, 9, 9]
+    assert seen == set(range(9))
 
 
 def test_an_environment_may_return_one_array_again_and_again():
@@ -466,3 +481,10 @@ def test_pictures_come_from_evaluation_environments():
     silent.reset()
     with pytest.raises(ValueError, match="rgb_array"):
         silent.render()
+
+
+def test_an_id_that_would_make_another_environment_is_none():
+    short = gymnasium.make("Pendulum-v1", max_episode_steps=50)
+    scaled = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1, 1)
+    assert make_vector_env(short).spec_id is None
+    assert make_vector_env(scaled).spec_id is None

@@ -14,6 +14,7 @@ from flame_ext.loggers import (
     make_loggers,
     read_evaluations,
 )
+from flame_ext.tally import Tally
 
 
 def rows_of(path):
@@ -157,3 +158,12 @@ def test_a_run_directory_gets_both(tmp_path):
     logger.close()
     assert rows_of(tmp_path / "progress.csv") == [{"step": "5", "loss": "1.0"}]
     assert scalars_of(tmp_path / "tensorboard") == {"train/loss": [(5, 1.0)]}
+
+
+def test_a_tally_gives_means_since_the_last_row():
+    tally = Tally()
+    for values in ((1.0, 3.0), (10.0,)):
+        for value in values:
+            tally.add({"loss": value})
+        assert tally.pop() == {"loss": sum(values) / len(values)}
+    assert tally.pop() == {}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from flame_ext import policy as policy_module
 from flame_ext.agent import Agent
 from flame_ext.backends import TorchBackend
 from flame_ext.build import deployed_networks
@@ -63,6 +64,37 @@ def test_acts_as_the_agent_in_environment_units(
     single = policy.act(obs[0], particles, True)
     assert single.shape == (ACT,)
     np.testing.assert_allclose(single, action[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_outliers_are_clipped_as_in_training(tmp_path: Path, backend: str) -> None:
+    policy, _ = make_policy(tmp_path, "flame", True, backend)
+    far, edge = (policy.act(np.full(OBS, x), deterministic=True) for x in (1e4, 2 + 10 / 0.5))
+    np.testing.assert_array_equal(far, edge)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_deterministic_action_has_no_noise_and_others_vary(tmp_path: Path, backend: str) -> None:
+    policy, agent = make_policy(tmp_path, "sac", backend=backend)
+    with torch.no_grad():
+        mean, _ = agent.actor.network.distribution(torch.zeros(1, OBS))
+    unit = policy.spec.unit_action(policy.act(np.zeros(OBS), deterministic=True))
+    np.testing.assert_allclose(unit, mean[0].tanh().numpy(), atol=1e-5)
+    assert not np.array_equal(policy.act(np.zeros(OBS)), policy.act(np.zeros(OBS)))
+
+
+def test_without_a_seed_every_load_draws_its_own(tmp_path: Path) -> None:
+    make_policy(tmp_path, "flame")
+    assert not np.array_equal(*(load(tmp_path).act(np.zeros(OBS)) for _ in range(2)))
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, agent = make_policy(tmp_path, "sac")
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_module, "_FORMAT", 2)
+        save_policy(tmp_path / "new" / "policy.safetensors", policy.spec, weights(agent))
+    with pytest.raises(RunDirectoryError, match="has format 2"):
+        load(tmp_path / "new")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

@@ -12,6 +12,7 @@ from flame_ext.critics import Critics
 from flame_ext.networks import MeanVelocityNet
 from flame_ext.reference import (
     best_of,
+    denoise,
     log_prob,
     meanflow_loss,
     meanflow_loss_k_fold,
@@ -22,6 +23,7 @@ from flame_ext.reference import (
     stratify,
     truncated_normal,
 )
+from flame_ext.sampling import signal_and_scale
 
 SIZES = [(1, 1, 1), (2, 3, 6), (31, 17, 6), (33, 0, 2), (5, 376, 17)]
 
@@ -287,3 +289,33 @@ def test_the_specification_compiles() -> None:
     compiled = torch.compile(evaluate, backend="eager", fullgraph=True)
     for got, expected in zip(compiled(), evaluate(), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_steps_of_either_flow_ask_for_their_own_times() -> None:
+    net = double_net(2, 3)
+    noise, obs = draws(3, (5, 3), (5, 2))
+    for name, span in (("mean", 0.25), ("instantaneous", 0.0)):
+        z = noise
+        for t in (1.0, 0.75, 0.5, 0.25):
+            end = torch.full((5, 1), t, dtype=torch.float64)
+            z = z - 0.25 * net.velocity(z, end - span, end, obs)
+        torch.testing.assert_close(sample_flow(net, obs, noise, 4, name), z)
+
+
+def test_denoising_keeps_the_noise_it_is_told() -> None:
+    """Of a network that knows the action every z is signal * action + scale * one noise."""
+    noise, action = draws(4, (6, 3), (6, 3))
+    action = action.tanh()
+    seen: list[Tensor] = []
+
+    class Knowing:
+        def velocity(self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor) -> Tensor:
+            signal, scale = signal_and_scale(t.flatten()[0].item())
+            assert signal**2 + scale**2 == pytest.approx(1)
+            seen.append((z - signal * action) / scale)
+            return seen[-1]
+
+    found = denoise(Knowing(), torch.zeros(6, 0).double(), noise, 5)
+    torch.testing.assert_close(found, action)
+    for told in seen[1:]:
+        torch.testing.assert_close(told, seen[0])

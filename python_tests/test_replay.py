@@ -33,6 +33,20 @@ def test_rows_come_back_whole_and_the_oldest_are_overwritten() -> None:
     torch.testing.assert_close(batch.next_obs, -ids.unsqueeze(1).expand(-1, 2))
 
 
+@pytest.mark.parametrize(
+    ("counts", "kept"),
+    [((8,), range(8)), ((8, 6, 3), range(7, 17)), ((8, 2, 3), range(3, 13))],
+)
+def test_what_is_sampled_are_the_latest_rows(counts: tuple[int, ...], kept: range) -> None:
+    buffer, start = ReplayBuffer(10, 2, 1), 0
+    buffer._rows.fill_(-1)
+    for count in counts:
+        fill(buffer, start, count)
+        start += count
+    batch = buffer.sample(500, torch.Generator().manual_seed(0))
+    assert set(batch.action[:, 0].tolist()) == set(kept)
+
+
 def test_a_batch_splits_into_equal_parts_only() -> None:
     buffer = ReplayBuffer(10, 2, 1)
     fill(buffer, 0, 8)
@@ -79,3 +93,10 @@ def test_normalizer_matches_numpy_in_any_chunks() -> None:
     copy = ObservationNormalizer(3)
     copy.load_state_dict(normalizer.state_dict())
     assert torch.equal(copy(out), normalizer(out))
+
+
+def test_constant_observations_stay_finite_and_outliers_are_clipped() -> None:
+    normalizer = ObservationNormalizer(2)
+    normalizer.update(np.array([[3, -1], [3, 1]] * 10, np.float32))
+    found = normalizer(torch.tensor([[3.0, 1e6], [3.0, -1e6]]))
+    assert torch.equal(found, torch.tensor([[0.0, 10.0], [0.0, -10.0]]))

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 import flame_ext
+from flame_ext import checkpoint
 from flame_ext.errors import RunDirectoryError
 from flame_ext.run_dir import new_run_dir
 from flame_ext.trainer import Trainer
@@ -73,3 +76,28 @@ def test_a_hostile_checkpoint_is_refused(tmp_path: Path) -> None:
     (run / "policy.safetensors").write_bytes(b"\x80\x04cos\nsystem\n.")
     with pytest.raises(RunDirectoryError, match="not a flame_ext policy"):
         flame_ext.load(run)
+
+
+def test_an_interrupted_save_leaves_one_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(step: int) -> None:
+        checkpoint.write_checkpoint(tmp_path, {"x": torch.ones(1)}, {"step": step})
+
+    def saved() -> dict[str, int]:
+        return checkpoint.read_checkpoint(tmp_path)[1]
+
+    def fill_the_disk(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", fill_the_disk)
+        with pytest.raises(OSError, match="cannot write"):
+            save(2)
+    assert saved() == {"step": 1}
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # killed between two renames
+    assert saved() == {"step": 1}
+    save(3)
+    assert saved() == {"step": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]

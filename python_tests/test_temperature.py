@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flame_ext.config import make_config
-from flame_ext.temperature import MAX_ALPHA, Temperature
+from flame_ext.temperature import MAX_ALPHA, MIN_ALPHA, Temperature
 
 ACT = 3
 
@@ -33,6 +33,9 @@ def test_it_follows_the_effective_sample_size_within_bounds() -> None:
     temperature.log_alpha = 50.0
     temperature.step(None, 0.1)
     assert temperature.alpha == pytest.approx(MAX_ALPHA)
+    temperature.log_alpha = -50.0
+    temperature.step(None, 0.9)
+    assert temperature.alpha == pytest.approx(MIN_ALPHA)
 
 
 def test_without_a_measurement_it_stays() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from small_runs import TASK, TINY, tiny
 
 import flame_ext
 from flame_ext import evaluate
@@ -22,26 +24,8 @@ from flame_ext.errors import (
     FlameError,
     RunDirectoryError,
 )
+from flame_ext.interrupts import interrupts_between_steps
 from flame_ext.trainer import Trainer
-
-TASK = "flame_ext/MultiGoal-v0"
-TINY = {
-    "hidden_sizes": (16, 16),
-    "batch_size": 16,
-    "policy_batch_size": 8,
-    "num_candidates": 4,
-    "num_envs": 2,
-    "learning_starts": 40,
-    "log_interval": 40,
-    "eval_interval": 80,
-    "eval_episodes": 2,
-    "checkpoint_interval": 0,
-    "buffer_size": 10_000,
-}
-
-
-def tiny(run_dir: Path, algorithm: str = "flame", **options: object) -> Trainer:
-    return Trainer(TASK, algorithm=algorithm, config={**TINY, **options}, run_dir=run_dir)
 
 
 @pytest.mark.parametrize("algorithm", ["flame", "flame-r", "sac", "diffusion"])
@@ -128,6 +112,18 @@ def test_a_run_interrupted_in_the_middle_of_a_step_resumes_bit_equal(
     assert resumed.run().steps == 200, "the steps of the run are its own"
     for name, network in whole.agent.networks().items():
         assert torch.equal(network.flat, resumed.agent.networks()[name].flat), name
+
+
+def test_a_second_interrupt_is_answered_at_once() -> None:
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(1)
+
+    with interrupts_between_steps() as wanted:
+        interrupt()
+        assert wanted.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
 
 
 def test_an_interrupt_in_the_last_evaluation_is_not_lost(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""What each policy hands to the mathematics: its own times, noise, options and candidates."""
+
+import pytest
+import torch
+from small_agents import ACT, OBS, make_agent, make_batch
+from torch import Tensor
+
+from flame_ext.policies import diffusion, flow
+from flame_ext.reference import LogProb, Reweighted, best_of, log_prob
+
+
+def test_times_of_the_flow_loss() -> None:
+    fractions = {"instantaneous_fraction": 0.2, "acting_fraction": 0.3}
+    actor = make_agent(reverse_kl_weight=0.0, **fractions).actor
+    r, t = actor.times(torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0)))
+    assert (r == t).float().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert ((r == 0) & (t == 1)).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert ((r >= 0) & (r <= t) & (t > 0) & (t <= 1)).all()
+
+
+def test_the_density_estimator_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"entropy_estimator": "multi_step", "entropy_steps": 3, "entropy_trace": "hutchinson"}
+    agent, seen = make_agent(reverse_kl_weight=0.0, **options), {}
+    monkeypatch.setattr(flow, "log_prob", lambda *_, **given: seen.update(given))
+    agent.actor.sample(torch.zeros(100, OBS), torch.zeros(100, ACT), agent.generator)
+    assert (seen["estimator"], seen["steps"], seen["trace"]) == ("multi_step", 3, "hutchinson")
+    assert seen["probe"].unique().tolist() == [-1, 1]
+
+
+def test_sources_of_z() -> None:
+    obs, done = make_batch().obs, make_batch().action
+    agent = make_agent(z_source="policy")
+    noise = torch.randn(32, ACT, generator=agent.generator.clone_state())
+    source, _ = agent.actor.draw_ends(obs, done, agent.critics, 0.1, agent.generator)
+    assert torch.equal(source, agent.actor.action(obs, noise).detach())
+    agent = make_agent(z_source="target")
+    actions = 2 * torch.rand(32, 8, ACT, generator=agent.generator.clone_state()) - 1
+    cold = 1e-7  # the best candidate has all the weight
+    source, _ = agent.actor.draw_ends(obs, done, agent.critics, cold, agent.generator)
+    assert torch.equal(source, best_of(agent.critics, obs, actions))
+
+
+def test_a_policy_that_is_its_target_weighs_its_samples_evenly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With Q = alpha log pi the weights exp(Q / alpha) / pi are equal."""
+    agent, obs = make_agent(proposal="policy", proposal_ess=0.01), make_batch().obs
+    drawn: list[LogProb] = []
+
+    def density(*arguments: object) -> LogProb:
+        drawn.append(log_prob(*arguments))
+        return drawn[-1]
+
+    def q_min(obs: Tensor, action: Tensor) -> Tensor:
+        return 0.3 * drawn[-1].log_prob
+
+    monkeypatch.setattr(flow, "log_prob", density)
+    monkeypatch.setattr(agent.critics, "candidate_q_min", q_min)
+    t = torch.full((32, 1), 0.01)
+    with torch.no_grad():
+        _, found = agent.actor._from_policy(obs, t, agent.critics, 0.3, agent.generator)
+    torch.testing.assert_close(found.ess, torch.full((32,), 8.0))
+    # At so little noise one candidate explains z.
+    assert (t * found.velocity).abs().max() < 0.1
+
+
+def test_the_diffusion_learns_the_noise_of_its_own_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent, batch = make_agent("diffusion"), make_batch()
+    with torch.no_grad():
+        agent.actor.network.flat.zero_()  # predicts 0, so that the loss is the target's square
+    draws = agent.generator.clone_state()
+    torch.rand(32, 1, generator=draws)  # times
+    base, noise = (torch.randn(32, ACT, generator=draws) for _ in range(2))
+    explained = torch.randn(32, ACT)
+
+    def reweighted(critics, obs, z, signal, scale, *_: object) -> Reweighted:
+        torch.testing.assert_close(z, signal * agent.actor.action(obs, base) + scale * noise)
+        velocity = explained - (z - scale * explained) / signal
+        return Reweighted(velocity, torch.full((32,), 4.0), None)
+
+    monkeypatch.setattr(diffusion, "reverse_reweighted", reweighted)
+    found = agent.actor.loss(batch.obs, batch.action, agent.critics, 0.1, agent.generator)
+    torch.testing.assert_close(found.loss, explained.square().sum(-1).mean(), rtol=1e-3, atol=0)
+    assert found.metrics["ess"] == 4 / 8
