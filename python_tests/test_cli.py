@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flame_ext import cli, latency, play
+from flame_ext.checkpoint import read_checkpoint
 from flame_ext.config import ALGORITHMS, Config, make_config
 from flame_ext.config_text import describe_config, parse_overrides
 from flame_ext.envs import make_vector_env
@@ -255,6 +256,11 @@ def test_an_existing_run_is_not_overwritten(run_dir, capsys):
 def test_the_traceback_is_shown_on_request(capsys):
     assert cli.main(["eval", "nowhere", "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_train_takes_its_seed(tmp_path):
+    assert cli.main([*train(tmp_path / "run", steps=2), "--seed", "3"]) == 0
+    assert read_checkpoint(tmp_path / "run")[1]["seed"] == 3
 
 
 # After training ---------------------------------------------------------------------------------

@@ -84,3 +84,12 @@ def test_the_diffusion_learns_the_noise_of_its_own_samples(
     found = agent.actor.loss(batch.obs, batch.action, agent.critics, 0.1, agent.generator)
     torch.testing.assert_close(found.loss, explained.square().sum(-1).mean(), rtol=1e-3, atol=0)
     assert found.metrics["ess"] == 4 / 8
+
+
+def test_a_flow_starts_with_the_spread_that_is_asked_for() -> None:
+    for scale in (0.1, 0.4):
+        actor = make_agent(initial_action_std=scale).actor
+        noise = torch.randn(4000, ACT, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            action = actor.action(torch.zeros(4000, OBS), noise)
+        assert action.std(0).mean().item() == pytest.approx(scale, rel=0.3)
