@@ -9,27 +9,18 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.wrappers import TimeLimit
+from small_runs import TASK, TINY
 
 from flame_ext import cli
 from flame_ext.diagnosis import diagnose
 from flame_ext.trainer import Trainer
 from flame_ext.value_bias import Episode, ValueBias, measure_value_bias, play_episodes
 
-TASK = "flame_ext/MultiGoal-v0"
-TINY = {
-    "hidden_sizes": (16, 16),
-    "batch_size": 16,
-    "policy_batch_size": 8,
-    "num_candidates": 4,
-    "num_envs": 2,
-    "learning_starts": 40,
-    "eval_episodes": 2,
-    "eval_interval": 0,
-}
+UNEVALUATED = {**TINY, "eval_interval": 0}
 
 
 def trained(run_dir: Path, algorithm: str = "flame", **options: object) -> Path:
-    config = {**TINY, **options}
+    config = {**UNEVALUATED, **options}
     Trainer(TASK, algorithm=algorithm, config=config, run_dir=run_dir).run(total_steps=80)
     return run_dir
 
@@ -65,7 +56,9 @@ def test_measures_what_the_algorithm_has(
 
 
 def test_what_it_measures_is_the_policy(tmp_path: Path) -> None:
-    trainer = Trainer(TASK, config={**TINY, "reverse_kl_weight": 0}, run_dir=tmp_path / "run")
+    trainer = Trainer(
+        TASK, config={**UNEVALUATED, "reverse_kl_weight": 0}, run_dir=tmp_path / "run"
+    )
     trainer.run(total_steps=40)
     actor = trainer.agent.actor
     with torch.no_grad():
@@ -99,7 +92,7 @@ def test_leaves_the_run_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_run_without_an_id_takes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    Trainer(lambda: gymnasium.make(TASK, num_goals=3), config=TINY, run_dir=run).run(80)
+    Trainer(lambda: gymnasium.make(TASK, num_goals=3), config=UNEVALUATED, run_dir=run).run(80)
     assert cli.main(["diagnose", str(run)]) == 2
     assert cli.main(["diagnose", str(run), "--env", TASK, "--states", "20"]) == 0
     assert "alpha" in capsys.readouterr().out
@@ -126,7 +119,7 @@ class Paying(gymnasium.Env):
 
 def value_bias(run_dir: Path, env: object, value: float, **options: object) -> ValueBias | None:
     """With critics that say `value` of everything, at gamma = 0.9."""
-    config = {**TINY, "gamma": 0.9, "entropy_in_target": False, **options}
+    config = {**UNEVALUATED, "gamma": 0.9, "entropy_in_target": False, **options}
     trainer = Trainer(env, algorithm="sac", config=config, run_dir=run_dir)
     with torch.no_grad():
         trainer.agent.critics.flat.zero_()
@@ -170,12 +163,12 @@ def test_returns_are_in_the_environments_units(tmp_path: Path) -> None:
         return Paying(20)
 
     run = tmp_path / "run"
-    Trainer(env, config={**TINY, "reward_scale": 0.5}, run_dir=run).run(total_steps=80)
+    Trainer(env, config={**UNEVALUATED, "reward_scale": 0.5}, run_dir=run).run(total_steps=80)
     assert diagnose(run, env=env, states=20)["return of an episode"] == pytest.approx(20)
 
 
 def test_a_state_that_is_cut_off_has_its_entropy(tmp_path: Path) -> None:
-    options = {**TINY, "entropy_in_target": True, "initial_alpha": 2.0}
+    options = {**UNEVALUATED, "entropy_in_target": True, "initial_alpha": 2.0}
     trainer = Trainer(
         lambda: TimeLimit(Paying(10**9), 5),
         algorithm="sac",

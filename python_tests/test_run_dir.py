@@ -5,27 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from small_runs import TASK, TINY, tiny
 
 import flame_ext
 from flame_ext import checkpoint
 from flame_ext.errors import RunDirectoryError
 from flame_ext.run_dir import new_run_dir
 from flame_ext.trainer import Trainer
-
-TASK = "flame_ext/MultiGoal-v0"
-TINY = {
-    "hidden_sizes": (16, 16),
-    "batch_size": 16,
-    "num_envs": 2,
-    "learning_starts": 40,
-    "eval_interval": 80,
-    "eval_episodes": 2,
-    "buffer_size": 10_000,
-}
-
-
-def tiny(run_dir: Path) -> Trainer:
-    return Trainer(TASK, config=TINY, run_dir=run_dir)
 
 
 def test_directories_are_never_overwritten(tmp_path: Path) -> None:
