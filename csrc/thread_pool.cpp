@@ -260,15 +260,12 @@ void start_afresh() {
     inside_pool = false;
 }
 
-State& current_state() {
-    static const bool installed = [] {
-        start_afresh();
-        pthread_atfork(nullptr, nullptr, start_afresh);
-        return true;
-    }();
-    (void)installed;
-    return *state.load();
-}
+// When the module is loaded, before any thread computes: a fork during the first use would leave
+// the child waiting for its end.
+const bool installed = [] {
+    start_afresh();
+    return pthread_atfork(nullptr, nullptr, start_afresh) == 0;
+}();
 
 }  // namespace
 
@@ -295,7 +292,7 @@ void parallel_for_raw(int64_t n, int64_t grain, ChunkFn fn, void* context) {
     const int64_t chunks =
         std::min<int64_t>(most, std::max<int64_t>(1, n / std::max<int64_t>(grain, 1)));
     if (chunks == 1 || inside_pool) return fn(context, 0, n);
-    State& s = current_state();
+    State& s = *state.load();
     std::unique_lock<std::mutex> lock(s.use, std::try_to_lock);
     if (!lock.owns_lock()) return fn(context, 0, n);
     if (!s.pool || s.pool->workers() != threads - 1) {

@@ -76,21 +76,14 @@ struct ArenaPool {
     std::vector<std::unique_ptr<Arena>> idle;
 };
 
-ArenaPool& arena_pool();
-
-// A forked child must not inherit the lock of a thread that it does not have.
-ArenaPool* fork_safe_pool() {
-    auto* pool = new ArenaPool;
-    pthread_atfork([] { arena_pool().mutex.lock(); }, [] { arena_pool().mutex.unlock(); },
-                   [] { arena_pool().mutex.unlock(); });
-    return pool;
-}
-
-// Never destroyed: recorded passes may be collected after static destructors have run.
-ArenaPool& arena_pool() {
-    static ArenaPool* pool = fork_safe_pool();
-    return *pool;
-}
+// Made when the module is loaded, before any thread computes, and never destroyed: recorded passes
+// may be collected after static destructors have run.
+ArenaPool* const arena_pool = [] {
+    // A forked child must not inherit the lock of a thread that it does not have.
+    pthread_atfork([] { arena_pool->mutex.lock(); }, [] { arena_pool->mutex.unlock(); },
+                   [] { arena_pool->mutex.unlock(); });
+    return new ArenaPool;
+}();
 
 }  // namespace
 
@@ -108,18 +101,17 @@ float* Workspace::floats(size_t count) { return static_cast<float*>(bytes(count 
 void* Workspace::bytes(size_t count) { return arena_->take(count); }
 
 Arena* borrow_arena() {
-    ArenaPool& pool = arena_pool();
-    const std::lock_guard<std::mutex> lock(pool.mutex);
-    if (pool.idle.empty()) return new Arena;
-    Arena* arena = pool.idle.back().release();
-    pool.idle.pop_back();
+    const std::lock_guard<std::mutex> lock(arena_pool->mutex);
+    std::vector<std::unique_ptr<Arena>>& idle = arena_pool->idle;
+    if (idle.empty()) return new Arena;
+    Arena* arena = idle.back().release();
+    idle.pop_back();
     return arena;
 }
 
 void return_arena(Arena* arena) {
-    ArenaPool& pool = arena_pool();
-    const std::lock_guard<std::mutex> lock(pool.mutex);
-    pool.idle.emplace_back(arena);
+    const std::lock_guard<std::mutex> lock(arena_pool->mutex);
+    arena_pool->idle.emplace_back(arena);
 }
 
 }  // namespace flame
