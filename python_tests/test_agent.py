@@ -18,7 +18,6 @@ from flame_ext.build import deployed_networks
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.errors import BackendUnavailableError
 from flame_ext.policies import reweighting
-from flame_ext.policies.reweighting import damped_logits, resample
 from flame_ext.reference import best_of
 from flame_ext.replay import Batch
 from flame_ext.td_target import target_noise, td_target
@@ -226,25 +225,6 @@ def test_the_temperature_moves_once_per_interval_of_critic_updates(
     for _ in range(40):
         agent.update(make_batch())
     assert len(steps) == 40 // max(interval, 2)
-
-
-def test_damped_logits_hold_the_effective_sample_size() -> None:
-    logits = 100 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    weights = torch.softmax(damped_logits(logits, 0.5), dim=1)
-    ess = (1 / weights.square().sum(1)).mean() / 32
-    assert ess.item() == pytest.approx(0.5, abs=0.01)
-    gentle = 1e-3 * logits
-    torch.testing.assert_close(
-        torch.softmax(damped_logits(gentle, 0.5), 1), torch.softmax(gentle, 1)
-    )
-
-
-def test_resample_follows_the_weights() -> None:
-    action = torch.arange(4.0).view(1, 4, 1).expand(20000, -1, -1)
-    logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4])).expand(20000, -1)
-    drawn = resample(action, logits, torch.Generator().manual_seed(0)).squeeze(1).long()
-    frequency = torch.bincount(drawn, minlength=4) / 20000
-    torch.testing.assert_close(frequency, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

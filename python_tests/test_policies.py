@@ -6,6 +6,7 @@ from small_agents import ACT, OBS, make_agent, make_batch
 from torch import Tensor
 
 from flame_ext.policies import diffusion, flow
+from flame_ext.policies.reweighting import damped_logits, resample
 from flame_ext.reference import LogProb, Reweighted, best_of, log_prob
 
 
@@ -93,3 +94,22 @@ def test_a_flow_starts_with_the_spread_that_is_asked_for() -> None:
         with torch.no_grad():
             action = actor.action(torch.zeros(4000, OBS), noise)
         assert action.std(0).mean().item() == pytest.approx(scale, rel=0.3)
+
+
+def test_damped_logits_hold_the_effective_sample_size() -> None:
+    logits = 100 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    weights = torch.softmax(damped_logits(logits, 0.5), dim=1)
+    ess = (1 / weights.square().sum(1)).mean() / 32
+    assert ess.item() == pytest.approx(0.5, abs=0.01)
+    gentle = 1e-3 * logits
+    torch.testing.assert_close(
+        torch.softmax(damped_logits(gentle, 0.5), 1), torch.softmax(gentle, 1)
+    )
+
+
+def test_resample_follows_the_weights() -> None:
+    action = torch.arange(4.0).view(1, 4, 1).expand(20000, -1, -1)
+    logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4])).expand(20000, -1)
+    drawn = resample(action, logits, torch.Generator().manual_seed(0)).squeeze(1).long()
+    frequency = torch.bincount(drawn, minlength=4) / 20000
+    torch.testing.assert_close(frequency, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.02, rtol=0)
