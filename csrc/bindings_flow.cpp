@@ -177,20 +177,16 @@ py::tuple py_flow_density(const MlpSpec& spec, const py::array& parameters, cons
 class RecordedDensity {
   public:
     RecordedDensity(const MlpSpec& spec, const py::array& parameters, const py::array& obs,
-                    const py::array& noise, const py::array& time, const py::array& scale,
-                    bool density) {
+                    const py::array& noise, const py::array& time, const py::array& scale) {
         check(noise.ndim() == 2 && noise.shape(0) >= 1, "noise has shape ", shape_text(noise),
               "; it must be (rows, ", outputs(spec), ") with at least one row");
         check(time.ndim() == 2 && time.shape(0) == 1, "time has shape ", shape_text(time),
               "; only one step can be recorded, so it must be (1, features)");
-        FlowDensityArgs args = density_args(spec, parameters, obs, noise, time, scale,
-                                            density ? "log_det" : "none", std::nullopt, result_);
-        if (density) {
-            const auto rows = static_cast<py::ssize_t>(args.states);
-            transport_ = Array({rows, static_cast<py::ssize_t>(args.action_dim),
-                                static_cast<py::ssize_t>(args.action_dim)});
-            args.transport = transport_.mutable_data();
-        }
+        FlowDensityArgs args = density_args(spec, parameters, obs, noise, time, scale, "log_det",
+                                            std::nullopt, result_);
+        const auto n = static_cast<py::ssize_t>(args.action_dim);
+        transport_ = Array({static_cast<py::ssize_t>(args.states), n, n});
+        args.transport = transport_.mutable_data();
         const WithoutGil without_gil;
         tape_ = kernels(spec).flow_record(args, *memory_);
     }
@@ -235,9 +231,9 @@ void bind_flow(py::module_& m) {
           py::arg("probe") = py::none());
     py::class_<RecordedDensity>(m, "RecordedDensity")
         .def(py::init<const MlpSpec&, const py::array&, const py::array&, const py::array&,
-                      const py::array&, const py::array&, bool>(),
+                      const py::array&, const py::array&>(),
              py::arg("spec"), py::arg("parameters"), py::arg("obs"), py::arg("noise"),
-             py::arg("time"), py::arg("scale"), py::arg("density") = true)
+             py::arg("time"), py::arg("scale"))
         .def_property_readonly("action", [](const RecordedDensity& d) { return d.result().action; })
         .def_property_readonly("log_prob",
                                [](const RecordedDensity& d) { return d.result().log_prob; })

@@ -329,7 +329,6 @@ class RecordedDensity:
         noise: _Array,
         time: _Array,
         scale: _Array,
-        density: bool = True,
     ) -> None: ...
     @property
     def action(self) -> NDArray[np.float32]: ...

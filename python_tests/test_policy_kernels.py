@@ -344,18 +344,3 @@ def test_density_gradient(activation, layer_norm, rows, obs_dim, action_dim, hid
     again = np.zeros_like(gradients)
     recorded.backward(again, *given[2:])
     assert np.array_equal(again, gradients)
-
-
-@each_target
-def test_sample_without_density_has_the_action_gradient_alone():
-    net = make_policy(3, 2, (32, 32), layer_norm=True)
-    obs, noise, d_action = draw(9, 3), draw(9, 2), draw(9, 2, seed=3)
-    args = mlp_spec(net), array(net.flat), obs, noise, *flow_table(1, "mean")
-    gradients = np.zeros_like(array(net.flat))
-    _core.RecordedDensity(*args, density=False).backward(gradients, d_action, draw(9))
-    arrays = [obs, noise, d_action, np.zeros(9, np.float32)]
-    assert_as_accurate(
-        gradients,
-        density_gradient(net, torch.float32, arrays),
-        density_gradient(net, torch.float64, arrays),
-    )

@@ -232,9 +232,7 @@ void record_density(const FlowDensityArgs& a, const RecordedFlow& flow, int64_t 
     int pivot[kMaxActions];
     const double q = static_cast<double>(flow.scale);
     flow_jacobian(flow.tape, b, n, q, m);
-    if (a.transport != nullptr) {
-        for (int i = 0; i < n * n; ++i) a.transport[b * n * n + i] = static_cast<float>(m[i]);
-    }
+    for (int i = 0; i < n * n; ++i) a.transport[b * n * n + i] = static_cast<float>(m[i]);
     const LogDet det = lu_factor(m, n, pivot);
     a.log_prob[b] -= static_cast<float>(det.log_abs);
     a.folded[b] = det.negative;
@@ -262,7 +260,7 @@ void record_chunk(const FlowDensityArgs& a, const RecordedFlow& flow, const floa
     for (int64_t b = range.first; b < range.first + range.rows; ++b) {
         const float* u = tape.output + b * group * tape.output_ld;
         for (int j = 0; j < a.action_dim; ++j) a.action[b * a.action_dim + j] += flow.scale * u[j];
-        if (tape.tangents > 0) record_density(a, flow, b);
+        record_density(a, flow, b);
     }
 }
 
@@ -311,17 +309,16 @@ const float* recorded_input(const FlowDensityArgs& a, Workspace& memory) {
 FlowTape* flow_record(const FlowDensityArgs& a, Workspace& memory) {
     auto* flow = static_cast<RecordedFlow*>(memory.bytes(sizeof(RecordedFlow)));
     *flow = RecordedFlow{};
-    const int tangents = tangent_count(a.divergence, a.action_dim);
     flow->head = {&flow_backward, a.states, a.action_dim,
                   static_cast<int64_t>(parameter_count(a.spec))};
     flow->spec = a.spec;
     pack_mlp(a.spec, a.parameters, {true, 0}, memory, flow->packed);
-    flow->tape = make_tangent_tape(a.spec, a.states, tangents, true, memory);
+    flow->tape = make_tangent_tape(a.spec, a.states, a.action_dim, true, memory);
     flow->input = recorded_input(a, memory);
     flow->ldx = padded_columns(a.spec.sizes[0]);
     flow->scale = a.scale[0];
     flow->jacobian_gradient =
-        memory.floats(static_cast<size_t>(a.states) * tangents * a.action_dim);
+        memory.floats(static_cast<size_t>(a.states) * a.action_dim * a.action_dim);
     Workspace scratch;
     const float* columns = action_columns(flow->packed.layers[0][0], a.action_dim, scratch);
     start(a);

@@ -164,7 +164,7 @@ struct FlowDensityArgs {
     float* action;       // (rows, A)
     float* log_prob;     // (rows)
     bool* folded;        // (rows): the product of the steps' determinants is negative
-    float* transport;    // (rows, A, A) d action / d noise = I + q J, or null; recorded passes only
+    float* transport;    // (rows, A, A) d action / d noise = I + q J; recorded passes only
 };
 
 // Adds the gradient of sum_b (d_action_b . a_b + d_log_prob_b log pi_b + d_transport_b . M_b) to
@@ -174,8 +174,8 @@ struct FlowBackwardArgs {
     FlowTape* tape;
     float* gradients;
     const float* d_action;     // (rows, A)
-    const float* d_log_prob;   // (rows), ignored where the density was not recorded
-    const float* d_transport;  // (rows, A, A) or null, likewise
+    const float* d_log_prob;   // (rows)
+    const float* d_transport;  // (rows, A, A) or null
 };
 
 // What every instruction set's FlowTape starts with: its own backward, which knows its layouts.

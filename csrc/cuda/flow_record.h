@@ -2,10 +2,10 @@
 // flow_density.h's step that keeps its inputs, its activations and their tangents.
 //
 // obs (rows, O) with row distance obs_ld; noise and action (rows, A) dense; time (1,
-// time_features), scale (1); log_prob, folded (rows), transport (rows, A, A) or null: device memory
-// of the caller. One sample per state; divergence kLogDet, or kNone for the action alone. The
-// record is workspace that the caller keeps until the backward pass, per row about 4 (2 A + 3)
-// bytes per hidden unit. The parameters are not in it: they must still be the same then.
+// time_features), scale (1); log_prob, folded (rows), transport (rows, A, A): device memory
+// of the caller. One sample per state; divergence kLogDet. The record is workspace that the caller
+// keeps until the backward pass, per row about 4 (2 A + 3) bytes per hidden unit. The parameters
+// are not in it: they must still be the same then.
 //
 // Operations 2 rows (1 + A) (weights), as forward only: 256 rows, A 6, 55 -> 3 x 256 -> 6, 0.53
 // GFLOP, floor 7.9 us at 67 TFLOP/s; the record is 12 MB, 3.7 us at 3.35 TB/s if it left L2. LU and
@@ -55,11 +55,10 @@ struct FlowRecordKernel : FlowStep {
         const double q = static_cast<double>(a.scale[0]);
         warp.each(
             n, [&](int j) { a.action[b * n + j] = fmaf(a.scale[0], u[j], a.action[b * n + j]); });
-        if (tangents == 0) return;
         double* m = reinterpret_cast<double*>(scratch);
         warp.each(n * n, [&](int e) {
             m[e] = transport(u, u_ld, q, e / n, e % n);
-            if (a.transport != nullptr) a.transport[b * n * n + e] = static_cast<float>(m[e]);
+            a.transport[b * n * n + e] = static_cast<float>(m[e]);
         });
         int* pivot = reinterpret_cast<int*>(m + n * n);
         warp.each(1, [&](int) {

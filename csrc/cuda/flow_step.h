@@ -70,18 +70,15 @@ static inline FlowStep make_flow_step(const FlowDensityArgs& a, const TilePlan& 
 
 struct FlowRecord {
     Tape tape;
-    float* jacobian_gradient;  // (rows, A, A): d log pi / dJ[a][j] at [j][a]; null for kNone
+    float* jacobian_gradient;  // (rows, A, A): d log pi / dJ[a][j] at [j][a]
 };
 
 static inline FlowRecord carve_flow_record(const FlowDensityArgs& a, Carver& memory) {
     FlowRecord record{};
-    const int tangents = tangent_count(a);
-    record.tape = carve_values(a.spec, a.states, 1 + tangents, memory);
+    record.tape = carve_values(a.spec, a.states, 1 + a.action_dim, memory);
     carve_input(a.spec, record.tape, memory);
-    if (tangents > 0) {
-        record.jacobian_gradient =
-            memory.floats(static_cast<size_t>(a.states) * a.action_dim * a.action_dim);
-    }
+    record.jacobian_gradient =
+        memory.floats(static_cast<size_t>(a.states) * a.action_dim * a.action_dim);
     return record;
 }
 
