@@ -58,29 +58,25 @@ class Agent:
         if config.policy_tau < 1:
             self.deployed_actor = copy.deepcopy(self.actor)
             self.deployed_critics = copy.deepcopy(self.critics)
-        trained = ("actor", "critics", "state_encoder", "pair_encoder")
+        self._learning_rates = _learning_rates(config)
+        self.optimizers = {}
         for name, network in self.networks().items():
             network.to(self.device)
-            network.requires_grad_(name in trained)
+            network.requires_grad_(name in self._learning_rates)
             backend.accelerate(network, config.matmul_precision)
+            if name in self._learning_rates:
+                self.optimizers[name] = _adam(network.flat, self._learning_rates[name][0])
         self.temperature = Temperature(config, action_dim)
-        self.optimizers = {
-            "critics": _adam(self.critics.flat, config.critic_learning_rate),
-            "actor": _adam(self.actor.network.flat, config.policy_learning_rate),
-        }
-        if self.encoder is not None:
-            for name, network in self.encoder.networks().items():
-                self.optimizers[name] = _adam(network.flat, config.embedding_learning_rate)
         self.updates = 0
         self._run_steps = backend.step_runner(self.generator)
 
     def set_progress(self, fraction: float) -> None:
-        """Anneals the policy's learning rate; `fraction` of the run that is done."""
-        final = self.config.final_policy_learning_rate
-        if final is not None:
-            start = self.config.policy_learning_rate
-            rate = start + min(max(fraction, 0.0), 1.0) * (final - start)
-            self.backend.set_learning_rate(self.optimizers["actor"], rate)
+        """Anneals the learning rates of policy and encoder; `fraction` of the run that is done."""
+        done = min(max(fraction, 0.0), 1.0)
+        for name, optimizer in self.optimizers.items():
+            start, final = self._learning_rates[name]
+            if final is not None:
+                self.backend.set_learning_rate(optimizer, start + done * (final - start))
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
@@ -275,6 +271,17 @@ class Agent:
         for name, optimizer in self.optimizers.items():
             for slot, value in adam_moments(optimizer).items():
                 value.copy_(state[f"optimizer.{name}.{slot}"])
+
+
+def _learning_rates(config: Config) -> dict[str, tuple[float, float | None]]:
+    """Of the networks that learn: at the start and, where it is annealed, at the end."""
+    encoder = config.embedding_learning_rate, config.final_embedding_learning_rate
+    return {
+        "critics": (config.critic_learning_rate, None),
+        "actor": (config.policy_learning_rate, config.final_policy_learning_rate),
+        "state_encoder": encoder,
+        "pair_encoder": encoder,
+    }
 
 
 def _adam(parameter: Tensor, learning_rate: float) -> torch.optim.Adam:

@@ -55,6 +55,8 @@ class Config:
         embedding_dim: Length of the learned embeddings of states and of state-action pairs that
             policy and critics see beside the plain ones (`flame_ext.embeddings`); 0 learns none.
         embedding_learning_rate: Adam step of their encoder.
+        final_embedding_learning_rate: The encoder's Adam step at the end of the run, reached
+            linearly.
         embedding_tau: Step, per update of the encoder, of the exponential average of its weights
             whose embeddings are seen.
         policy_layer_norm: LayerNorm in the policy.
@@ -140,6 +142,7 @@ class Config:
     matmul_precision: MatmulPrecision = "float32"
     embedding_dim: int = 128
     embedding_learning_rate: float = 1e-3
+    final_embedding_learning_rate: float | None = None
     embedding_tau: float = 0.002
     policy_layer_norm: bool = False
     critic_learning_rate: float = 1e-3
@@ -275,6 +278,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "critic_learning_rate": (0, _INF),
     "embedding_dim": (0, _INF),
     "embedding_learning_rate": (0, _INF),
+    "final_embedding_learning_rate": (0, _INF),
     "embedding_tau": (1e-12, 1),
     "policy_learning_rate": (0, _INF),
     "final_policy_learning_rate": (0, _INF),
@@ -442,7 +446,7 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
     """Accepts numbers of numpy, lists for tuples and 1e6 for an int, as of JSON."""
     if isinstance(value, np.generic):
         value = value.item()
-    if name == "final_policy_learning_rate":
+    if name in ("final_policy_learning_rate", "final_embedding_learning_rate"):
         if value is None:
             return None
         default = 0.0

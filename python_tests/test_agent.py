@@ -422,11 +422,18 @@ def test_a_learning_rate_is_of_its_own_networks(option: str, still: set[str]) ->
     assert found == still
 
 
-def test_the_policys_learning_rate_falls_linearly() -> None:
-    agent = make_agent(policy_learning_rate=1e-3, final_policy_learning_rate=1e-4)
-    for fraction, rate in ((0, 1e-3), (0.5, 5.5e-4), (1, 1e-4), (1.1, 1e-4)):
+@pytest.mark.parametrize(
+    ("option", "annealed"),
+    [("policy", {"actor"}), ("embedding", {"state_encoder", "pair_encoder"})],
+)
+def test_a_learning_rate_falls_linearly(option: str, annealed: set[str]) -> None:
+    rates = {f"{option}_learning_rate": 2e-3, f"final_{option}_learning_rate": 2e-4}
+    agent = make_agent(embedding_dim=8, **rates)
+    for fraction, rate in ((0, 2e-3), (0.5, 1.1e-3), (1, 2e-4), (1.1, 2e-4)):
         agent.set_progress(fraction)
-        assert agent.optimizers["actor"].param_groups[0]["lr"] == pytest.approx(rate)
+        for name, optimizer in agent.optimizers.items():
+            wanted = rate if name in annealed else 1e-3
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("name", make_agent(embedding_dim=8).networks())
