@@ -310,8 +310,9 @@ LOG_DET = {"entropy_estimator": "multi_step", "entropy_trace": "log_det", "entro
 )
 def test_captured_updates_are_those_launched_one_by_one(algorithm, options, embedding_dim):
     """A hundred: with and without a policy's step, with and without the temperature's."""
-    fixed = {"policy_delay": 3, "alpha_interval": 9, "final_policy_learning_rate": 1e-4}
-    overrides = {"embedding_dim": embedding_dim, **fixed, **options}
+    fixed = {"policy_delay": 3, "alpha_interval": 9, "embedding_dim": embedding_dim}
+    annealed = {"final_policy_learning_rate": 1e-4, "final_embedding_learning_rate": 1e-4}
+    overrides = {**fixed, **annealed, **options}
     config = make_config(algorithm, overrides=overrides)
     agents = [
         Agent(config, 17, 6, CudaBackend(graphs), seed=0, device="cuda") for graphs in (True, False)
