@@ -443,10 +443,13 @@ def _check_algorithm(algorithm: str, overriding: str) -> None:
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
-    """Accepts numbers of numpy, lists for tuples and 1e6 for an int, as of JSON."""
+    """Accepts numbers of numpy, lists for tuples and 1e6 for an int, as of JSON.
+
+    An option whose default is None may also be a float.
+    """
     if isinstance(value, np.generic):
         value = value.item()
-    if name in ("final_policy_learning_rate", "final_embedding_learning_rate"):
+    if default is None:
         if value is None:
             return None
         default = 0.0

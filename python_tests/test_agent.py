@@ -215,18 +215,6 @@ def test_no_step_waits_for_the_host(
     assert waits.seen == []
 
 
-@pytest.mark.parametrize("interval", [1, 4, 5])
-def test_the_temperature_moves_once_per_interval_of_critic_updates(
-    interval: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    agent = make_agent("sac", policy_delay=2, alpha_interval=interval)
-    steps: list[int] = []
-    monkeypatch.setattr(agent.temperature, "step", lambda *_: steps.append(agent.updates))
-    for _ in range(40):
-        agent.update(make_batch())
-    assert len(steps) == 40 // max(interval, 2)
-
-
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_state_dict_continues_bit_equal(algorithm: str) -> None:
     agent, copy = make_agent(algorithm), make_agent(algorithm, seed=9)

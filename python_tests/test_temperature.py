@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small_agents import make_agent, make_batch
 
 from flame_ext.config import make_config
 from flame_ext.temperature import MAX_ALPHA, MIN_ALPHA, Temperature
@@ -65,3 +66,15 @@ def test_a_restored_temperature_goes_on_bit_equal() -> None:
     for temperature in (first, second):
         temperature.step(0.5, None)
     assert first.log_alpha == second.log_alpha
+
+
+@pytest.mark.parametrize("interval", [1, 4, 5])
+def test_the_temperature_moves_once_per_interval_of_critic_updates(
+    interval: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = make_agent("sac", policy_delay=2, alpha_interval=interval)
+    steps: list[int] = []
+    monkeypatch.setattr(agent.temperature, "step", lambda *_: steps.append(agent.updates))
+    for _ in range(40):
+        agent.update(make_batch())
+    assert len(steps) == 40 // max(interval, 2)
