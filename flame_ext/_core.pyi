@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from flame_ext.sampling import CandidateSampling
 
 _Array = NDArray[np.floating[Any]]
+_Network = tuple[MlpSpec, _Array]  # with its parameters
 
 def build_info() -> dict[str, str]: ...
 def isa_compiled() -> list[str]: ...
@@ -61,13 +62,8 @@ def philox_bits(seed: int, stream: int, offset: int, n: int) -> NDArray[np.uint3
 def philox_uniform(seed: int, stream: int, offset: int, n: int) -> NDArray[np.float32]: ...
 def philox_normal(seed: int, stream: int, offset: int, n: int) -> NDArray[np.float32]: ...
 
-# Only in a build with CUDA. `out` is a device pointer, `cuda_stream` a cudaStream_t.
-def cuda_philox_bits(
-    seed: int, stream: int, offset: int, n: int, out: int, cuda_stream: int
-) -> None: ...
-def cuda_philox_normal(
-    seed: int, stream: int, offset: int, n: int, out: int, cuda_stream: int
-) -> None: ...
+# A build with CUDA has the kernels' launchers beside these (`cuda_twin_q`, ...): they take device
+# pointers, which csrc/bindings_cuda.cpp names.
 
 class PackedPolicy:
     def __init__(
@@ -87,6 +83,12 @@ class PackedPolicy:
         critic_hidden: Sequence[int] = (),
         critic_activation: str = "mish",
         critic_layer_norm: bool = False,
+        state_encoder: _Array | None = None,
+        pair_encoder: _Array | None = None,
+        encoder_hidden: Sequence[int] = (),
+        encoder_activation: str = "silu",
+        embedding_dim: int = 0,
+        embedding_min_scale: float = 0.0,
         precision: Literal["fp32", "fp16", "bf16"] = "fp32",
         obs_shift: _Array | None = None,
         obs_scale: _Array | None = None,
@@ -174,6 +176,25 @@ def critic_step(
     target: _Array,
 ) -> tuple[list[float], list[float], _Array]: ...
 
+# --- Embeddings. `pair`, and the third of critics, is the encoder whose features they see.
+
+def observe(encoder: _Network, obs: _Array, *, min_scale: float) -> NDArray[np.float32]: ...
+def encoder_step(
+    state: _Network,
+    pair: _Network,
+    state_gradients: _Array,
+    pair_gradients: _Array,
+    obs: _Array,
+    action: _Array,
+    next_obs: _Array,
+    *,
+    min_scale: float,
+) -> float: ...
+
+# --- The agent's steps.
+
+_SeenCritics = tuple[MlpSpec, _Array, _Network | None]
+
 class PolicySampler:
     @staticmethod
     def gaussian(spec: MlpSpec, log_std_range: tuple[float, float]) -> PolicySampler: ...
@@ -187,8 +208,7 @@ def gaussian_loss(
     policy: PolicySampler,
     parameters: _Array,
     gradients: _Array,
-    critics: MlpSpec,
-    critic_parameters: _Array,
+    critics: _SeenCritics,
     obs: _Array,
     noise: _Array,
     alpha: float,
@@ -197,8 +217,7 @@ def flow_reverse_kl(
     policy: PolicySampler,
     parameters: _Array,
     gradients: _Array,
-    critics: MlpSpec,
-    critic_parameters: _Array,
+    critics: _SeenCritics,
     obs: _Array,
     noise: _Array,
     alpha: float,
@@ -212,8 +231,7 @@ def flow_matching(
     policy: PolicySampler,
     parameters: _Array,
     gradients: _Array,
-    critics: MlpSpec,
-    critic_parameters: _Array,
+    critics: _SeenCritics,
     obs: _Array,
     action: _Array,
     noise: _Array,
@@ -253,6 +271,7 @@ def critic_updates(
     beta1: float,
     beta2: float,
     epsilon: float,
+    pair: _Network | None = None,
 ) -> tuple[float, float]: ...
 def adam(
     parameters: _Array,
