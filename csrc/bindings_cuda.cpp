@@ -6,7 +6,9 @@
 // one it runs and returns 0.
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "bindings.h"
 #include "bindings_networks.h"
@@ -273,9 +275,10 @@ void py_monotonicity_gap(int64_t rows, int n, Pointer transport, double margin, 
 
 // Rows `*_ld` floats apart, or entries of a column.
 size_t py_critic_updates(const PolicySampler& policy, Pointer policy_parameters,
-                         const MlpSpec& critics, Pointer parameters, Pointer first_moment,
-                         Pointer second_moment, Pointer target_parameters, int updates,
-                         int64_t rows, Pointer obs, int64_t obs_ld, Pointer action,
+                         const MlpSpec& critics,
+                         const std::optional<std::pair<MlpSpec, Pointer>>& pair, Pointer parameters,
+                         Pointer first_moment, Pointer second_moment, Pointer target_parameters,
+                         int updates, int64_t rows, Pointer obs, int64_t obs_ld, Pointer action,
                          int64_t action_ld, Pointer reward, int64_t reward_ld, Pointer terminated,
                          int64_t terminated_ld, Pointer next_obs, int64_t next_obs_ld,
                          Pointer noise, float reward_scale, float gamma, Pointer alpha, float tau,
@@ -283,10 +286,17 @@ size_t py_critic_updates(const PolicySampler& policy, Pointer policy_parameters,
                          Pointer schedule, Pointer loss, Pointer q_mean, Pointer workspace,
                          Pointer stream) {
     check(policy.is_flow(), "the fused updates draw from flow policies only");
+    PairEncoder encoder{};
+    if (pair) {
+        check_pair_encoder(pair->first, policy.action_dim);
+        encoder = {pair->first, at<float>(pair->second)};
+    }
+    const PairEncoder* seen = pair ? &encoder : nullptr;
+    shared_obs_dim(policy, critics, pair_columns(seen));
     const CudaCriticUpdates args{{&policy,
                                   at<float>(policy_parameters),
                                   critics,
-                                  nullptr,
+                                  seen,
                                   count_of(critics),
                                   at<float>(parameters),
                                   at<float>(first_moment),

@@ -74,6 +74,13 @@ inline int shared_obs_dim(const PolicySampler& policy, const MlpSpec& critics, i
 // Spec and parameters, as Python hands over networks that may be missing.
 using NetworkView = std::pair<MlpSpec, pybind11::array>;
 
+inline void check_pair_encoder(const MlpSpec& spec, int action_dim) {
+    check(spec.members == 1 && spec.sizes[0] == action_dim + outputs(spec),
+          "a pair encoder maps [action | zs] to as many features as zs has; with ", action_dim,
+          " actions this spec has ", spec.members, " members, ", spec.sizes[0], " inputs and ",
+          outputs(spec), " outputs");
+}
+
 // What critics see beside the action, checked; must outlive the call that it is handed to.
 class PairArgument {
   public:
@@ -81,10 +88,7 @@ class PairArgument {
         if (!pair) return;
         const MlpSpec& spec = pair->first;
         encoder_ = {spec, dense(pair->second, "pair encoder's parameters", {count_of(spec)})};
-        check(spec.members == 1 && spec.sizes[0] == action_dim + outputs(spec),
-              "a pair encoder maps [action | zs] to as many features as zs has; with ", action_dim,
-              " actions this spec has ", spec.members, " members, ", spec.sizes[0], " inputs and ",
-              outputs(spec), " outputs");
+        check_pair_encoder(spec, action_dim);
     }
     const PairEncoder* get() const { return encoder_.parameters ? &encoder_ : nullptr; }
 

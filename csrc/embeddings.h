@@ -25,23 +25,7 @@ struct Observe {
 };
 void observe(const Observe& args);
 
-// Actions as critics take them: [action | features], or the action alone without a pair encoder.
-struct SeenActions {
-    const float* data;
-    int64_t ld;
-    int32_t columns;
-};
-
-// Rows of actions in states; what has to be written lies in `workspace`.
-struct Pairs {
-    int64_t rows;
-    int32_t action_dim;
-    const float* action;  // (rows, A)
-    int64_t action_ld;
-    int32_t obs_dim;
-    const float* obs;  // (rows, O), zs the last columns of it
-    int64_t obs_ld;
-};
+// What has to be written lies in `workspace`.
 SeenActions seen_actions(const PairEncoder* encoder, const Pairs& pairs, Workspace& workspace);
 
 // The same with what leads gradients back: recorded in `memory`, null without an encoder.

@@ -252,12 +252,13 @@ def test_reweighted_velocity_is_the_cpus(tensor_cores):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("embedding_dim", [0, 24])
 @pytest.mark.parametrize(
     ("algorithm", "entropy_in_target"), [("flame", False), ("flame", True), ("sac", True)]
 )
-def test_critic_updates_follow_pytorchs_steps(algorithm, entropy_in_target):
+def test_critic_updates_follow_pytorchs_steps(algorithm, entropy_in_target, embedding_dim):
     """A flow's in one call; from rows that lie in wider ones, as the replay buffer's do."""
-    options = {"entropy_in_target": entropy_in_target, "embedding_dim": 0}
+    options = {"entropy_in_target": entropy_in_target, "embedding_dim": embedding_dim}
     config = make_config(algorithm, overrides=options)
     agents = [
         Agent(config, 17, 6, backend, seed=0, device="cuda")
@@ -268,6 +269,7 @@ def test_critic_updates_follow_pytorchs_steps(algorithm, entropy_in_target):
     buffer.add(*rows[:3], np.arange(200) % 3 == 0, rows[3])
     for updates in (1, 4):
         batch = buffer.sample(updates * 64, torch.Generator("cuda").manual_seed(updates))
+        batch = agents[0]._observed(batch)
         first, second = (critic_updates(agent, batch, updates) for agent in agents)
         assert second == pytest.approx(first, rel=1e-4, abs=1e-5)
     for name in ("critics", "target_critics"):

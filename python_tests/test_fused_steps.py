@@ -1,6 +1,5 @@
 """The fused critic update and policy losses against what PyTorch makes of the same draws."""
 
-import dataclasses
 import importlib
 from typing import Any
 
@@ -89,7 +88,7 @@ def _assert_same_critics(first: Agent, second: Agent) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["sac", "flame"])
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernels")
 def test_fused_update_sees_embeddings(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     agents = [
         make_agent(name, algorithm, embedding_dim=EMBEDDING, entropy_in_target=True)
@@ -101,11 +100,7 @@ def test_fused_update_sees_embeddings(algorithm: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(agents[1].backend, "critic_step", None)
     for updates in (1, 3):
         batch = replay().sample(updates * ROWS, torch.Generator().manual_seed(updates))
-        observed = dataclasses.replace(
-            batch,
-            obs=agents[0].critics.observe(batch.obs).detach(),
-            next_obs=agents[0].critics.observe(batch.next_obs).detach(),
-        )
+        observed = agents[0]._observed(batch)
         first, second = (critic_updates(agent, observed, updates) for agent in agents)
         assert second == pytest.approx(first, rel=1e-4, abs=1e-5)
     _assert_same_critics(*agents)

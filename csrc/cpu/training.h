@@ -52,6 +52,24 @@ struct PairEncoder {
 // Z, or 0 where critics see the action alone.
 static inline int pair_columns(const PairEncoder* pair) { return pair ? outputs(pair->spec) : 0; }
 
+// Actions as critics take them: [action | features], or the action alone without a pair encoder.
+struct SeenActions {
+    const float* data;
+    int64_t ld;
+    int32_t columns;
+};
+
+// Rows of actions in states.
+struct Pairs {
+    int64_t rows;
+    int32_t action_dim;
+    const float* action;  // (rows, A)
+    int64_t action_ld;
+    int32_t obs_dim;
+    const float* obs;  // (rows, O), zs the last columns of it
+    int64_t obs_ld;
+};
+
 // Of the critics' inputs [action (A) | features (Z) | observation (O)], O.
 static inline int obs_columns(const MlpSpec& critics, int action_dim, const PairEncoder* pair) {
     return critics.sizes[0] - action_dim - pair_columns(pair);

@@ -13,6 +13,7 @@ struct DeviceOperations {
     size_t bytes(const Args& args) const {
         return cuda_workspace_bytes(args);
     }
+    void run(const MlpForwardArgs& args) const { cuda_mlp_forward(args, stream); }
     void run(const FlowDensityArgs& args) const { cuda_flow_density(args, stream); }
     void run(const TwinQArgs& args, void* memory) const {
         cuda_twin_q(args, false, memory, stream);

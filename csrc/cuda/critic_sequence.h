@@ -1,20 +1,23 @@
 // Whole updates of soft critics in one sequence of launches: a flow's next actions in all next
-// states, then for each update its TD target, the critics' gradient, Adam and the targets' average.
+// states, with embeddings what critics see of all actions, then for each update its TD target, the
+// critics' gradient, Adam and the targets' average.
 //
 // All pointers of the updates are device memory of the caller, and so are the sampler's tables,
 // which replace those inside `policy`, and alpha. The schedule has Adam's rate and step. loss,
-// q_mean (updates, members). Workspace: next actions, target, gradient and that of the operations,
-// the latter once for all updates.
+// q_mean (updates, members). Workspace: next actions, what critics see of actions, target, gradient
+// and that of the operations, the latter once for all updates.
 //
 // `operations` runs the kernels of other files and knows their workspaces: run(args), bytes(args).
 //
-// Ten launches per update. Four updates of 64 transitions, 23 -> 2 x 256 -> 1: 0.34 GFLOP, floor
-// 5 us at 67 TFLOP/s; launches in a graph take about 1.5 us each, so that latency decides.
+// Ten launches per update, six before the first one with embeddings. Four updates of 64
+// transitions, 23 -> 2 x 256 -> 1: 0.34 GFLOP, floor 5 us at 67 TFLOP/s; launches in a graph take
+// about 1.5 us each, so that latency decides.
 #pragma once
 
 #include "critic_updates.h"
 #include "cuda/best_action.h"
 #include "cuda/elements.h"
+#include "cuda/seen_actions.h"
 #include "cuda/training.h"
 #include "policy_sampler.h"
 #include "scalar_rules.h"
@@ -63,10 +66,22 @@ struct NextActions {
     bool* folded;     // (rows)
 };
 
-static inline NextActions carve_next_actions(const CriticUpdates& u, Carver& memory) {
+// What no update changes, for the transitions of all of them at once.
+struct Transitions {
+    NextActions next;
+    SeenPairs next_pairs;
+    SeenPairs taken_pairs;
+};
+
+static inline Transitions carve_transitions(const CriticUpdates& u, Carver& memory) {
     const auto rows = static_cast<size_t>(u.rows);
-    return {memory.floats(rows * u.policy->action_dim), memory.floats(rows),
-            memory.array<bool>(rows)};
+    const int n = u.policy->action_dim;
+    const int obs_dim = obs_columns(u.critics, n, u.pair);
+    const NextActions next{memory.floats(rows * n), memory.floats(rows), memory.array<bool>(rows)};
+    const Pairs next_pairs{u.rows, n, next.action, n, obs_dim, u.next_obs, u.next_obs_ld};
+    const Pairs taken_pairs{u.rows, n, u.action, u.action_ld, obs_dim, u.obs, u.obs_ld};
+    return {next, carve_seen_pairs(u.pair, next_pairs, memory),
+            carve_seen_pairs(u.pair, taken_pairs, memory)};
 }
 
 template <typename Operations>
@@ -96,24 +111,25 @@ struct UpdatePart {
 
 template <typename Operations>
 static inline UpdatePart make_part(const Operations& operations, const CudaCriticUpdates& c,
-                                   const NextActions& next, int part, Carver& memory) {
+                                   const Transitions& all, int part, Carver& memory) {
     const CriticUpdates& u = c.updates;
     const int64_t rows = u.rows / u.updates;
     const int64_t first = part * rows;
-    const int action_dim = u.policy->action_dim;
+    const SeenActions& next = all.next_pairs.seen;
+    const SeenActions& taken = all.taken_pairs.seen;
     float* q_min = memory.floats(rows);
     float* target = memory.floats(rows);
     float* gradients = memory.floats(u.parameter_count);
     const int64_t outcome = static_cast<int64_t>(part) * u.critics.members;
     UpdatePart p{
-        {u.critics, u.target_parameters, rows, 1, action_dim, u.next_obs + first * u.next_obs_ld,
-         u.next_obs_ld, next.action + first * action_dim, q_min, nullptr},
-        {q_min, c.alpha != nullptr ? next.log_prob + first : nullptr,
+        {u.critics, u.target_parameters, rows, 1, next.columns, u.next_obs + first * u.next_obs_ld,
+         u.next_obs_ld, next.data + first * next.ld, q_min, nullptr},
+        {q_min, c.alpha != nullptr ? all.next.log_prob + first : nullptr,
          u.reward + first * u.reward_ld, u.reward_ld, u.terminated + first * u.terminated_ld,
          u.terminated_ld, u.reward_scale, u.gamma, c.alpha, target},
-        {u.critics, u.parameters, gradients, rows, action_dim, u.obs + first * u.obs_ld, u.obs_ld,
-         u.action + first * u.action_ld, u.action_ld, target, c.loss + outcome, c.q_mean + outcome,
-         nullptr},
+        {u.critics, u.parameters, gradients, rows, taken.columns, u.obs + first * u.obs_ld,
+         u.obs_ld, taken.data + first * taken.ld, taken.ld, target, c.loss + outcome,
+         c.q_mean + outcome, nullptr},
         nullptr,
         nullptr};
     p.value_memory = memory.array<char>(operations.bytes(p.value));
@@ -139,7 +155,7 @@ template <typename Operations>
 static inline size_t critic_updates_bytes(const Operations& operations,
                                           const CudaCriticUpdates& c) {
     Carver memory(nullptr);
-    make_part(operations, c, carve_next_actions(c.updates, memory), 0, memory);
+    make_part(operations, c, carve_transitions(c.updates, memory), 0, memory);
     return memory.used();
 }
 
@@ -147,11 +163,14 @@ template <typename Operations>
 static inline void critic_updates(const Operations& operations, const CudaCriticUpdates& c,
                                   void* workspace) {
     Carver memory(workspace);
-    const NextActions next = carve_next_actions(c.updates, memory);
-    next_actions(operations, c, next);
-    for (int i = 0; i < c.updates.updates; ++i) {
+    const CriticUpdates& u = c.updates;
+    const Transitions all = carve_transitions(u, memory);
+    next_actions(operations, c, all.next);
+    write_seen(operations, u.pair, all.next_pairs);
+    write_seen(operations, u.pair, all.taken_pairs);
+    for (int i = 0; i < u.updates; ++i) {
         Carver own = memory;  // the same for every update: they follow each other
-        update_part(operations, c, make_part(operations, c, next, i, own));
+        update_part(operations, c, make_part(operations, c, all, i, own));
     }
 }
 

@@ -89,12 +89,8 @@ void host_meanflow_step(const MeanFlowStepArgs& a) {
                 [&](Carver& m) { meanflow_step(launcher(), a, m); });
 }
 
-void refuse_pair_encoder(const PairEncoder* pair) {
-    check(!pair, "the CUDA kernels do not evaluate pair encoders");
-}
-
 void host_reweighted_velocity(const ReweightedArgs& a) {
-    refuse_pair_encoder(a.pair);
+    check(!a.pair, "the CUDA kernel of candidates does not evaluate pair encoders");
     CudaReweighted args{a, &a.alpha, &a.seed};
     args.reweighted.alpha = NAN;  // which is not to be read, nor is the seed
     args.reweighted.seed = ~a.seed;
@@ -173,6 +169,7 @@ struct HostOperations {
         carve_critic_step(launch, a, counter);
         return counter.used();
     }
+    void run(const MlpForwardArgs& a) const { mlp_forward(launch, a); }
     void run(const FlowDensityArgs& a) const { flow_density(launch, a); }
     void run(const TwinQArgs& a, void* workspace) const {
         Carver memory(workspace);
@@ -187,7 +184,6 @@ struct HostOperations {
 };
 
 CriticUpdatesResult host_critic_updates(const CriticUpdates& u) {
-    refuse_pair_encoder(u.pair);
     AdamSchedule schedule{u.learning_rate, u.step - 1};
     const size_t outcomes = static_cast<size_t>(u.updates) * u.critics.members;
     std::vector<double> loss(outcomes);

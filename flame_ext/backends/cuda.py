@@ -8,7 +8,7 @@ in CUDA graphs (``FLAME_EXT_CUDA_GRAPHS=0`` launches their kernels one by one).
 from __future__ import annotations
 
 import os
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -98,8 +98,8 @@ class CudaBackend(TorchBackend):
     ) -> Scalars:
         c = actor.config
         steps = next_action_steps(actor)
-        # Other policies' own formulas and the embeddings are PyTorch's here.
-        if steps is None or not isinstance(actor, FlowActor) or critics.encoder is not None:
+        # Other policies' own formulas are PyTorch's here.
+        if steps is None or not isinstance(actor, FlowActor):
             return super().critic_updates(
                 actor, critics, target_critics, optimizer, batch, alpha, generator, updates
             )
@@ -120,17 +120,18 @@ class CudaBackend(TorchBackend):
             native_sampler(actor, steps),
             pointer(actor.network.flat, like=flat),
             mlp_spec(critics),
+            _pair_encoder(critics),
             pointer(flat),
             pointer(moments["exp_avg"], flat.shape, flat),
             pointer(moments["exp_avg_sq"], flat.shape, flat),
             pointer(target_critics.flat, flat.shape, flat),
             updates,
             rows,
-            *rows_pointer(batch.obs, (rows, critics.obs_dim), flat),
+            *rows_pointer(batch.obs, (rows, actor.obs_dim), flat),
             *rows_pointer(batch.action, (rows, columns), flat),
             *rows_pointer(batch.reward, (rows,), flat),
             *rows_pointer(batch.terminated, (rows,), flat),
-            *rows_pointer(batch.next_obs, (rows, critics.obs_dim), flat),
+            *rows_pointer(batch.next_obs, (rows, actor.obs_dim), flat),
             pointer(noise, (rows, columns), flat),
             c.reward_scale,
             c.gamma,
@@ -209,3 +210,11 @@ class CudaBackend(TorchBackend):
                 tau,
                 stream(target),
             )
+
+
+def _pair_encoder(critics: Critics) -> tuple[Any, int] | None:
+    """What critics see beside the action, as native code takes it."""
+    if critics.encoder is None:
+        return None
+    network = critics.encoder.pair_network
+    return mlp_spec(network), pointer(network.flat, like=critics.flat)
