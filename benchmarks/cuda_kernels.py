@@ -231,7 +231,7 @@ def update_case() -> tuple[str, float, Run, Run]:
     g = torch.Generator().manual_seed(0)
     obs, next_obs = (torch.randn(B, OBS, generator=g).cuda() for _ in range(2))
     action = torch.randn(B, ACT, generator=g).tanh().cuda()
-    batch = Batch(obs, action, torch.zeros(B).cuda(), torch.zeros(B).cuda(), next_obs)
+    batch = Batch(obs, action, torch.zeros(B).cuda(), torch.full((B,), 0.99).cuda(), next_obs)
     policy, critic = (OBS + ACT + 32, *HIDDEN, ACT), (OBS + ACT, *HIDDEN, 1)
     next_actions = B * config.target_particles
     flop = mlp_flop(next_actions, *policy) + 2 * mlp_flop(next_actions, *critic)

@@ -54,7 +54,7 @@ def ours(
     device = torch.device("cpu")
     agent = Agent(config, OBS_DIM, ACTION_DIM, make_backend("auto", device))
     rows = {name: torch.from_numpy(value) for name, value in transitions().items()}
-    batch = Batch(**rows, terminated=torch.zeros(BATCH))
+    batch = Batch(**rows, discount=torch.full((BATCH,), 0.99))
     policy, obs = untrained_policy("flame", OBS_DIM, ACTION_DIM, "paper"), transitions()["obs"][:1]
 
     def update() -> None:

@@ -191,7 +191,7 @@ def make_batch(rows: int) -> Batch:
         obs=draw(rows, OBS),
         action=draw(rows, ACT, seed=1).tanh(),
         reward=draw(rows, seed=2),
-        terminated=torch.zeros(rows),
+        discount=torch.full((rows,), 0.99),
         next_obs=draw(rows, OBS, seed=3),
     )
 

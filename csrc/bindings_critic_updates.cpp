@@ -26,11 +26,10 @@ py::tuple py_critic_updates(const PolicySampler& policy, const py::array& policy
                             const py::array& first_moment, const py::array& second_moment,
                             const py::array& target_parameters, const py::array& obs,
                             const py::array& action, const py::array& reward,
-                            const py::array& terminated, const py::array& next_obs,
-                            const py::array& noise, float reward_scale, float gamma, float alpha,
-                            float tau, int updates, int64_t step, double learning_rate,
-                            double beta1, double beta2, double epsilon,
-                            const std::optional<NetworkView>& pair) {
+                            const py::array& discount, const py::array& next_obs,
+                            const py::array& noise, float reward_scale, float alpha, float tau,
+                            int updates, int64_t step, double learning_rate, double beta1,
+                            double beta2, double epsilon, const std::optional<NetworkView>& pair) {
     check(step >= 1, "step is ", step, "; the first step is 1");
     check(updates >= 1, "updates is ", updates, "; it must be at least 1");
     check(alpha == 0 || policy.denoising.empty(),
@@ -47,7 +46,7 @@ py::tuple py_critic_updates(const PolicySampler& policy, const py::array& policy
     const RowsView a = matrix(action, "action", rows, policy.action_dim);
     const RowsView next = matrix(next_obs, "next_obs", rows, obs_dim);
     const auto [rewards, reward_ld] = column(reward, "reward", rows);
-    const auto [ends, terminated_ld] = column(terminated, "terminated", rows);
+    const auto [discounts, discount_ld] = column(discount, "discount", rows);
     const CriticUpdates all{&policy,
                             dense(policy_parameters, "policy_parameters", {count_of(policy.spec)}),
                             critics,
@@ -65,13 +64,12 @@ py::tuple py_critic_updates(const PolicySampler& policy, const py::array& policy
                             a.ld,
                             rewards,
                             reward_ld,
-                            ends,
-                            terminated_ld,
+                            discounts,
+                            discount_ld,
                             next.data,
                             next.ld,
                             dense(noise, "noise", {rows, policy.action_dim}),
                             reward_scale,
-                            gamma,
                             alpha,
                             tau,
                             step,
@@ -93,10 +91,10 @@ void bind_critic_updates(py::module_& m) {
     m.def("critic_updates", &py_critic_updates, py::arg("policy"), py::arg("policy_parameters"),
           py::arg("critics"), py::arg("parameters"), py::arg("first_moment"),
           py::arg("second_moment"), py::arg("target_parameters"), py::arg("obs"), py::arg("action"),
-          py::arg("reward"), py::arg("terminated"), py::arg("next_obs"), py::arg("noise"),
-          py::kw_only(), py::arg("reward_scale"), py::arg("gamma"), py::arg("alpha"),
-          py::arg("tau"), py::arg("updates"), py::arg("step"), py::arg("learning_rate"),
-          py::arg("beta1"), py::arg("beta2"), py::arg("epsilon"), py::arg("pair") = py::none());
+          py::arg("reward"), py::arg("discount"), py::arg("next_obs"), py::arg("noise"),
+          py::kw_only(), py::arg("reward_scale"), py::arg("alpha"), py::arg("tau"),
+          py::arg("updates"), py::arg("step"), py::arg("learning_rate"), py::arg("beta1"),
+          py::arg("beta2"), py::arg("epsilon"), py::arg("pair") = py::none());
 }
 
 }  // namespace flame

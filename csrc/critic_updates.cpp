@@ -30,7 +30,7 @@ Transitions prepare(const CriticUpdates& u, Workspace& workspace) {
             seen_actions(u.pair, taken, workspace)};
 }
 
-// y = reward + gamma (1 - terminated) (Qmin'(s', a') - alpha log pi(a' | s')) of transitions
+// y = reward + discount (Qmin'(s', a') - alpha log pi(a' | s')) of transitions
 // [first, first + rows)
 void td_targets(const CriticUpdates& u, const Transitions& all, int64_t first, int64_t rows,
                 float* target, Workspace& workspace) {
@@ -42,7 +42,7 @@ void td_targets(const CriticUpdates& u, const Transitions& all, int64_t first, i
         const int64_t at = first + i;
         const float entropy = all.log_prob ? -u.alpha * all.log_prob[at] : 0.0f;
         target[i] = td_target(u.reward_scale * u.reward[at * u.reward_ld],
-                              u.terminated[at * u.terminated_ld], u.gamma, q_min[i], entropy);
+                              u.discount[at * u.discount_ld], q_min[i], entropy);
     }
 }
 

@@ -27,13 +27,12 @@ struct CriticUpdates {
     int64_t action_ld;
     const float* reward;  // (rows), entries `reward_ld` apart
     int64_t reward_ld;
-    const float* terminated;  // (rows), 1 where the episode ended
-    int64_t terminated_ld;
+    const float* discount;  // (rows), gamma, 0 where the episode ended
+    int64_t discount_ld;
     const float* next_obs;  // (rows, O)
     int64_t next_obs_ld;
     const float* noise;  // (rows, A) dense, of the next actions
     float reward_scale;
-    float gamma;
     float alpha;  // temperature of the target's entropy; 0 leaves the density out
     float tau;
     int64_t step;  // of Adam in the first update, from 1

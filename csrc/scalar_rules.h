@@ -17,8 +17,8 @@ FLAME_HD float into_box(float action) {
 }
 
 // What critics regress on; entropy is -alpha log pi, or 0.
-FLAME_HD float td_target(float reward, float terminated, float gamma, float q_min, float entropy) {
-    return reward + gamma * (1.0f - terminated) * (q_min + entropy);
+FLAME_HD float td_target(float reward, float discount, float q_min, float entropy) {
+    return reward + discount * (q_min + entropy);
 }
 
 }  // namespace flame

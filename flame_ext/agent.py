@@ -17,6 +17,7 @@ from flame_ext.networks import FlatMLP
 from flame_ext.policies.base import normal_like
 from flame_ext.replay import Batch
 from flame_ext.scalars import Scalar, Scalars
+from flame_ext.schedules import learning_rates
 from flame_ext.temperature import Temperature
 
 
@@ -58,25 +59,24 @@ class Agent:
         if config.policy_tau < 1:
             self.deployed_actor = copy.deepcopy(self.actor)
             self.deployed_critics = copy.deepcopy(self.critics)
-        self._learning_rates = _learning_rates(config)
+        rates = learning_rates(config, 0, config.total_steps)
         self.optimizers = {}
         for name, network in self.networks().items():
             network.to(self.device)
-            network.requires_grad_(name in self._learning_rates)
+            network.requires_grad_(name in rates)
             backend.accelerate(network, config.matmul_precision)
-            if name in self._learning_rates:
-                self.optimizers[name] = _adam(network.flat, self._learning_rates[name][0])
+            if name in rates:
+                self.optimizers[name] = _adam(network.flat, rates[name])
         self.temperature = Temperature(config, action_dim)
         self.updates = 0
         self._run_steps = backend.step_runner(self.generator)
 
-    def set_progress(self, fraction: float) -> None:
-        """Anneals the learning rates of policy and encoder; `fraction` of the run that is done."""
-        done = min(max(fraction, 0.0), 1.0)
+    def set_progress(self, steps: int, total_steps: int) -> None:
+        """Sets the learning rates that fall, after `steps` of the run's environment steps."""
+        rates = learning_rates(self.config, steps, total_steps)
         for name, optimizer in self.optimizers.items():
-            start, final = self._learning_rates[name]
-            if final is not None:
-                self.backend.set_learning_rate(optimizer, start + done * (final - start))
+            if optimizer.param_groups[0]["lr"] != rates[name]:
+                self.backend.set_learning_rate(optimizer, rates[name])
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
@@ -271,17 +271,6 @@ class Agent:
         for name, optimizer in self.optimizers.items():
             for slot, value in adam_moments(optimizer).items():
                 value.copy_(state[f"optimizer.{name}.{slot}"])
-
-
-def _learning_rates(config: Config) -> dict[str, tuple[float, float | None]]:
-    """Of the networks that learn: at the start and, where it is annealed, at the end."""
-    encoder = config.embedding_learning_rate, config.final_embedding_learning_rate
-    return {
-        "critics": (config.critic_learning_rate, None),
-        "actor": (config.policy_learning_rate, config.final_policy_learning_rate),
-        "state_encoder": encoder,
-        "pair_encoder": encoder,
-    }
 
 
 def _adam(parameter: Tensor, learning_rate: float) -> torch.optim.Adam:

@@ -41,6 +41,12 @@ class Config:
         batch_size: Transitions per critic update [B].
         buffer_size: Transitions kept by the replay buffer.
         gamma: Discount factor per step.
+        final_gamma: What it rises to as the run settles: its horizon 1 / (1 - gamma) grows. None
+            keeps it.
+        settle_start: Environment steps from which on a run settles: the horizon is that of `gamma`
+            times steps / this, up to that of `final_gamma`, and the embeddings' encoder learns with
+            `embedding_learning_rate` times this / steps. Critics and policies then see steadier
+            features, and falls that a short horizon hides. None changes neither.
         tau: Step of the exponential average that target critics follow.
         reward_scale: Factor on every reward before it is learned from.
         normalize_observations: Standardise observations by running mean and variance.
@@ -55,8 +61,6 @@ class Config:
         embedding_dim: Length of the learned embeddings of states and of state-action pairs that
             policy and critics see beside the plain ones (`flame_ext.embeddings`); 0 learns none.
         embedding_learning_rate: Adam step of their encoder.
-        final_embedding_learning_rate: The encoder's Adam step at the end of the run, reached
-            linearly.
         embedding_tau: Step, per update of the encoder, of the exponential average of its weights
             whose embeddings are seen.
         policy_layer_norm: LayerNorm in the policy.
@@ -132,6 +136,8 @@ class Config:
     batch_size: int = 64
     buffer_size: int = 1_000_000
     gamma: float = 0.99
+    final_gamma: float | None = None
+    settle_start: float | None = None
     tau: float = 0.005
     reward_scale: float = 1.0
     normalize_observations: bool = False
@@ -142,7 +148,6 @@ class Config:
     matmul_precision: MatmulPrecision = "float32"
     embedding_dim: int = 128
     embedding_learning_rate: float = 1e-3
-    final_embedding_learning_rate: float | None = None
     embedding_tau: float = 0.002
     policy_layer_norm: bool = False
     critic_learning_rate: float = 1e-3
@@ -203,6 +208,10 @@ class Config:
         if self.num_envs > self.buffer_size:
             raise ValueError(
                 f"buffer_size={self.buffer_size} does not hold one step of num_envs={self.num_envs}"
+            )
+        if self.final_gamma is not None and self.final_gamma < self.gamma:
+            raise ValueError(
+                f"final_gamma={self.final_gamma} is below gamma={self.gamma}; the discount rises"
             )
         self._check_estimator()
         if self.algorithm != "sac":
@@ -273,12 +282,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, _INF),
     "buffer_size": (1, _INF),
     "gamma": (0, 1),
+    "final_gamma": (0, 1),
+    "settle_start": (1, _INF),
     "tau": (0, 1),
     "reward_scale": (1e-12, _INF),
     "critic_learning_rate": (0, _INF),
     "embedding_dim": (0, _INF),
     "embedding_learning_rate": (0, _INF),
-    "final_embedding_learning_rate": (0, _INF),
     "embedding_tau": (1e-12, 1),
     "policy_learning_rate": (0, _INF),
     "final_policy_learning_rate": (0, _INF),

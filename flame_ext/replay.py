@@ -14,12 +14,16 @@ from flame_ext.errors import FlameError
 
 @dataclass(frozen=True)
 class Batch:
-    """Transitions; `terminated` is 1.0 where the episode ended by itself (not by a time limit)."""
+    """Transitions; `discount` is what the value of `next_obs` counts.
+
+    It is 0 where the episode ended by itself, gamma elsewhere, at time limits too (Pardo et al.
+    2018).
+    """
 
     obs: Tensor
     action: Tensor
     reward: Tensor
-    terminated: Tensor
+    discount: Tensor
     next_obs: Tensor
 
     def __len__(self) -> int:
@@ -94,8 +98,8 @@ class ReplayBuffer:
         self._next = end % self.capacity
         self.size = min(self.size + rows.shape[0], self.capacity)
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
-        """`batch_size` transitions drawn uniformly with replacement.
+    def sample(self, batch_size: int, generator: torch.Generator, gamma: float) -> Batch:
+        """`batch_size` transitions drawn uniformly with replacement, discounted by `gamma`.
 
         Raises:
             ValueError: If the buffer is empty.
@@ -107,7 +111,7 @@ class ReplayBuffer:
         )
         rows = self._rows.index_select(0, index)
         obs, next_obs, action, reward, terminated = rows.split_with_sizes(self._columns, dim=1)
-        return Batch(obs, action, reward.squeeze(1), terminated.squeeze(1), next_obs)
+        return Batch(obs, action, reward.squeeze(1), gamma * (1 - terminated.squeeze(1)), next_obs)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The filled rows and the write position."""

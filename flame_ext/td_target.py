@@ -26,10 +26,9 @@ def td_target(
     alpha: Scalar,
     generator: torch.Generator,
 ) -> Tensor:
-    """Reward + gamma (1 - terminated) (Qmin'(s', a') - [entropy] alpha log pi(a'|s')), ``(B,)``.
+    """Reward + discount (Qmin'(s', a') - [entropy] alpha log pi(a'|s')), ``(B,)``.
 
-    A truncated episode bootstraps, a terminated one does not (Pardo et al. 2018). With several
-    `target_particles` a' is the best of them by Qmin'.
+    With several `target_particles` a' is the best of them by Qmin'.
 
     Args:
         actor: The policy that acts in s'.
@@ -47,4 +46,4 @@ def td_target(
         # The density is the plain sample's, since best-of-N has none in closed form. Its estimator
         # may take other steps than the policy that acts: FLAME's decoupled one.
         value = value - alpha * actor.sample(obs, noise[:, 0], generator).log_prob
-    return c.reward_scale * batch.reward + c.gamma * (1 - batch.terminated) * value
+    return c.reward_scale * batch.reward + batch.discount * value

@@ -41,6 +41,7 @@ from flame_ext.progress import Progress
 from flame_ext.replay import Batch, ReplayBuffer
 from flame_ext.run_dir import held, new_run_dir
 from flame_ext.run_result import RunResult
+from flame_ext.schedules import discount
 from flame_ext.tally import Tally
 
 CONFIG_FILE = "config.json"
@@ -251,7 +252,7 @@ class Trainer:
         c, total = self.config, self.config.total_steps
         while self.global_step < total and self._stopped_by is None and not interrupted.is_set():
             before = self.global_step
-            self.agent.set_progress(before / total)
+            self.agent.set_progress(before, total)
             self._collect()
             self._update()
             progress.update(self.global_step, self.agent.updates)
@@ -319,7 +320,8 @@ class Trainer:
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Transitions of the replay buffer as the agent takes them."""
-        batch = self.replay.sample(batch_size, generator)
+        gamma = discount(self.config, self.global_step)
+        batch = self.replay.sample(batch_size, generator, gamma)
         if self.normalizer is None:
             return batch
         return dataclasses.replace(

@@ -23,12 +23,12 @@ def make_agent(algorithm: str = "flame", seed: int = 0, **options: object) -> Ag
     return Agent(config, OBS, ACT, TorchBackend(), seed=seed)
 
 
-def make_batch(seed: int = 0, terminated: float = 0.0) -> Batch:
+def make_batch(seed: int = 0, discount: float = 0.99) -> Batch:
     g = torch.Generator().manual_seed(seed)
     return Batch(
         obs=torch.randn(32, OBS, generator=g),
         action=2 * torch.rand(32, ACT, generator=g) - 1,
         reward=torch.randn(32, generator=g),
-        terminated=torch.full((32,), terminated),
+        discount=torch.full((32,), discount),
         next_obs=torch.randn(32, OBS, generator=g),
     )

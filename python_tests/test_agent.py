@@ -105,13 +105,13 @@ def test_actions_stay_in_the_box_for_any_number_of_particles(algorithm: str) -> 
 
 def test_termination_does_not_bootstrap() -> None:
     agent = make_agent(reward_scale=0.5)
-    batch = make_batch(terminated=1.0)
+    batch = make_batch(discount=0.0)
     torch.testing.assert_close(target_of(agent, batch), 0.5 * batch.reward)
 
 
 @pytest.mark.parametrize("entropy_in_target", [False, True])
 def test_td_target_of_sac(entropy_in_target: bool) -> None:
-    """reward + gamma (Qmin' - [entropy] alpha log pi) with the very draw that the agent makes."""
+    """reward + discount (Qmin' - [entropy] alpha log pi) with the draw that the agent makes."""
     agent = make_agent("sac", entropy_in_target=entropy_in_target)
     batch = make_batch()
     state = agent.generator.get_state()
@@ -410,17 +410,30 @@ def test_a_learning_rate_is_of_its_own_networks(option: str, still: set[str]) ->
     assert found == still
 
 
+@pytest.mark.parametrize("embedding_dim", [0, 8])
 @pytest.mark.parametrize(
-    ("option", "annealed"),
-    [("policy", {"actor"}), ("embedding", {"state_encoder", "pair_encoder"})],
+    ("options", "falling", "rates"),
+    [
+        (
+            {"policy_learning_rate": 2e-3, "final_policy_learning_rate": 2e-4},
+            {"actor"},
+            [2e-3, 1.1e-3, 2e-4, 2e-4],
+        ),
+        (
+            {"embedding_learning_rate": 2e-3, "settle_start": 75},
+            {"state_encoder", "pair_encoder"},
+            [2e-3, 2e-3, 1.5e-3, 1e-3],
+        ),
+    ],
 )
-def test_a_learning_rate_falls_linearly(option: str, annealed: set[str]) -> None:
-    rates = {f"{option}_learning_rate": 2e-3, f"final_{option}_learning_rate": 2e-4}
-    agent = make_agent(embedding_dim=8, **rates)
-    for fraction, rate in ((0, 2e-3), (0.5, 1.1e-3), (1, 2e-4), (1.1, 2e-4)):
-        agent.set_progress(fraction)
+def test_a_learning_rate_falls(
+    options: dict[str, float], falling: set[str], rates: list[float], embedding_dim: int
+) -> None:
+    agent = make_agent(embedding_dim=embedding_dim, **options)
+    for steps, rate in zip((0, 50, 100, 150), rates, strict=True):
+        agent.set_progress(steps, 100)
         for name, optimizer in agent.optimizers.items():
-            wanted = rate if name in annealed else 1e-3
+            wanted = rate if name in falling else 1e-3
             assert optimizer.param_groups[0]["lr"] == pytest.approx(wanted)
 
 

@@ -81,7 +81,7 @@ def make_batch(rows: int, seed: int) -> Batch:
     obs, next_obs = (torch.from_numpy(draw(rows, OBS, seed=seed + i)) for i in (0, 1))
     action = torch.from_numpy(draw(rows, ACT, seed=seed)).clamp(-1, 1)
     reward = torch.from_numpy(draw(rows, seed=seed))
-    return Batch(obs, action, reward, torch.zeros(rows), next_obs)
+    return Batch(obs, action, reward, torch.full((rows,), 0.99), next_obs)
 
 
 def distance(a: Tensor | Array, b: Tensor | Array) -> float:

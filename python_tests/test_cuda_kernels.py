@@ -268,7 +268,7 @@ def test_critic_updates_follow_pytorchs_steps(algorithm, entropy_in_target, embe
     rows = [draw(200, *shape).cpu().numpy() for shape in ((17,), (6,), (), (17,))]
     buffer.add(*rows[:3], np.arange(200) % 3 == 0, rows[3])
     for updates in (1, 4):
-        batch = buffer.sample(updates * 64, torch.Generator("cuda").manual_seed(updates))
+        batch = buffer.sample(updates * 64, torch.Generator("cuda").manual_seed(updates), 0.99)
         batch = agents[0]._observed(batch)
         first, second = (critic_updates(agent, batch, updates) for agent in agents)
         assert second == pytest.approx(first, rel=1e-4, abs=1e-5)
@@ -290,7 +290,7 @@ def test_updates_with_embeddings_follow_pytorchs(algorithm):
         Agent(config, 17, 6, backend, seed=0, device="cuda")
         for backend in (TorchBackend(), CudaBackend())
     ]
-    rows = draw(64, 17), draw(64, 6).tanh(), draw(64), draw(64).gt(1).float(), draw(64, 17)
+    rows = draw(64, 17), draw(64, 6).tanh(), draw(64), draw(64).lt(1).float(), draw(64, 17)
     for _ in range(5):
         first, second = (agent.update(Batch(*rows)) for agent in agents)
         assert second == pytest.approx(first, rel=2e-3, abs=2e-3)
@@ -313,19 +313,19 @@ LOG_DET = {"entropy_estimator": "multi_step", "entropy_trace": "log_det", "entro
 def test_captured_updates_are_those_launched_one_by_one(algorithm, options, embedding_dim):
     """A hundred: with and without a policy's step, with and without the temperature's."""
     fixed = {"policy_delay": 3, "alpha_interval": 9, "embedding_dim": embedding_dim}
-    annealed = {"final_policy_learning_rate": 1e-4, "final_embedding_learning_rate": 1e-4}
-    overrides = {**fixed, **annealed, **options}
+    falling = {"final_policy_learning_rate": 1e-4, "settle_start": 50}
+    overrides = {**fixed, **falling, **options}
     config = make_config(algorithm, overrides=overrides)
     agents = [
         Agent(config, 17, 6, CudaBackend(graphs), seed=0, device="cuda") for graphs in (True, False)
     ]
-    rows = [draw(300, 17), draw(300, 6).tanh(), draw(300), draw(300).gt(1).float(), draw(300, 17)]
+    rows = [draw(300, 17), draw(300, 6).tanh(), draw(300), draw(300).lt(1).float(), draw(300, 17)]
     for i in range(100):
         updates = 2 if i % 5 == 1 else 1
         index = torch.arange(i, i + 64 * updates)
         batch = Batch(*(x[index] for x in rows))
         for agent in agents:
-            agent.set_progress(i / 100)
+            agent.set_progress(i, 100)
         first, second = (agent.update(batch, updates) for agent in agents)
         assert first == second, i
     for name, network in agents[0].networks().items():

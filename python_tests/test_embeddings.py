@@ -27,7 +27,7 @@ def make_batch(rows: int = 16) -> Batch:
         obs=torch.randn(rows, OBS, generator=g),
         action=2 * torch.rand(rows, ACT, generator=g) - 1,
         reward=torch.randn(rows, generator=g),
-        terminated=torch.zeros(rows),
+        discount=torch.full((rows,), 0.99),
         next_obs=torch.randn(rows, OBS, generator=g),
     )
 

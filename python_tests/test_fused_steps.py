@@ -49,7 +49,7 @@ def replay() -> ReplayBuffer:
 
 
 def sampled_updates(agent: Agent, seed: int, updates: int = 1) -> dict[str, float]:
-    batch = replay().sample(updates * ROWS, torch.Generator().manual_seed(seed))
+    batch = replay().sample(updates * ROWS, torch.Generator().manual_seed(seed), 0.9)
     return critic_updates(agent, batch, updates)
 
 
@@ -99,7 +99,7 @@ def test_fused_update_sees_embeddings(algorithm: str, monkeypatch: pytest.Monkey
             agent.target_critics.flat.mul_(0.5)
     monkeypatch.setattr(agents[1].backend, "critic_step", None)
     for updates in (1, 3):
-        batch = replay().sample(updates * ROWS, torch.Generator().manual_seed(updates))
+        batch = replay().sample(updates * ROWS, torch.Generator().manual_seed(updates), 0.9)
         observed = agents[0]._observed(batch)
         first, second = (critic_updates(agent, observed, updates) for agent in agents)
         assert second == pytest.approx(first, rel=1e-4, abs=1e-5)
@@ -111,7 +111,7 @@ def test_several_updates_in_a_call_are_the_same_as_one_by_one(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together, single = (make_agent(backend, "sac") for _ in range(2))
-    batch = replay().sample(3 * ROWS, torch.Generator().manual_seed(0))
+    batch = replay().sample(3 * ROWS, torch.Generator().manual_seed(0), 0.9)
     noise = torch.randn(3 * ROWS, 1, ACT, generator=torch.Generator().manual_seed(1))
 
     def update(agent: Agent, part: Batch, draws: Tensor, updates: int) -> dict[str, float]:

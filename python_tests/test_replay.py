@@ -24,12 +24,12 @@ def test_rows_come_back_whole_and_the_oldest_are_overwritten() -> None:
     fill(buffer, 0, 8)
     fill(buffer, 8, 6)
     assert buffer.size == 10
-    batch = buffer.sample(500, torch.Generator().manual_seed(0))
+    batch = buffer.sample(500, torch.Generator().manual_seed(0), 0.9)
     ids = batch.action[:, 0]
     assert set(ids.tolist()) == set(range(4, 14))
     torch.testing.assert_close(batch.obs, torch.stack([ids, ids + 0.25], 1))
     torch.testing.assert_close(batch.reward, -ids)
-    torch.testing.assert_close(batch.terminated, ids % 2)
+    torch.testing.assert_close(batch.discount, 0.9 * (1 - ids % 2))
     torch.testing.assert_close(batch.next_obs, -ids.unsqueeze(1).expand(-1, 2))
 
 
@@ -43,17 +43,17 @@ def test_what_is_sampled_are_the_latest_rows(counts: tuple[int, ...], kept: rang
     for count in counts:
         fill(buffer, start, count)
         start += count
-    batch = buffer.sample(500, torch.Generator().manual_seed(0))
+    batch = buffer.sample(500, torch.Generator().manual_seed(0), 0.9)
     assert set(batch.action[:, 0].tolist()) == set(kept)
 
 
 def test_a_batch_splits_into_equal_parts_only() -> None:
     buffer = ReplayBuffer(10, 2, 1)
     fill(buffer, 0, 8)
-    batch = buffer.sample(6, torch.Generator().manual_seed(0))
+    batch = buffer.sample(6, torch.Generator().manual_seed(0), 0.9)
     parts = batch.split(3)
     assert [len(part) for part in parts] == [2, 2, 2]
-    for name in ("obs", "action", "reward", "terminated", "next_obs"):
+    for name in ("obs", "action", "reward", "discount", "next_obs"):
         together = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(together, getattr(batch, name)), name
     with pytest.raises(ValueError, match="no 4 equal parts"):
@@ -68,13 +68,13 @@ def test_state_continues_exactly() -> None:
     second.load_state_dict(first.state_dict())
     for buffer in (first, second):
         fill(buffer, 13, 4)
-    batches = [b.sample(64, torch.Generator().manual_seed(1)) for b in (first, second)]
+    batches = [b.sample(64, torch.Generator().manual_seed(1), 0.9) for b in (first, second)]
     assert torch.equal(batches[0].obs, batches[1].obs)
 
 
 def test_refuses_empty_and_foreign_state() -> None:
     with pytest.raises(ValueError, match="buffer is empty"):
-        ReplayBuffer(10, 2, 1).sample(1, torch.Generator())
+        ReplayBuffer(10, 2, 1).sample(1, torch.Generator(), 0.9)
     other = ReplayBuffer(10, 3, 1)
     with pytest.raises(ValueError, match="another environment"):
         other.load_state_dict(ReplayBuffer(10, 2, 1).state_dict())

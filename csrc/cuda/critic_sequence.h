@@ -38,25 +38,24 @@ struct SetZero {
     FLAME_BODY void operator()(int64_t i) const { x[i] = 0.0f; }
 };
 
-// y = reward + gamma (1 - terminated) (Qmin'(s', a') - alpha log pi(a' | s'))
+// y = reward + discount (Qmin'(s', a') - alpha log pi(a' | s'))
 struct TdTarget {
     static constexpr const char* kName = "td_target";
     const float* q_min;
     const float* log_prob;  // null: without the entropy
     const float* reward;
     int64_t reward_ld;
-    const float* terminated;
-    int64_t terminated_ld;
+    const float* discount;
+    int64_t discount_ld;
     float reward_scale;
-    float gamma;
     const double* alpha;  // with log_prob
     float* target;
 
     FLAME_BODY void operator()(int64_t i) const {
         const float entropy =
             log_prob != nullptr ? -static_cast<float>(*alpha) * log_prob[i] : 0.0f;
-        target[i] = td_target(reward_scale * reward[i * reward_ld], terminated[i * terminated_ld],
-                              gamma, q_min[i], entropy);
+        target[i] = td_target(reward_scale * reward[i * reward_ld], discount[i * discount_ld],
+                              q_min[i], entropy);
     }
 };
 
@@ -125,8 +124,8 @@ static inline UpdatePart make_part(const Operations& operations, const CudaCriti
         {u.critics, u.target_parameters, rows, 1, next.columns, u.next_obs + first * u.next_obs_ld,
          u.next_obs_ld, next.data + first * next.ld, q_min, nullptr},
         {q_min, c.alpha != nullptr ? all.next.log_prob + first : nullptr,
-         u.reward + first * u.reward_ld, u.reward_ld, u.terminated + first * u.terminated_ld,
-         u.terminated_ld, u.reward_scale, u.gamma, c.alpha, target},
+         u.reward + first * u.reward_ld, u.reward_ld, u.discount + first * u.discount_ld,
+         u.discount_ld, u.reward_scale, c.alpha, target},
         {u.critics, u.parameters, gradients, rows, taken.columns, u.obs + first * u.obs_ld,
          u.obs_ld, taken.data + first * taken.ld, taken.ld, target, c.loss + outcome,
          c.q_mean + outcome, nullptr},

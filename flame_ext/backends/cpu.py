@@ -89,7 +89,7 @@ class CpuBackend(TorchBackend):
             return super().critic_updates(
                 actor, critics, target_critics, optimizer, batch, alpha, generator, updates
             )
-        rows = (batch.obs, batch.action, batch.reward, batch.terminated, batch.next_obs)
+        rows = (batch.obs, batch.action, batch.reward, batch.discount, batch.next_obs)
         noise = target_noise(actor, batch, generator).squeeze(1)
         adam, trained = _Adam.of(optimizer), _evaluator(critics)
         loss, q_mean = self._core.critic_updates(
@@ -103,7 +103,6 @@ class CpuBackend(TorchBackend):
             *(array(x) for x in rows),
             array(noise),
             reward_scale=c.reward_scale,
-            gamma=c.gamma,
             alpha=alpha if c.entropy_in_target else 0.0,
             tau=c.tau,
             updates=updates,
