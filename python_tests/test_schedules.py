@@ -4,11 +4,39 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_agents import make_agent
 from small_runs import TINY
 
 from flame_ext import Trainer
 from flame_ext.config import make_config
 from flame_ext.schedules import discount
+
+
+@pytest.mark.parametrize("embedding_dim", [0, 8])
+@pytest.mark.parametrize(
+    ("options", "falling", "rates"),
+    [
+        (
+            {"policy_learning_rate": 2e-3, "final_policy_learning_rate": 2e-4},
+            {"actor"},
+            [2e-3, 1.1e-3, 2e-4, 2e-4],
+        ),
+        (
+            {"embedding_learning_rate": 2e-3, "settle_start": 75},
+            {"state_encoder", "pair_encoder"},
+            [2e-3, 2e-3, 1.5e-3, 1e-3],
+        ),
+    ],
+)
+def test_a_learning_rate_falls(
+    options: dict[str, float], falling: set[str], rates: list[float], embedding_dim: int
+) -> None:
+    agent = make_agent(embedding_dim=embedding_dim, **options)
+    for steps, rate in zip((0, 50, 100, 150), rates, strict=True):
+        agent.set_progress(steps, 100)
+        for name, optimizer in agent.optimizers.items():
+            wanted = rate if name in falling else 1e-3
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
