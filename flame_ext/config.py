@@ -41,12 +41,11 @@ class Config:
         batch_size: Transitions per critic update [B].
         buffer_size: Transitions kept by the replay buffer.
         gamma: Discount factor per step.
-        final_gamma: What it rises to as the run settles: its horizon 1 / (1 - gamma) grows. None
-            keeps it.
-        settle_start: Environment steps from which on a run settles: the horizon is that of `gamma`
-            times steps / this, up to that of `final_gamma`, and the embeddings' encoder learns with
-            `embedding_learning_rate` times this / steps. Critics and policies then see steadier
-            features, and falls that a short horizon hides. None changes neither.
+        settle_after: Environment steps after which a run settles: a longer horizon shows falls that
+            `gamma` hides, and a slower encoder gives critics and policies steadier features. None:
+            never.
+        settled_horizon: Factor, from then on, on the horizon 1 / (1 - gamma).
+        settled_embedding_rate: Factor, from then on, on `embedding_learning_rate`.
         tau: Step of the exponential average that target critics follow.
         reward_scale: Factor on every reward before it is learned from.
         normalize_observations: Standardise observations by running mean and variance.
@@ -136,8 +135,9 @@ class Config:
     batch_size: int = 64
     buffer_size: int = 1_000_000
     gamma: float = 0.99
-    final_gamma: float | None = None
-    settle_start: float | None = None
+    settle_after: int | None = None
+    settled_horizon: float = 2.0
+    settled_embedding_rate: float = 0.25
     tau: float = 0.005
     reward_scale: float = 1.0
     normalize_observations: bool = False
@@ -209,10 +209,6 @@ class Config:
             raise ValueError(
                 f"buffer_size={self.buffer_size} does not hold one step of num_envs={self.num_envs}"
             )
-        if self.final_gamma is not None and self.final_gamma < self.gamma:
-            raise ValueError(
-                f"final_gamma={self.final_gamma} is below gamma={self.gamma}; the discount rises"
-            )
         self._check_estimator()
         if self.algorithm != "sac":
             self._check_flow()
@@ -273,6 +269,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "flow": get_args(Flow),
 }
 
+# Those that may be None, and what they are otherwise.
+_OPTIONAL: dict[str, float] = {"settle_after": 0, "final_policy_learning_rate": 0.0}
+
 _INF = float("inf")
 _RANGES: dict[str, tuple[float, float]] = {
     "total_steps": (1, _INF),
@@ -282,8 +281,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, _INF),
     "buffer_size": (1, _INF),
     "gamma": (0, 1),
-    "final_gamma": (0, 1),
-    "settle_start": (1, _INF),
+    "settle_after": (0, _INF),
+    "settled_horizon": (1, _INF),
+    "settled_embedding_rate": (0, _INF),
     "tau": (0, 1),
     "reward_scale": (1e-12, _INF),
     "critic_learning_rate": (0, _INF),
@@ -453,16 +453,13 @@ def _check_algorithm(algorithm: str, overriding: str) -> None:
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
-    """Accepts numbers of numpy, lists for tuples and 1e6 for an int, as of JSON.
-
-    An option whose default is None may also be a float.
-    """
+    """Accepts numbers of numpy, lists for tuples and 1e6 for an int, as of JSON."""
     if isinstance(value, np.generic):
         value = value.item()
-    if default is None:
+    if name in _OPTIONAL:
         if value is None:
             return None
-        default = 0.0
+        default = _OPTIONAL[name]
     if isinstance(default, tuple) and isinstance(value, (list, tuple)):
         return tuple(_coerce(name, v, 0) for v in value)
     if isinstance(default, bool):

@@ -10,7 +10,9 @@ def learning_rates(config: Config, steps: int, total_steps: int) -> dict[str, fl
     policy = config.policy_learning_rate
     if config.final_policy_learning_rate is not None:
         policy += min(steps / total_steps, 1) * (config.final_policy_learning_rate - policy)
-    encoder = config.embedding_learning_rate / _settling(config, steps)
+    encoder = config.embedding_learning_rate
+    if _has_settled(config, steps):
+        encoder *= config.settled_embedding_rate
     return {
         "critics": config.critic_learning_rate,
         "actor": policy,
@@ -20,12 +22,11 @@ def learning_rates(config: Config, steps: int, total_steps: int) -> dict[str, fl
 
 
 def discount(config: Config, steps: int) -> float:
-    """Gamma after `steps` environment steps: its horizon 1 / (1 - gamma) grows as a run settles."""
-    if config.final_gamma is None:
+    """Gamma after `steps` environment steps."""
+    if not _has_settled(config, steps):
         return config.gamma
-    return 1 - max((1 - config.gamma) / _settling(config, steps), 1 - config.final_gamma)
+    return 1 - (1 - config.gamma) / config.settled_horizon
 
 
-def _settling(config: Config, steps: int) -> float:
-    """What divides the encoder's learning rate and multiplies the horizon."""
-    return 1.0 if config.settle_start is None else max(steps / config.settle_start, 1.0)
+def _has_settled(config: Config, steps: int) -> bool:
+    return config.settle_after is not None and steps > config.settle_after

@@ -252,8 +252,8 @@ class Trainer:
         c, total = self.config, self.config.total_steps
         while self.global_step < total and self._stopped_by is None and not interrupted.is_set():
             before = self.global_step
-            self.agent.set_progress(before, total)
             self._collect()
+            self.agent.set_progress(self.global_step, total)
             self._update()
             progress.update(self.global_step, self.agent.updates)
             if self._due(before, c.log_interval):

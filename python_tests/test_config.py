@@ -79,6 +79,11 @@ def test_bad_values_are_named(arguments: tuple[str, str, object], text: str) -> 
         make_config(*arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("value", "kept"), [(None, "None"), (1e5, "100000")])
+def test_an_option_may_be_none(value: object, kept: str) -> None:
+    assert repr(make_config("flame", overrides={"settle_after": value}).settle_after) == kept
+
+
 @pytest.mark.parametrize("value", ["3", 2.5, True])
 def test_wrong_types_are_named(value: object) -> None:
     with pytest.raises(TypeError, match=r"num_candidates=.* expected int"):

@@ -313,7 +313,7 @@ LOG_DET = {"entropy_estimator": "multi_step", "entropy_trace": "log_det", "entro
 def test_captured_updates_are_those_launched_one_by_one(algorithm, options, embedding_dim):
     """A hundred: with and without a policy's step, with and without the temperature's."""
     fixed = {"policy_delay": 3, "alpha_interval": 9, "embedding_dim": embedding_dim}
-    falling = {"final_policy_learning_rate": 1e-4, "settle_start": 50}
+    falling = {"final_policy_learning_rate": 1e-4, "settle_after": 50}
     overrides = {**fixed, **falling, **options}
     config = make_config(algorithm, overrides=overrides)
     agents = [
