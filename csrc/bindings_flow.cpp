@@ -1,6 +1,7 @@
 // Python entry points of what is a flow's own: reweighted velocity, MeanFlow step, density.
 #include <pybind11/stl.h>
 
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -203,10 +204,12 @@ class RecordedDensity {
             dense(d_log_prob, "d_log_prob", {tape_->rows}),
             d_transport ? dense(*d_transport, "d_transport", {tape_->rows, n, n}) : nullptr};
         const WithoutGil without_gil;
+        const std::lock_guard<std::mutex> lock(in_backward_);
         tape_->backward(args);
     }
 
   private:
+    mutable std::mutex in_backward_;  // which works in the record's memory
     RecordMemory memory_;
     DensityResult result_;
     Array transport_;

@@ -300,8 +300,6 @@ void bind_policy(py::module_& m) {
              py::arg("obs_scale") = py::none(), py::arg("obs_clip") = 10.0f,
              py::arg("action_low") = py::none(), py::arg("action_high") = py::none())
         .def("q_min", &q_min, py::arg("obs"), py::arg("action"))
-        .def_property_readonly("obs_dim", &PackedPolicy::obs_dim)
-        .def_property_readonly("action_dim", &PackedPolicy::action_dim)
         .def_property_readonly("has_critics", &PackedPolicy::has_critics)
         .def_property_readonly("weight_bytes", &PackedPolicy::weight_bytes)
         .def("read_weights_seconds", &read_weights_seconds, py::arg("repeats") = 100);

@@ -1,6 +1,7 @@
 // Python entry points of the training kernels: check every argument, release the GIL, call.
 #include <pybind11/stl.h>
 
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -83,11 +84,13 @@ class RecordedMlp {
             gradients ? writable(*gradients, "gradients", {tape_->parameter_count}) : nullptr,
             tape_->input_columns > 0 ? d_input.mutable_data() : nullptr};
         const WithoutGil without_gil;
+        const std::lock_guard<std::mutex> lock(in_backward_);
         tape_->backward(args);
         return d_input;
     }
 
   private:
+    mutable std::mutex in_backward_;  // which works in the record's memory
     RecordMemory memory_;
     Array output_;
     MlpTape* tape_ = nullptr;

@@ -13,6 +13,9 @@ namespace {
 // Rows per thread that are worth waking a thread for (about 50 us of a 3 x 256 policy).
 constexpr int64_t kGrain = 16;
 
+// Of any size in a policy's file: their products, summed over all layers, stay far inside 64 bits.
+constexpr int kLargestSize = 1 << 20;
+
 // Kept between calls by each thread that acts: no allocation at acting time.
 struct Scratch {
     AlignedBuffer workspace, obs, actions, q;
@@ -23,14 +26,16 @@ Scratch& scratch() {
     return s;
 }
 
+void check_size(int64_t size, int least, const char* what) {
+    check(size >= least && size <= kLargestSize, what, " is ", size, "; it must be from ", least,
+          " to ", kLargestSize);
+}
+
 void check_net(const NetDesc& net, const PackShape& shape, const char* name) {
     const auto layers = net.hidden.size();
     check(layers >= 1 && layers <= kMaxHiddenLayers, "the ", name, " has ", layers,
           " hidden layers; native acting takes 1 to ", kMaxHiddenLayers);
-    for (const int width : net.hidden) {
-        check(width >= 1, "the ", name, " has a hidden layer of width ", width,
-              "; give at least 1");
-    }
+    for (const int width : net.hidden) check_size(width, 1, "the width of a hidden layer");
     const int64_t expected = flat_size(net, shape);
     check(net.size == expected, "the flat buffer of the ", name, " holds ", net.size,
           " floats, but its layer sizes need ", expected);
@@ -75,8 +80,7 @@ Parts parts_of(const PolicyDesc& d, int64_t steps) {
 
 void check_embeddings(const PolicyDesc& d) {
     const bool given = d.embedding_dim > 0;
-    check(d.embedding_dim >= 0 && given == (d.state_encoder.flat != nullptr) &&
-              given == (d.pair_encoder.flat != nullptr),
+    check(given == (d.state_encoder.flat != nullptr) && given == (d.pair_encoder.flat != nullptr),
           "embedding_dim is ", d.embedding_dim, "; with it, and only with it, give both encoders");
     check(!given || d.embedding_min_scale > 0, "embedding_min_scale is ", d.embedding_min_scale,
           "; it must be positive");
@@ -127,8 +131,11 @@ PackedPolicy::PackedPolicy(const PolicyDesc& d)
       obs_scale_(d.obs_scale),
       action_low_(d.action_low),
       action_high_(d.action_high) {
-    check(obs_dim_ >= 0, "obs_dim is ", obs_dim_, "; it must not be negative");
-    check(action_dim_ >= 1, "action_dim is ", action_dim_, "; it must be at least 1");
+    check_size(obs_dim_, 0, "obs_dim");
+    check_size(action_dim_, 1, "action_dim");
+    check_size(embedding_dim_, 0, "embedding_dim");
+    check_size(d.num_features, 0, "the number of time features");
+    check_size(static_cast<int64_t>(steps_.size()), 0, "the number of sampling steps");
     const bool flow = kind_ == PolicyKind::kFlow;
     check(!flow || !steps_.empty(), "a flow policy needs at least one sampling step");
     const int64_t steps = flow ? static_cast<int64_t>(steps_.size()) : 1;

@@ -34,7 +34,8 @@ class Config:
     Attributes:
         algorithm: Which policy the loop trains.
         total_steps: Environment steps of a run (transitions, summed over environments).
-        num_envs: Environments stepped side by side.
+        num_envs: Environments stepped side by side; an environment object is one, a vector
+            environment has its own number.
         learning_starts: Uniformly random steps before the first update.
         updates_per_step: Gradient updates per environment step (UTD); below 1 the fraction is
             accumulated.

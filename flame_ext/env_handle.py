@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import gymnasium
@@ -19,8 +20,10 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import iterate
 from numpy.typing import NDArray
 
-from flame_ext.env_state import Environment, EnvState, capture_env, restore_env
+from flame_ext.env_likeness import differences
+from flame_ext.env_state import Environment, EnvState, capture_env, has_model_of, restore_env
 from flame_ext.errors import EnvironmentDataError
+from flame_ext.mujoco_warnings import as_python_warnings
 
 FloatArray: TypeAlias = NDArray[np.float32]
 
@@ -64,7 +67,6 @@ class VectorEnvHandle:
         action_dim: Length of one flattened action, A.
         action_low: Lower action bounds in environment units (A,), float32.
         action_high: Upper action bounds in environment units (A,), float32.
-        spec_id: Registered id, or None where the id alone would make another environment.
     """
 
     def __init__(self, vector: VectorEnv[Any, Any, Any], *, seed: int) -> None:
@@ -75,7 +77,6 @@ class VectorEnvHandle:
         self.obs_dim = spaces.flatdim(vector.single_observation_space)
         self.action_dim = int(np.prod(action_space.shape))
         self.action_low, self.action_high = _float32_bounds(action_space)
-        self.spec_id = _sufficient_id(spec_of(vector)) if vector is vector.unwrapped else None
         self._seed = seed
         self._action_space = action_space
         # Centre and half range, in float64: [-1, 1] boxes then pass through without rounding.
@@ -85,6 +86,19 @@ class VectorEnvHandle:
         self._steps = 0
         self._returns = np.zeros(self.num_envs)
         self._lengths = np.zeros(self.num_envs, dtype=np.int64)
+
+    @cached_property
+    def spec_id(self) -> str | None:
+        """Registered id, or None where the id alone would make another environment."""
+        base = self.vector.unwrapped
+        spec_id = _sufficient_id(spec_of(base)) if self.vector is base else None
+        if spec_id is None:
+            return None
+        with as_python_warnings(spec_id):
+            made = gymnasium.make(spec_id)
+        alike = not any(differences(env, made) for env in self._local_envs())
+        made.close()
+        return spec_id if alike else None
 
     def reset(self, seed: int | None = None) -> FloatArray:
         """Start a new episode in every environment; returns observations (n, O).
@@ -168,8 +182,11 @@ class VectorEnvHandle:
                 total.arrays[f"env{index}/{name}"] = array
         return total
 
-    def set_state(self, state: EnvState) -> FloatArray:
+    def set_state(self, state: EnvState) -> FloatArray | None:
         """Put a state from ``get_state`` back; returns the observations to act on next (n, O).
+
+        None, after a reset, where a MuJoCo model is not the state's: it may be drawn anew in
+        every episode, or the environment be another one.
 
         Raises:
             ValueError: If the state belongs to another number of environments, or these
@@ -182,14 +199,11 @@ class VectorEnvHandle:
                 f"{len(envs)} that can take one. Resume with the same env and num_envs."
             )
         self.reset()
-        for index, env in enumerate(envs):
-            prefix = f"env{index}/"
-            arrays = {
-                name.removeprefix(prefix): array
-                for name, array in state.arrays.items()
-                if name.startswith(prefix)
-            }
-            restore_env(env, EnvState(arrays, state.meta["envs"][index]))
+        parts = [_part(state, index) for index in range(len(envs))]
+        if not all(map(has_model_of, envs, parts)):
+            return None
+        for env, part in zip(envs, parts, strict=True):
+            restore_env(env, part)
         self._steps = int(state.meta["steps"])
         self._returns[:] = state.arrays["handle/returns"]
         self._lengths[:] = state.arrays["handle/lengths"]
@@ -243,8 +257,23 @@ class VectorEnvHandle:
                     "infos['final_obs'], the last observation. A vector environment must follow "
                     f"AutoresetMode.SAME_STEP, as for example {SAME_STEP_RECIPE}."
                 )
-            rows[index] = self._flatten_one(infos["final_obs"][index])
+            final = infos["final_obs"][index]
+            if self._is_reused(int(index), final):
+                raise EnvironmentDataError(
+                    f"Environment {index} returns one array again and again, so that its reset has "
+                    "overwritten the last observation of the episode. Return a copy, or pass the "
+                    "id or a factory instead of a vector environment."
+                )
+            rows[index] = self._flatten_one(final)
         return self._check_rows(rows, "final observation")
+
+    def _is_reused(self, index: int, final: Any) -> bool:
+        """Whether a user's environment has reset into the array of its last observation."""
+        base = self.vector.unwrapped
+        # Private, but nothing public has the observations before they are put together.
+        latest = base._env_obs[index] if isinstance(base, SyncVectorEnv) else None
+        both = isinstance(final, np.ndarray) and isinstance(latest, np.ndarray)
+        return both and np.may_share_memory(final, latest)
 
     def _check_rows(self, values: NDArray[Any], what: str) -> FloatArray:
         """Return values (n, ...) as float32, or say which one is NaN or inf."""
@@ -268,6 +297,13 @@ class VectorEnvHandle:
         if self.vector is base and isinstance(base, SyncVectorEnv):
             return tuple(base.envs)
         return ()
+
+
+def _part(state: EnvState, index: int) -> EnvState:
+    """What a handle's state has of one environment."""
+    prefix = f"env{index}/"
+    arrays = {n.removeprefix(prefix): a for n, a in state.arrays.items() if n.startswith(prefix)}
+    return EnvState(arrays, state.meta["envs"][index])
 
 
 def _float32_bounds(space: spaces.Box) -> tuple[FloatArray, FloatArray]:

@@ -8,8 +8,9 @@ episodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import gymnasium
@@ -17,6 +18,7 @@ import numpy as np
 from gymnasium import wrappers
 from numpy.typing import NDArray
 
+from flame_ext.env_likeness import CONSTANT_ATTRIBUTES, is_mujoco, is_plain, model_digest
 from flame_ext.fresh_observation import FreshObservation
 
 Environment = gymnasium.Env[Any, Any]
@@ -33,11 +35,7 @@ _KNOWN_WRAPPERS = (
     FreshObservation,
 )
 
-# Attributes of a Gymnasium environment that no step changes, or that are handled by themselves.
-_CONSTANT_ATTRIBUTES = frozenset(
-    {"_ezpickle_args", "_ezpickle_kwargs", "_np_random", "metadata", "spec"}
-)
-# And of one that runs MuJoCo.
+# As `CONSTANT_ATTRIBUTES`, of an environment that runs MuJoCo.
 _MUJOCO_ATTRIBUTES = frozenset(
     {"data", "fullpath", "model", "mujoco_renderer", "observation_structure"}
 )
@@ -85,9 +83,9 @@ class EnvState:
 def capture_env(env: Environment) -> EnvState | None:
     """Copy everything that decides how ``env`` goes on, or return None if that cannot be known.
 
-    Known are MuJoCo environments, whose model is taken to be constant, and environments whose
-    attributes are all numbers, texts, tuples of those, arrays or spaces, inside wrappers without a
-    memory.
+    Known are MuJoCo environments but for their model, and environments whose attributes are all
+    numbers, texts, tuples of those, arrays of their own memory or spaces, inside wrappers without
+    a memory.
     """
     state = EnvState()
     layer = env
@@ -101,13 +99,23 @@ def capture_env(env: Environment) -> EnvState | None:
     state.meta["bit_generator"] = layer.np_random.bit_generator.state
     if not _capture_attributes(layer, state):
         return None
-    if _is_mujoco(layer):
+    if is_mujoco(layer):
+        state.meta["model"] = model_digest(layer)
         _capture_mujoco(layer, state)
     return state
 
 
+def has_model_of(env: Environment, state: EnvState) -> bool:
+    """Whether ``state`` comes from the MuJoCo model that ``env`` has, or from none."""
+    model = model_digest(env.unwrapped)
+    return bool(state.meta.get("model", model) == model)
+
+
 def restore_env(env: Environment, state: EnvState) -> None:
-    """Put the state from ``capture_env`` into ``env``, which must be built alike and reset once."""
+    """Put the state from ``capture_env`` into ``env``, which must be built alike and reset once.
+
+    Its MuJoCo model stays as it is: see ``has_model_of``.
+    """
     layer = env
     while isinstance(layer, gymnasium.Wrapper):
         if isinstance(layer, wrappers.TimeLimit):
@@ -124,7 +132,7 @@ def restore_env(env: Environment, state: EnvState) -> None:
         if kind == "attribute":
             # A numpy scalar is kept as an array without dimensions; [()] gives it back.
             setattr(layer, key, array.copy() if array.ndim else array[()])
-    if _is_mujoco(layer):
+    if is_mujoco(layer):
         _restore_mujoco(layer, state)
 
 
@@ -132,7 +140,9 @@ def _capture_attributes(env: Environment, state: EnvState) -> bool:
     """Store the plain attributes of ``env``; False if some attribute is not plain."""
     plain: dict[str, Any] = {}
     generators: dict[str, list[Any]] = {}  # of spaces, which may be sampled from
-    known = _CONSTANT_ATTRIBUTES | (_MUJOCO_ATTRIBUTES if _is_mujoco(env) else frozenset())
+    known = CONSTANT_ATTRIBUTES | (_MUJOCO_ATTRIBUTES if is_mujoco(env) else frozenset())
+    if _share_memory([v for v in vars(env).values() if isinstance(v, np.ndarray)]):
+        return False
     for name, value in vars(env).items():
         if name in known:
             continue
@@ -141,7 +151,7 @@ def _capture_attributes(env: Environment, state: EnvState) -> bool:
             if array.dtype.kind not in "biuf":
                 return False
             state.arrays[f"attribute/{name}"] = array
-        elif _is_plain(value):
+        elif is_plain(value):
             plain[name] = value
         elif isinstance(value, gymnasium.Space):
             generators[name] = [s.np_random.bit_generator.state for s in _nested(value)]
@@ -160,16 +170,17 @@ def _nested(space: Any) -> Iterator[gymnasium.Space[Any]]:
         yield from _nested(part)
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_plain(item) and not isinstance(item, tuple) for item in value)
-    return value is None or type(value) in (bool, int, float, str)
+def _share_memory(arrays: Sequence[NDArray[Any]]) -> bool:
+    """Whether one array shows another one, or memory of something else than an array."""
+    return any(np.may_share_memory(a, b) for a, b in combinations(arrays, 2)) or any(
+        _owner(array).base is not None for array in arrays
+    )
 
 
-def _is_mujoco(env: Environment) -> bool:
-    """Whether ``env`` runs a MuJoCo simulation, without importing mujoco for those that do not."""
-    data = getattr(env, "data", None)
-    return type(data).__name__ == "MjData" and type(data).__module__.startswith("mujoco")
+def _owner(array: NDArray[Any]) -> NDArray[Any]:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def _capture_mujoco(env: Any, state: EnvState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ from flame_ext.env_handle import (
     check_observation_space,
     spec_of,
 )
+from flame_ext.env_likeness import differences
 from flame_ext.env_state import Environment, EnvState
 from flame_ext.errors import EnvironmentDataError, nearest_hint
 from flame_ext.fresh_observation import FreshObservation
@@ -142,9 +144,9 @@ def _build_vector(factories: list[EnvFactory]) -> VectorEnv[Any, Any, Any]:
             _refuse_statistics(env)
             check_observation_space(env.observation_space)
             check_action_space(env.action_space)
-            if isinstance(env.observation_space, spaces.Box):
-                return FreshObservation(env)
-            return wrappers.FlattenObservation(env)
+            fresh = FreshObservation(env)
+            is_box = isinstance(env.observation_space, spaces.Box)
+            return fresh if is_box else wrappers.FlattenObservation(fresh)
 
         return make
 
@@ -248,18 +250,29 @@ def _twins_of(env: Environment, count: int) -> list[Environment]:
 
 
 def _twin_of(env: Environment) -> Environment:
-    """A second environment like ``env``: from its spec, else a deep copy."""
-    reasons = []
+    """A second environment like ``env``: from its spec if that makes the same, else a deep copy."""
+    builders: list[EnvFactory] = [lambda: copy.deepcopy(env)]
     if env.spec is not None:
+        spec = env.spec
+        builders.insert(0, lambda: _make(spec))
+    twins, reasons = [], []
+    for build in builders:
         try:
-            return _make(env.spec)
-        except Exception as error:  # User code: anything; the copy is tried next.
+            twins.append(build())
+        except Exception as error:  # User code: anything; reported below.
             reasons.append(str(error))
-    try:
-        return copy.deepcopy(env)
-    except Exception as error:  # User code: anything; reported below.
-        reasons.append(str(error))
-    raise ValueError(
-        f"No separate evaluation environment can be built from {env}: {'; '.join(reasons)}. Pass "
-        "an id or a factory (lambda: MyEnv()) instead of an object, or eval_env."
+        else:
+            if not differences(env, twins[-1]):
+                return twins[-1]
+    if not twins:
+        raise ValueError(
+            f"No separate evaluation environment can be built from {env}: {'; '.join(reasons)}. "
+            "Pass an id or a factory (lambda: MyEnv()) instead of an object, or eval_env."
+        )
+    warnings.warn(
+        f"evaluations play in an environment that is not quite {env}: it has its own "
+        f"{', '.join(differences(env, twins[0]))}. If that matters, pass a factory (lambda: "
+        "MyEnv()) instead of an object, or eval_env.",
+        stacklevel=2,
     )
+    return twins[0]

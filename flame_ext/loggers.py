@@ -224,6 +224,7 @@ def read_evaluations(run_dir: str | Path) -> dict[str, list[Any]]:
 
     Raises:
         FileNotFoundError: If the run has no evaluation yet.
+        ValueError: If the file is another table.
     """
     path = Path(run_dir) / EVALUATIONS_FILE
     if not path.is_file():
@@ -232,8 +233,11 @@ def read_evaluations(run_dir: str | Path) -> dict[str, list[Any]]:
             "before the first evaluation."
         )
     with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames and not set(EVALUATION_COLUMNS) <= set(reader.fieldnames):
+            raise ValueError(f"{path} has the columns {reader.fieldnames}: no run's evaluations")
         # A killed process may have cut the last line.
-        rows = [row for row in csv.DictReader(file) if row[EVALUATION_COLUMNS[-1]] is not None]
+        rows = [row for row in reader if row[EVALUATION_COLUMNS[-1]] is not None]
     table: dict[str, list[Any]] = {
         name: [float(row[name]) for row in rows] for name in EVALUATION_COLUMNS[:-1]
     }

@@ -5,7 +5,7 @@
 do not have. ``"auto"`` takes the best that has what is asked for.
 
 The native kernels compute in float32. With respect to the network's parameters they differentiate
-`meanflow_loss` and, on the CPU, `log_prob` with ``estimator="exact"`` on rows ``(B, A)``, once;
+`meanflow_loss` and `log_prob` with ``estimator="exact"`` on rows ``(B, A)``, once;
 everything else needs ``torch.no_grad()`` or parameters that require no gradient.
 """
 

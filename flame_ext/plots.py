@@ -129,7 +129,10 @@ def aggregate_curves(run_dirs: Sequence[str | Path], axis: CurveAxis = "step") -
     groups: dict[tuple[str, str], list[dict[str, list[Any]]]] = {}
     variants = _variants([Path(run_dir) for run_dir in run_dirs], [name for name, _ in facts])
     for run_dir, (algorithm, _), options in zip(run_dirs, facts, variants, strict=True):
-        groups.setdefault((algorithm, options), []).append(read_evaluations(run_dir))
+        table = read_evaluations(run_dir)
+        if not table["step"]:
+            raise ValueError(f"{run_dir} has no evaluation yet.")
+        groups.setdefault((algorithm, options), []).append(table)
     return [_average(*variant, tables, axis) for variant, tables in groups.items()]
 
 

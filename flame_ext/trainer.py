@@ -7,11 +7,10 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 
@@ -28,9 +27,9 @@ from flame_ext.checkpoint import (
 )
 from flame_ext.config import Config, make_config
 from flame_ext.devices import resolve_device
-from flame_ext.envs import EnvLike, EnvState, VectorEnvHandle, make_eval_env, make_vector_env
+from flame_ext.envs import EnvLike, EnvState
 from flame_ext.errors import DivergenceError, RunDirectoryError, check_seed
-from flame_ext.evaluate import MAX_EVAL_ENVS, Evaluation, run_episodes
+from flame_ext.evaluate import Evaluation, run_episodes
 from flame_ext.interrupts import interrupts_between_steps
 from flame_ext.loggers import EvaluationLog, MultiLogger, make_loggers
 from flame_ext.normalizer import ObservationNormalizer
@@ -40,6 +39,7 @@ from flame_ext.process_settings import denormals_flushed, keep_freed_memory
 from flame_ext.progress import Progress
 from flame_ext.replay import Batch, ReplayBuffer
 from flame_ext.run_dir import held, new_run_dir
+from flame_ext.run_envs import make_evaluation_env, make_training_env
 from flame_ext.run_result import RunResult
 from flame_ext.schedules import discount
 from flame_ext.tally import Tally
@@ -62,7 +62,8 @@ class Trainer:
         run_dir: A new directory; None makes one below ``runs/``.
         seed: Decides weights, draws and the environments' randomness.
         callbacks: Called while the run goes on; may stop it.
-        eval_env: What evaluations play in, as for `env`; None makes it from `env`.
+        eval_env: What evaluations play in, as for `env`, an object as it is; None makes separate
+            environments like `env`.
 
     Raises:
         ValueError: For options, seeds or spaces that cannot be used.
@@ -82,7 +83,7 @@ class Trainer:
         device: str = "auto",
         run_dir: str | Path | None = None,
         seed: int = 0,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Iterable[Callback] = (),
         eval_env: EnvLike | None = None,
         _resuming: bool = False,
     ) -> None:
@@ -93,15 +94,12 @@ class Trainer:
         self._eval_seed = seed + 1_000_003
         self.device = resolve_device(device, backend)
         self._asked_for = {"backend": backend, "device": device}
-        self.env = _make_training_env(env, wanted, seed)
+        self.env = make_training_env(env, wanted.num_envs, seed)
         # Environment objects come in their own number.
         self.config = dataclasses.replace(wanted, num_envs=self.env.num_envs)
         self._env_id = env if isinstance(env, str) else self.env.spec_id
-        self.eval_env = make_eval_env(
-            env if eval_env is None else eval_env,
-            num_envs=min(self.config.eval_episodes, MAX_EVAL_ENVS),
-            seed=self._eval_seed,
-        )
+        episodes = self.config.eval_episodes
+        self.eval_env = make_evaluation_env(env, eval_env, episodes, self._eval_seed)
         sizes = (self.env.obs_dim, self.env.action_dim)
         _check_sizes(sizes, (self.eval_env.obs_dim, self.eval_env.action_dim))
         self.backend = make_backend(backend, self.device)
@@ -135,7 +133,7 @@ class Trainer:
         env: EnvLike | None = None,
         backend: str | None = None,
         device: str | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Iterable[Callback] = (),
         eval_env: EnvLike | None = None,
     ) -> Trainer:
         """Continues a run from its checkpoint, bit-equal to never having stopped.
@@ -155,18 +153,16 @@ class Trainer:
         """
         run_dir = Path(run_dir)
         tensors, manifest = read_checkpoint(run_dir)
-        env = env if env is not None else manifest["env_id"]
+        try:
+            env = env if env is not None else manifest["env_id"]
+            options, seed = Config(**_from_json(manifest["config"])), manifest["seed"]
+        except (KeyError, TypeError) as error:
+            raise _unusable(run_dir, error) from error
         if env is None:
             raise RunDirectoryError(
                 f"the run in {run_dir} used an environment without an id; pass it again: "
                 "Trainer.resume(run_dir, env=...)"
             )
-        try:
-            options = Config(**_from_json(manifest["config"]))
-        except TypeError as error:
-            raise RunDirectoryError(
-                f"the run in {run_dir} is of another version of flame_ext: {error}"
-            ) from error
         asked_for = manifest.get("asked_for", {})
         trainer = cls(
             env,
@@ -175,7 +171,7 @@ class Trainer:
             backend=backend or asked_for.get("backend", "auto"),
             device=device or asked_for.get("device", "auto"),
             run_dir=run_dir,
-            seed=manifest["seed"],
+            seed=seed,
             callbacks=callbacks,
             eval_env=eval_env,
             _resuming=True,
@@ -216,7 +212,7 @@ class Trainer:
         self._write_config()
         self._stopped_by = None
         if self._obs is None:
-            self._obs = self.env.reset(self.seed)
+            self._obs = self.env.reset(self.seed + self.global_step)
         self._start = time.perf_counter()
         log = make_loggers(self.run_dir)
         evaluation_log = EvaluationLog(self.run_dir)
@@ -413,29 +409,27 @@ class Trainer:
     def _restore(self, tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> None:
         try:
             self.agent.load_state_dict(strip_prefix("agent", tensors))
-        except KeyError as error:
-            raise RunDirectoryError(
-                f"the checkpoint in {self.run_dir} lacks {error}: it is of another version of "
-                "flame_ext"
-            ) from error
-        self.replay.load_state_dict(strip_prefix("replay", tensors))
-        if self.normalizer is not None:
-            self.normalizer.load_state_dict(strip_prefix("normalizer", tensors))
-        self.global_step = manifest["global_step"]
-        self._update_debt = manifest["update_debt"]
-        self._earlier_wall_time = manifest["wall_time"]
-        self.evaluations = [Evaluation(**_from_json(e)) for e in manifest["evaluations"]]
-        if manifest["env_state"] is None:
+            self.replay.load_state_dict(strip_prefix("replay", tensors))
+            if self.normalizer is not None:
+                self.normalizer.load_state_dict(strip_prefix("normalizer", tensors))
+            self.global_step = manifest["global_step"]
+            self._update_debt = manifest["update_debt"]
+            self._earlier_wall_time = manifest["wall_time"]
+            self.evaluations = [Evaluation(**_from_json(e)) for e in manifest["evaluations"]]
+            env_state = manifest["env_state"]
+        except (KeyError, TypeError) as error:
+            raise _unusable(self.run_dir, error) from error
+        if env_state is not None:
+            arrays = {n: t.numpy() for n, t in strip_prefix("env", tensors).items()}
+            self._obs = self.env.set_state(EnvState(arrays, env_state))
+        if self._obs is None:
             warnings.warn(
                 "the environment's inner state was not saved (a step failed, or it cannot be "
-                "read): the resumed run starts new episodes and is not bit-equal to one that never "
-                "stopped",
+                "read) or is that of another MuJoCo model: the resumed run starts new episodes and "
+                "is not bit-equal to one that never stopped",
                 stacklevel=3,
             )
             self._obs = self.env.reset(self.seed + self.global_step)
-            return
-        arrays = {n: t.numpy() for n, t in strip_prefix("env", tensors).items()}
-        self._obs = self.env.set_state(EnvState(arrays, manifest["env_state"]))
 
     def _write_config(self) -> None:
         text = json.dumps(self.config.to_dict(), indent=1)
@@ -462,20 +456,22 @@ class Trainer:
         save_policy(path, spec, tensors)
 
 
-def _make_training_env(env: EnvLike, config: Config, seed: int) -> VectorEnvHandle:
-    """An id or a factory is run `num_envs` times; objects are taken as they are."""
-    is_object = isinstance(env, (gymnasium.Env, gymnasium.vector.VectorEnv))
-    return make_vector_env(env, num_envs=None if is_object else config.num_envs, seed=seed)
+def _unusable(run_dir: Path, error: Exception) -> RunDirectoryError:
+    what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return RunDirectoryError(
+        f"the checkpoint in {run_dir} is damaged or of another version of flame_ext: {what}"
+    )
 
 
-def _checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+def _checked(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
+    callbacks = tuple(callbacks)
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise TypeError(
                 f"callbacks holds {callback!r}, which is no Callback; a function goes into "
                 "FunctionCallback(function)"
             )
-    return tuple(callbacks)
+    return callbacks
 
 
 def _check_sizes(trained: tuple[int, int], evaluated: tuple[int, int]) -> None:

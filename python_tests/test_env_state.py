@@ -79,6 +79,49 @@ def test_environments_with_a_hidden_memory_have_no_state():
         assert handle.get_state() is None
 
 
+def test_arrays_that_show_the_memory_of_others_are_not_copied():
+    """Copies of them would no longer follow what they show."""
+
+    class Views(Counter):
+        def __init__(self):
+            super().__init__()
+            self.state = np.zeros(2)
+            self.position = self.state[:1]
+
+    class Foreign(Counter):
+        def __init__(self):
+            super().__init__()
+            self.state = np.frombuffer(bytearray(16))
+
+    class Slices(Counter):
+        def __init__(self):
+            super().__init__()
+            self.state = np.zeros(4)[:2]
+
+    for factory, known in ((Views, False), (Foreign, False), (Slices, True)):
+        handle = make_vector_env(factory)
+        handle.reset()
+        assert (handle.get_state() is not None) == known
+
+
+def test_a_state_does_not_go_into_another_mujoco_model():
+    """As of an environment that draws its model in every episode."""
+    pytest.importorskip("mujoco")
+
+    def make(mass):
+        env = gymnasium.make("Hopper-v5")
+        env.unwrapped.model.body_mass[1] = mass
+        return env
+
+    first, same, other = (make_vector_env(lambda m=m: make(m)) for m in (2.0, 2.0, 3.0))
+    first.reset()
+    first.step(np.ones((1, 3)))
+    state = first.get_state()
+    assert np.array_equal(same.set_state(state), state.arrays["handle/obs"])
+    assert other.set_state(state) is None
+    other.step(np.zeros((1, 3)))
+
+
 def test_a_space_that_is_sampled_from_is_restored():
     class Sampling(Counter):
         def _obs(self):

@@ -5,45 +5,12 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from small_envs import Counter, Reusing
 
 from flame_ext.envs import EnvironmentDataError, make_eval_env, make_vector_env
 from flame_ext.evaluate import run_episodes
-from flame_ext.multigoal import MultiGoalEnv
 
 SAME_STEP = {"vector_kwargs": {"autoreset_mode": AutoresetMode.SAME_STEP}}
-
-
-class Counter(gymnasium.Env):
-    """Counts its steps; ends after `length`; its reward is 10 * the count."""
-
-    def __init__(self, length=3, truncate=False, low=-1.0, high=1.0, poison=None):
-        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
-        self.action_space = spaces.Box(low, high, (2,), np.float32)
-        self.length, self.truncate, self.poison = length, truncate, poison
-        self.count, self.episode = 0, 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed, options=options)
-        self.count, self.episode = 0, self.episode + 1
-        return self._obs(), {}
-
-    def step(self, action):
-        self.action = np.array(action)
-        self.count += 1
-        done = self.count == self.length
-        obs, reward = self._obs(), 10.0 * self.count
-        if self.poison == "obs":
-            obs[1] = np.nan
-        elif self.poison == "overflow":
-            obs[0] = 1e300
-        elif self.poison == "reward":
-            reward = np.inf
-        elif self.poison == "final" and done:
-            obs[0] = -np.inf
-        return obs, reward, done and not self.truncate, done and self.truncate, {}
-
-    def _obs(self):
-        return np.array([self.count, self.episode], dtype=np.float64)
 
 
 class Spaced(gymnasium.Env):
@@ -116,18 +83,49 @@ def test_short_episodes_count_no_more_than_long_ones():
 def test_an_environment_may_return_one_array_again_and_again():
     """Its reset would overwrite the last observation, which Gymnasium keeps by reference."""
 
-    class Reusing(Counter):
-        def _obs(self):
-            self.shared = getattr(self, "shared", np.zeros(2))
-            self.shared[:] = self.count, self.episode
-            return self.shared
-
     handle = make_vector_env(lambda: Reusing(truncate=True))
     handle.reset()
     steps = [handle.step(np.zeros((1, 2))) for _ in range(3)]
     assert steps[-1].truncated[0]
     assert steps[-1].next_obs.tolist() == [[3, 1]]
     assert steps[-1].obs.tolist() == [[0, 2]]
+
+
+def test_a_users_vector_environment_that_does_so_is_refused():
+    handle = make_vector_env(
+        SyncVectorEnv([lambda: Reusing(truncate=True)], autoreset_mode=AutoresetMode.SAME_STEP)
+    )
+    handle.reset()
+    for _ in range(2):
+        handle.step(np.zeros((1, 2)))
+    with pytest.raises(EnvironmentDataError, match="returns one array again and again"):
+        handle.step(np.zeros((1, 2)))
+
+
+def test_infos_may_be_of_any_kind():
+    """Gymnasium joins those of several environments, and asks for equal kinds and sizes."""
+
+    class Telling(Counter):
+        def step(self, action):
+            *rest, _ = super().step(action)
+            return *rest, {
+                "contacts": np.zeros(self.count),
+                "goal": (None, {}, "a")[self.count % 3],
+            }
+
+    class InDict(Telling):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = spaces.Dict({"a": self.observation_space})
+
+        def _obs(self):
+            return {"a": super()._obs()}
+
+    for factory in (Telling, InDict):
+        handle = make_vector_env(factory, num_envs=2)
+        handle.reset()
+        for _ in range(4):
+            assert handle.step(np.zeros((2, 2))).obs.shape == (2, 2)
 
 
 def test_arrays_handed_out_are_copies():
@@ -364,6 +362,16 @@ def test_shapes_are_compared_with_the_space():
         listed.step(np.zeros((1, 2)))
 
 
+def test_so_are_those_of_a_dict_observations_parts():
+    class Swapped(Spaced):
+        def reset(self, **options):
+            return {"a": np.zeros(3), "b": (np.zeros(2), 1)}, {}
+
+    space = spaces.Dict({"a": box(2), "b": spaces.Tuple((box(3), spaces.Discrete(2)))})
+    with pytest.raises(EnvironmentDataError, match=r"observation of shape \(3,\); .* \(2,\)"):
+        make_vector_env(Swapped(space, box(1))).reset()
+
+
 def test_other_misuse_is_refused():
     vector = SyncVectorEnv([Counter] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(ValueError, match="num_envs=3"):
@@ -408,79 +416,6 @@ def test_a_vector_environment_without_final_obs_is_reported():
     handle.step(np.zeros((1, 2)))
     with pytest.raises(EnvironmentDataError, match="without infos"):
         handle.step(np.zeros((1, 2)))
-
-
-# Evaluation environments ------------------------------------------------------------------------
-
-
-def test_the_evaluation_environment_is_separate():
-    training = MultiGoalEnv(num_goals=3)
-    specced = gymnasium.make("flame_ext/MultiGoal-v0", num_goals=5)
-    vector = gymnasium.make_vec(
-        "flame_ext/MultiGoal-v0", num_envs=2, vectorization_mode="sync", **SAME_STEP
-    )
-    sources = [(training, 3), (specced, 5), (vector, 4), ("flame_ext/MultiGoal-v0", 4)]
-    sources.append((lambda: MultiGoalEnv(num_goals=2), 2))
-    for source, num_goals in sources:
-        evaluation = make_eval_env(source)
-        assert evaluation.num_envs == 1
-        inner = evaluation.vector.unwrapped.envs[0].unwrapped
-        assert len(inner.goals) == num_goals
-        if isinstance(source, gymnasium.Env):
-            assert inner is not source.unwrapped
-            source.reset(seed=0)
-            before = source.unwrapped.position.copy()
-            evaluation.reset()
-            evaluation.step(np.ones((1, 2)))
-            assert np.array_equal(source.unwrapped.position, before)
-
-
-def test_worker_processes_are_evaluated_in_an_environment_like_theirs():
-    """Also those of `make_vec`, whose own spec makes the vector environment."""
-    vector = gymnasium.make_vec(
-        "flame_ext/MultiGoal-v0", 2, vectorization_mode="async", num_goals=3, **SAME_STEP
-    )
-    try:
-        assert len(make_eval_env(vector).vector.unwrapped.envs[0].unwrapped.goals) == 3
-        assert make_vector_env(vector).spec_id is None
-    finally:
-        vector.close()
-
-
-def test_an_object_that_cannot_be_doubled_is_refused():
-    class Single(Counter):
-        def __deepcopy__(self, memo):
-            raise RuntimeError("holds a socket")
-
-    with pytest.raises(ValueError, match=r"holds a socket.*factory"):
-        make_eval_env(Single())
-
-
-def test_several_evaluation_environments_are_copies_or_just_one():
-    class Lendable(Counter):
-        copies_left = 1
-
-        def __deepcopy__(self, memo):
-            if not Lendable.copies_left:
-                raise RuntimeError("holds a socket")
-            Lendable.copies_left -= 1
-            return Lendable()
-
-    for source in ("flame_ext/MultiGoal-v0", MultiGoalEnv, MultiGoalEnv()):
-        evaluation = make_eval_env(source, num_envs=3)
-        assert evaluation.num_envs == 3
-        assert len({id(env.unwrapped) for env in evaluation.vector.unwrapped.envs}) == 3
-    assert make_eval_env(Lendable(), num_envs=3).num_envs == 1
-
-
-def test_pictures_come_from_evaluation_environments():
-    evaluation = make_eval_env("flame_ext/MultiGoal-v0", render_mode="rgb_array")
-    evaluation.reset()
-    assert evaluation.render().shape == (256, 256, 3)
-    silent = make_eval_env("flame_ext/MultiGoal-v0")
-    silent.reset()
-    with pytest.raises(ValueError, match="rgb_array"):
-        silent.render()
 
 
 def test_an_id_that_would_make_another_environment_is_none():

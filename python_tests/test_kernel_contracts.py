@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -73,6 +74,36 @@ def test_results_are_the_same_bits_for_any_number_of_threads():
     for threads in (2, 3, 8):
         for a, b in zip(one, run_everything(threads), strict=True):
             assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("recorded", ["mlp", "density"])
+def test_one_recorded_pass_is_differentiated_by_several_threads(recorded):
+    """Autograd takes a Python function for safe under the GIL, which the kernels release."""
+    net = make_policy(17, 6, (128, 128))
+    spec, flat = mlp_spec(net), array(net.flat)
+    if recorded == "mlp":
+        mlp = _core.RecordedMlp(spec, flat, draw(512, net.layer_sizes[0]), net.layer_sizes[0])
+        deltas = [(draw(1, 512, 6, seed=seed),) for seed in (1, 2)]
+
+        def backward(i):
+            return mlp.backward(*deltas[i])
+
+    else:
+        density = _core.RecordedDensity(
+            spec, flat, draw(512, 17), draw(512, 6), *flow_table(1, "mean")
+        )
+        deltas = [(draw(512, 6, seed=seed), draw(512, seed=seed)) for seed in (1, 2)]
+
+        def backward(i):
+            gradients = np.zeros_like(flat)
+            density.backward(gradients, *deltas[i])
+            return gradients
+
+    _core.set_num_threads(1)
+    alone = [backward(i) for i in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        for i, result in enumerate(threads.map(backward, [0, 1] * 40)):
+            assert np.array_equal(result, alone[i % 2])
 
 
 @each_isa

@@ -143,6 +143,19 @@ def scripted(directions):
     return SimpleNamespace(act=act)
 
 
+def test_evaluations_that_are_none_are_named(tmp_path):
+    run = write_run(tmp_path / "r", "flame", [(10, [1.0])])
+    file = run / "evaluations.csv"
+    header = file.read_text().splitlines()[0]
+    for text in ("", header + "\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="has no evaluation yet"):
+            aggregate_curves([run])
+    file.write_text("step,loss\n1,2\n")
+    with pytest.raises(ValueError, match=r"columns \['step', 'loss'\]"):
+        aggregate_curves([run])
+
+
 def test_rollouts_count_every_goal():
     directions = [(1, 0), (0, 1), (0, 1), (-1, 0), (0, -1), (1, 0), (1, 0), (0, 1)]
     rollouts = rollout_goals(scripted(0.9 * np.array(directions)), len(directions))

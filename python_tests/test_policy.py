@@ -242,6 +242,33 @@ def test_a_damaged_header_is_refused(
         load(file, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_damaged_weights_are_refused(tmp_path: Path, backend: str) -> None:
+    policy, agent = make_policy(tmp_path, "sac")
+    file = tmp_path / "x" / "policy.safetensors"
+    for damage in (lambda flat: flat * np.float32(np.nan), lambda flat: flat[:-16]):
+        tensors = weights(agent)
+        tensors["critics.flat"] = damage(tensors["critics.flat"])
+        save_policy(file, policy.spec, tensors)
+        with pytest.raises(ValueError, match=r"critics|finite"):
+            load(file, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("obs_dim", "hidden_sizes"), [(300, [506, *[2147483584] * 5]), (2**31 - 1, [16, 16])]
+)
+def test_sizes_whose_products_overflow_are_refused(
+    tmp_path: Path, obs_dim: int, hidden_sizes: list[int]
+) -> None:
+    policy, agent = make_policy(tmp_path, "sac")
+    config = {**policy.spec.config, "hidden_sizes": hidden_sizes}
+    spec = dataclasses.replace(policy.spec, config=config, obs_dim=obs_dim)
+    file = tmp_path / "x" / "policy.safetensors"
+    save_policy(file, spec, weights(agent))
+    with pytest.raises(ValueError, match=r"it must be from [01] to 1048576"):
+        load(file, backend="cpu")
+
+
 @pytest.mark.parametrize("seed", [-1, 0.5, 1 << 63])
 def test_seeds_are_checked(tmp_path: Path, seed: int) -> None:
     make_policy(tmp_path, "sac")

@@ -64,6 +64,18 @@ def test_a_hostile_checkpoint_is_refused(tmp_path: Path) -> None:
         flame_ext.load(run)
 
 
+@pytest.mark.parametrize("gone", ["env_id", "config", "seed", "global_step", "replay.rows"])
+def test_a_checkpoint_that_lacks_something_is_refused(tmp_path: Path, gone: str) -> None:
+    run = tmp_path / "run"
+    tiny(run).run(total_steps=60)
+    tensors, manifest = checkpoint.read_checkpoint(run)
+    for part in (tensors, manifest):
+        part.pop(gone, None)  # type: ignore[attr-defined]
+    checkpoint.write_checkpoint(run, tensors, manifest)
+    with pytest.raises(RunDirectoryError, match=f"lacks '{gone.rpartition('.')[2]}'"):
+        Trainer.resume(run)
+
+
 def test_an_interrupted_save_leaves_one_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from small_envs import Counting
 from small_runs import TASK, TINY, tiny
 
 import flame_ext
@@ -181,6 +181,12 @@ def test_a_run_goes_on_after_it_was_stopped(tmp_path: Path) -> None:
     assert trainer.wall_time == trainer.wall_time == second.wall_time  # it stands between runs
 
 
+def test_callbacks_may_come_from_a_generator(tmp_path: Path) -> None:
+    stop = flame_ext.callbacks.FunctionCallback(lambda *_: False, event="log")
+    trainer = Trainer(TASK, config=TINY, run_dir=tmp_path / "run", callbacks=iter([stop]))
+    assert trainer.run(total_steps=120).stopped_by == "FunctionCallback"
+
+
 def test_resuming_asks_for_what_an_id_alone_does_not_make(tmp_path: Path) -> None:
     def factory() -> gymnasium.Env:  # type: ignore[type-arg]
         return gymnasium.make(TASK, num_goals=2)
@@ -334,23 +340,6 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     assert found == (8, 0.5, 3)
 
 
-class Counting(gymnasium.Env):  # type: ignore[type-arg]
-    """Observes how many steps it has made; truncated after 7, never terminated."""
-
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
-    action_space = gymnasium.spaces.Box(-1, 1, (1,))
-
-    def reset(self, *, seed=None, options=None):  # type: ignore[no-untyped-def]
-        super().reset(seed=seed)
-        self.steps = 0
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action):  # type: ignore[no-untyped-def]
-        self.steps += 1
-        obs = np.array([self.steps], np.float32)
-        return obs, 1.0, False, self.steps == 7, {}
-
-
 def test_a_truncated_episode_bootstraps_from_its_final_observation(tmp_path: Path) -> None:
     """The rows stored hold the steps that were made, and no end that the critics would learn."""
     trainer = Trainer(Counting, config={**TINY, "num_envs": 1}, run_dir=tmp_path / "r")
@@ -383,31 +372,29 @@ def test_an_object_resumes_by_its_id_with_as_many_environments(tmp_path: Path) -
     assert Trainer.resume(tmp_path / "run").run(total_steps=60).steps == 60
 
 
-def test_evaluations_may_have_an_environment_of_their_own(tmp_path: Path) -> None:
-    """Worker processes cannot be copied; and sizes must fit."""
-    vector = gymnasium.vector.AsyncVectorEnv(
-        [Counting] * 2, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
-    )
-    with pytest.raises(ValueError, match="Pass eval_env"):
-        Trainer(vector, config=TINY, run_dir=tmp_path / "none")
-    with pytest.raises(ValueError, match="eval_env 3 and 1"):
-        Trainer(vector, config=TINY, run_dir=tmp_path / "other", eval_env="Pendulum-v1")
-    result = Trainer(vector, config=TINY, run_dir=tmp_path / "run", eval_env=Counting).run(60)
-    assert result.final_return == 7
-    vector.close()
+def test_a_run_goes_on_with_other_episodes_after_a_failed_step(tmp_path: Path) -> None:
+    seeds = []
 
+    class Failing(Counting):
+        calls = 0
 
-def test_a_broken_evaluation_costs_no_episode_in_progress(tmp_path: Path) -> None:
-    class Broken(Counting):
+        def reset(self, *, seed=None, options=None):  # type: ignore[no-untyped-def]
+            seeds.append(seed)
+            return super().reset(seed=seed)
+
         def step(self, action):  # type: ignore[no-untyped-def]
-            return np.full(1, np.nan, np.float32), *super().step(action)[1:]
+            Failing.calls += 1
+            if Failing.calls == 30:
+                raise RuntimeError("a cable")
+            return super().step(action)
 
-    with pytest.raises(EnvironmentDataError):
-        Trainer(Counting, config=TINY, run_dir=tmp_path / "run", eval_env=Broken).run(80)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        resumed = Trainer.resume(tmp_path / "run", env=Counting)
-    assert resumed.run(total_steps=100).steps == 100
+    options = {**TINY, "num_envs": 1}
+    trainer = Trainer(Failing, config=options, run_dir=tmp_path / "run", eval_env=Counting)
+    with pytest.raises(RuntimeError, match="a cable"):
+        trainer.run(60)
+    trainer.run(60)
+    given = [seed for seed in seeds if seed is not None]
+    assert len(given) == len(set(given)) == 2
 
 
 def test_diverged_weights_never_replace_what_was_saved(tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ States embedded_states(const ActTask& task, const States& plain, const Range& ra
         float* to = w.states + s * ld;
         const float* features = w.out + static_cast<int64_t>(s) * z;
         const float scale = embedding_scale(features, z, task.embedding_min_scale);
-        __builtin_memcpy(to, plain.data + s * plain.ld, task.obs_dim * sizeof(float));
+        for (int j = 0; j < task.obs_dim; ++j) to[j] = plain.data[s * plain.ld + j];
         for (int j = 0; j < z; ++j) to[task.obs_dim + j] = features[j] / scale;
     }
     return {w.states, ld};

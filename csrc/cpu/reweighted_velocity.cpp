@@ -4,7 +4,7 @@
 //
 // The softmax is online: each state keeps its running maximum logit and sums relative to it, in
 // double, so Q / alpha may be anything finite. A state's candidates are visited in order by one
-// task, and tasks are fixed groups of states, so the sums do not depend on the number of threads.
+// task, so the sums do not depend on the number of threads.
 #include <math.h>
 
 #include "cpu/training_kernels.h"

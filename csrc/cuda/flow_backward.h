@@ -2,8 +2,8 @@
 // one launch, then weight gradients.
 //
 // d_action (rows, A), d_log_prob (rows), d_transport (rows, A, A) or null, record: device memory of
-// the caller; gradients (flat buffer) is added to. The two latter gradients are ignored where the
-// density was not recorded. Workspace: the deltas, about 4 (1 + A) bytes per row and hidden unit.
+// the caller; gradients (flat buffer) is added to. Workspace: the deltas, about 4 (1 + A) bytes per
+// row and hidden unit.
 //
 // Operations 4 rows (1 + A) (weights) less the deltas of the inputs: 256 rows, A 6, 55 -> 3 x 256
 // -> 6, 1.0 GFLOP, floor 15 us at 67 TFLOP/s; the record is read and 6 MB of deltas written and

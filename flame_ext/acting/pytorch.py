@@ -31,7 +31,7 @@ class TorchActingEngine:
         self._actor = make_actor(config, *sizes)
         self._critics = make_critics(config, *sizes, make_encoder(config, *sizes))
         for name, network in deployed_networks(self._actor, self._critics).items():
-            _load(network, tensors[f"{name}.flat"])
+            _load(name, network, tensors[f"{name}.flat"])
         self._tensors = tensors
         self._middle, self._half = spec.action_middle_and_half()
         self._low, self._high = np.asarray(spec.action_low), np.asarray(spec.action_high)
@@ -64,5 +64,10 @@ class TorchActingEngine:
         return self._critics.observe(torch.tensor(rows))
 
 
-def _load(network: FlatMLP, flat: Array) -> None:
+def _load(name: str, network: FlatMLP, flat: Array) -> None:
+    if flat.shape != tuple(network.flat.shape) or not np.isfinite(flat).all():
+        raise ValueError(
+            f"the weights {name}.flat have shape {flat.shape}; {tuple(network.flat.shape)} and "
+            "finite values are needed"
+        )
     network.flat.requires_grad_(False).copy_(torch.tensor(flat))
