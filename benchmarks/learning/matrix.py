@@ -148,9 +148,8 @@ def check_request(run: Run, settings: Path, arguments: argparse.Namespace) -> No
     if run.algorithm == "sb3-sac":
         return  # its settings are the library's own
     overrides = parse_overrides(options_of(run.algorithm, arguments.set))
-    wanted = json.loads(
-        json.dumps(make_config(run.algorithm, arguments.preset, overrides).to_dict())
-    )
+    config = make_config(run.algorithm, arguments.preset, overrides)
+    wanted = json.loads(json.dumps(config.to_dict() | {"total_steps": arguments.steps}))
     if different := differences(read_settings(settings), wanted):
         raise SystemExit(f"{settings} differs from this command in {different}: {_SEPARATE}")
 

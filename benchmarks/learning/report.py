@@ -33,6 +33,7 @@ _YOUNGER_OPTIONS = {
     "embedding_dim": 0,
     "embedding_learning_rate": 1e-3,
     "embedding_tau": 0.002,
+    "matmul_precision": "float32",
 }
 
 Evaluations = dict[str, list[Any]]  # columns of one run's evaluations.csv
@@ -118,8 +119,17 @@ def differences(own: dict[str, Any], other: dict[str, Any]) -> str:
         ignored.add("embedding_interval")
     if own["algorithm"] == "sac":
         ignored.add("initial_action_std")  # a flow's alone
+    own, other = _effective(own), _effective(other)
     keys = sorted((own.keys() | other.keys()) - ignored)
     return ", ".join(key for key in keys if own.get(key) != other.get(key))
+
+
+def _effective(settings: dict[str, Any]) -> dict[str, Any]:
+    """The options that decided something: a run that ends before it settles has no others."""
+    settle_after = settings.get("settle_after")
+    if settle_after is not None and settings["total_steps"] > settle_after:
+        return settings
+    return {name: value for name, value in settings.items() if not name.startswith("settle")}
 
 
 def report(folder: Path, baseline: str) -> None:
