@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -51,6 +52,8 @@ class StopOnReturn(Callback):
     """
 
     def __init__(self, threshold: float) -> None:
+        if math.isnan(threshold):
+            raise ValueError("threshold=nan was given; no return reaches it.")
         self.threshold = float(threshold)
 
     def on_evaluation(self, trainer: Trainer, evaluation: Evaluation) -> bool | None:

@@ -143,9 +143,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("env", nargs="?", metavar="ENV", help="Gymnasium id, for example HalfCheetah-v5")
     add("--steps", type=_count, metavar="N", help="environment steps (default: the preset's)")
-    add("--algorithm", default="flame", metavar="A", help=f"one of {', '.join(ALGORITHMS)}")
-    add("--preset", default="default", metavar="P", help=f"one of {', '.join(PRESETS)}")
-    add("--seed", type=int, default=0, metavar="S", help="decides all randomness")
+    add("--algorithm", metavar="A", help=f"one of {', '.join(ALGORITHMS)} (default: flame)")
+    add("--preset", metavar="P", help=f"one of {', '.join(PRESETS)}")
+    add("--seed", type=int, metavar="S", help="decides all randomness (default: 0)")
     add("--run-dir", type=Path, metavar="D", help="new directory (default: one below runs/)")
     add("--backend", metavar="B", help="one of auto (default), torch, cpu, cuda")
     add("--device", metavar="DEV", help="one of auto (default), cpu, cuda, cuda:N")
@@ -305,7 +305,7 @@ def _train_config(options: argparse.Namespace) -> Config:
         _refuse_with_resume(options)
     if options.steps is not None:
         overrides["total_steps"] = options.steps
-    return make_config(options.algorithm, options.preset, overrides)
+    return make_config(options.algorithm or "flame", options.preset or "default", overrides)
 
 
 def _make_trainer(options: argparse.Namespace, config: Config) -> Trainer:
@@ -329,12 +329,12 @@ def _make_trainer(options: argparse.Namespace, config: Config) -> Trainer:
         raise ValueError("no environment was given; as in `flame-ext train HalfCheetah-v5`.")
     return Trainer(
         options.env,
-        algorithm=options.algorithm,
+        algorithm=config.algorithm,
         config=config,
         backend=options.backend or "auto",
         device=options.device or "auto",
         run_dir=options.run_dir,
-        seed=options.seed,
+        seed=options.seed or 0,
         callbacks=callbacks,
     )
 
@@ -344,9 +344,9 @@ def _refuse_with_resume(options: argparse.Namespace) -> None:
     fixed = {
         "--set": bool(options.overrides),
         "--num-envs": options.num_envs is not None,
-        "--algorithm": options.algorithm != "flame",
-        "--preset": options.preset != "default",
-        "--seed": options.seed != 0,
+        "--algorithm": options.algorithm is not None,
+        "--preset": options.preset is not None,
+        "--seed": options.seed is not None,
         "--run-dir": options.run_dir is not None,
         "--show-config": options.show_config,
     }

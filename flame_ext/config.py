@@ -136,7 +136,7 @@ class Config:
     batch_size: int = 64
     buffer_size: int = 1_000_000
     gamma: float = 0.99
-    settle_after: int | None = None
+    settle_after: int | None = 250_000
     settled_horizon: float = 2.0
     settled_embedding_rate: float = 0.25
     tau: float = 0.005
@@ -324,6 +324,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 # The settings of the published code (arXiv 2602.01606 and its repository).
 _PAPER: dict[str, Any] = {
+    "settle_after": None,
     "learning_starts": 30_000,
     "updates_per_step": 0.2,
     "batch_size": 256,

@@ -82,9 +82,7 @@ class CsvTable:
             self._write_last(replace=merging)
 
     def _read(self) -> None:
-        # A last line without its end was cut short by a crash; it is dropped.
-        whole, _, _ = self.path.read_text().rpartition("\n")
-        reader = csv.DictReader(io.StringIO(whole))
+        reader = _read_whole_lines(self.path)
         names, rows = list(reader.fieldnames or []), list(reader)
         if names[:1] != ["step"] or not all(row["step"].isdigit() for row in rows):
             raise ValueError(
@@ -201,6 +199,12 @@ class MultiLogger:
             logger.close()
 
 
+def _read_whole_lines(path: Path) -> csv.DictReader[str]:
+    """A table without its last line if that was cut short by a crash."""
+    whole, _, _ = path.read_text().rpartition("\n")
+    return csv.DictReader(io.StringIO(whole))
+
+
 class EvaluationLog:
     """``evaluations.csv`` of a run directory; the column ``returns`` holds each episode's return.
 
@@ -232,12 +236,10 @@ def read_evaluations(run_dir: str | Path) -> dict[str, list[Any]]:
             f"{path} does not exist: {run_dir} is not a run directory, or its run was stopped "
             "before the first evaluation."
         )
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames and not set(EVALUATION_COLUMNS) <= set(reader.fieldnames):
-            raise ValueError(f"{path} has the columns {reader.fieldnames}: no run's evaluations")
-        # A killed process may have cut the last line.
-        rows = [row for row in reader if row[EVALUATION_COLUMNS[-1]] is not None]
+    reader = _read_whole_lines(path)
+    if reader.fieldnames and not set(EVALUATION_COLUMNS) <= set(reader.fieldnames):
+        raise ValueError(f"{path} has the columns {reader.fieldnames}: no run's evaluations")
+    rows = list(reader)
     table: dict[str, list[Any]] = {
         name: [float(row[name]) for row in rows] for name in EVALUATION_COLUMNS[:-1]
     }

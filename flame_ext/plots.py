@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +205,7 @@ def plot_learning_curves(
     scale, label = (1.0, "environment steps") if axis == "step" else (1 / 60, "minutes of training")
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
+    labels: list[str] = []
     for index, curve in enumerate(curves):
         colour = _COLOURS[index % len(_COLOURS)]
         if not curve.options:
@@ -211,16 +213,22 @@ def plot_learning_curves(
         name = _ALGORITHM_NAMES.get(curve.algorithm, curve.algorithm)
         name += f" ({curve.options})" if curve.options else ""
         runs = f"{name}, {curve.runs} seeds" if curve.runs > 1 else f"{name}, 1 seed"
+        labels.append(textwrap.fill(runs, 90))
         marker = "o" if len(curve.x) < 30 else None
         x = scale * curve.x
-        axes.plot(x, curve.mean, color=colour, lw=2, marker=marker, ms=4, label=runs)
+        axes.plot(x, curve.mean, color=colour, lw=2, marker=marker, ms=4, label=labels[-1])
         low, high = curve.mean - curve.spread, curve.mean + curve.spread
         axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
     axes.set_xlabel(label)
     axes.set_ylabel("evaluation return")
     axes.set_title(title)
     axes.xaxis.set_major_formatter(_short_number)
-    axes.legend(frameon=False, loc="best")
+    if max(map(len, labels)) < 50:
+        axes.legend(frameon=False, loc="best")
+    else:  # Runs that differ in many options: below the picture, which grows by it.
+        lines = sum(label.count("\n") + 1 for label in labels)
+        figure.set_figheight(figure.get_figheight() + 0.16 * lines)
+        figure.legend(frameon=False, loc="outside lower left", fontsize=8)
     _tidy(axes)
     return _save(figure, output)
 

@@ -88,7 +88,9 @@ class Episode:
 
 
 def play_episodes(trainer: Trainer, seed: int) -> list[Episode]:
-    """One episode per evaluation environment with single samples of the policy that is trained.
+    """One episode per evaluation environment, played as the TD target takes actions.
+
+    That is with samples of the policy that is trained, the best of `target_particles`.
 
     Args:
         trainer: The run.
@@ -125,14 +127,16 @@ def play_episodes(trainer: Trainer, seed: int) -> list[Episode]:
 def _act(
     trainer: Trainer, obs: NDArray[np.float32], generator: torch.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """A sample of the policy in each state, its Qmin, and its part of the soft value."""
+    """What `td_target` takes in each state, its Qmin, and its part of the soft value."""
     agent = trainer.agent
     states = agent.critics.observe(trainer.to_agent(obs))
-    noise = normal_like(states, (len(states), agent.action_dim), generator)
-    action = agent.actor.action(states, noise)
-    value = agent.critics.q_min(states, action)
+    shape = (len(states), trainer.config.target_particles, agent.action_dim)
+    noise = normal_like(states, shape, generator)
+    candidates = agent.actor.action(states.unsqueeze(1), noise)
+    value, best = agent.critics.candidate_q_min(states, candidates).max(1)
+    action = candidates[torch.arange(len(states)), best]
     entropy = torch.zeros_like(value)
     if trainer.config.entropy_in_target:
-        log_prob = agent.actor.sample(states, noise, generator).log_prob
+        log_prob = agent.actor.sample(states, noise[:, 0], generator).log_prob
         entropy = -agent.temperature.alpha * log_prob
     return action.cpu().numpy(), value.cpu().numpy(), entropy.cpu().numpy()

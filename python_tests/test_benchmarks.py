@@ -28,7 +28,7 @@ def test_script_runs(tmp_path: Path, script: str, arguments: str) -> None:
 def test_matrix_goes_on_from_its_results_alone(tmp_path: Path) -> None:
     matrix = (
         "--tasks Pendulum-v1 --algorithms flame sac --steps 60 --results results --runs runs "
-        "--set hidden_sizes=16 learning_starts=40 batch_size=8 policy_batch_size=8 "
+        "--set num_envs=7 hidden_sizes=16 learning_starts=40 batch_size=8 policy_batch_size=8 "
         "eval_episodes=1 eval_interval=0 flame:num_candidates=4 --seeds "
     )
     first = run(tmp_path, "learning/matrix.py", matrix + "1")

@@ -35,6 +35,11 @@ def test_stop_on_return(mean, goes_on):
     assert StopOnReturn(100.0).on_evaluation(None, evaluation(mean)) is goes_on
 
 
+def test_a_return_that_is_no_number_stops_nothing():
+    with pytest.raises(ValueError, match="threshold=nan"):
+        StopOnReturn(float("nan"))
+
+
 def test_stop_after_seconds(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

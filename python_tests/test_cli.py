@@ -234,6 +234,8 @@ def test_a_terminated_run_saves_itself(tmp_path, monkeypatch):
         (["train", "--resume", "nowhere"], "nowhere"),
         (["train", "--resume", "nowhere", "--set", "gamma=1"], "--set cannot be used with"),
         (["train", "--resume", "nowhere", "--seed", "3"], "--seed cannot be used with"),
+        (["train", "--resume", "nowhere", "--seed", "0"], "--seed cannot be used with"),
+        (["train", "--resume", "nowhere", "--algorithm", "flame"], "--algorithm cannot be used"),
         (["eval", "nowhere"], "nowhere"),
         (["eval", "nowhere", "--video", "film.avi"], "use .mp4 or .gif"),
         (["plot", "nowhere"], "nowhere"),

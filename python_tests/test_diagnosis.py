@@ -1,5 +1,6 @@
 """What `flame-ext diagnose` measures of a run."""
 
+import dataclasses
 import hashlib
 import math
 from pathlib import Path
@@ -178,3 +179,15 @@ def test_a_state_that_is_cut_off_has_its_entropy(tmp_path: Path) -> None:
     with torch.no_grad():
         trainer.agent.critics.flat.zero_()
     assert all(abs(episode.end_value) > 1e-3 for episode in play_episodes(trainer, seed=0))
+
+
+def test_episodes_are_played_by_the_policy_that_is_valued(tmp_path: Path) -> None:
+    """The best of `target_particles`, as in the TD target."""
+    trainer = Trainer(TASK, config=UNEVALUATED, run_dir=tmp_path / "run")
+    values = []
+    for particles in (1, 16):
+        trainer.config = dataclasses.replace(trainer.config, target_particles=particles)
+        values.append([episode.values[0] for episode in play_episodes(trainer, seed=0)])
+    single, best = np.array(values)
+    assert (best >= single).mean() > 0.9
+    assert best.mean() > single.mean()

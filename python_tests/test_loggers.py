@@ -109,6 +109,13 @@ def test_evaluations_are_written_and_read_back(tmp_path):
     assert table["returns"] == [[1.0, 2.5], [4.0]]
 
 
+def test_a_cut_evaluation_is_not_read(tmp_path):
+    EvaluationLog(tmp_path).write(Evaluation(100, 1.5, (1.0, 2.5), (10, 20)))
+    with (tmp_path / "evaluations.csv").open("a") as file:
+        file.write("200,2.0,-5.0,1.0,200.0,-4.0 -")
+    assert read_evaluations(tmp_path)["step"] == [100.0]
+
+
 def test_reading_a_directory_without_evaluations_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a run directory"):
         read_evaluations(tmp_path)

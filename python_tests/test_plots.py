@@ -1,6 +1,7 @@
 """Pictures: the numbers behind them, and that they can be drawn from a run directory."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,6 +114,19 @@ def test_learning_curves_are_drawn(tmp_path):
     output = plot_learning_curves(runs, tmp_path / "new" / "curve.png")
     assert output == tmp_path / "new" / "curve.png"
     assert has_content(output)
+
+
+def test_runs_that_differ_in_many_options_are_told_apart(tmp_path):
+    runs = [write_run(tmp_path / name, "flame", [(10, [1.0]), (20, [2.0])]) for name in "ab"]
+    for run, value in zip(runs, (1, 2), strict=True):
+        config = {"algorithm": "flame"} | {f"option_{i}": value for i in range(30)}
+        (run / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as where nothing is left for the axes
+        picture = plot_learning_curves(runs, tmp_path / "a.png")
+    few = plot_learning_curves(runs[:1], tmp_path / "b.png")
+    heights = [matplotlib_image.imread(file).shape[0] for file in (picture, few)]
+    assert heights[0] > heights[1]
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path):

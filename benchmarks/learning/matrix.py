@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,9 +28,11 @@ from pathlib import Path
 from provenance import provenance
 from report import RESULT_FILES, Run, differences, read_results, read_settings, report
 
-from flame_ext.config import make_config
+from flame_ext.checkpoint import has_checkpoint
+from flame_ext.config import Config, make_config
 from flame_ext.config_text import parse_overrides
 from flame_ext.loggers import read_evaluations
+from flame_ext.run_dir import held
 
 # The installed command: `python -m` in a checkout would import its sources, which have no kernels.
 FLAME_EXT = str(Path(sysconfig.get_path("scripts")) / "flame-ext")
@@ -56,6 +59,11 @@ class Matrix:
         """Where the run lives."""
         return Path(self.arguments.runs) / run.name
 
+    def length(self, run: Run) -> int:
+        """Steps after which the run ends: all its environments make the last one."""
+        num_envs = wanted_config(run, self.arguments).num_envs
+        return math.ceil(self.arguments.steps / num_envs) * num_envs
+
     def find_unfinished(self) -> list[Run]:
         """Keeps the results of what `--runs` holds complete; returns the runs without any."""
         results = {run.name: result for run, result in read_results(self.results).items()}
@@ -63,11 +71,11 @@ class Matrix:
         for run in self.runs:
             if run.name in results:
                 check_request(run, self.results / f"{run.name}.json", self.arguments)
-                if results[run.name].steps != self.arguments.steps:
+                if results[run.name].steps != self.length(run):
                     raise SystemExit(f"{self.results} has runs of other lengths: {_SEPARATE}")
-            elif (steps := read_steps(self.directory(run))) < self.arguments.steps:
+            elif (steps := read_steps(self.directory(run))) < self.length(run):
                 unfinished.append(run)
-            elif steps > self.arguments.steps:
+            elif steps > self.length(run):
                 raise SystemExit(f"{self.directory(run)} has {steps:.0f} steps: {_SEPARATE}")
             else:
                 check_request(run, self.directory(run) / "config.json", self.arguments)
@@ -94,16 +102,17 @@ class Matrix:
 
 def train(run: Run, directory: Path, arguments: argparse.Namespace) -> None:
     """Trains a run to the end, from its checkpoint where it has one."""
-    if (directory / "checkpoint" / "manifest.json").exists():
+    if has_checkpoint(directory):
         check_request(run, directory / "config.json", arguments)
         command = [FLAME_EXT, "train", "--resume", str(directory)]
     else:
-        # Without a checkpoint nothing of it can be continued.
-        shutil.rmtree(directory, ignore_errors=True)
+        if directory.exists():
+            with held(directory):  # Without a checkpoint nothing of it can be continued.
+                shutil.rmtree(directory)
         _provenance(directory).write_text(json.dumps(provenance(), indent=1) + "\n")
         command = _start(run, arguments, directory)
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with directory.with_suffix(".log").open("a") as log:
+    with directory.with_name(f"{directory.name}.log").open("a") as log:
         environment = {**os.environ, **threads}
         command += ["--steps", str(arguments.steps)]
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
@@ -131,7 +140,7 @@ def split_owner(option: str) -> tuple[str, str]:
 
 
 def _provenance(directory: Path) -> Path:
-    return directory.with_suffix(".provenance.json")
+    return directory.with_name(f"{directory.name}.provenance.json")
 
 
 def read_steps(directory: Path) -> float:
@@ -147,11 +156,17 @@ def check_request(run: Run, settings: Path, arguments: argparse.Namespace) -> No
     """A run that is gone on with or taken as finished must be one that this command would make."""
     if run.algorithm == "sb3-sac":
         return  # its settings are the library's own
-    overrides = parse_overrides(options_of(run.algorithm, arguments.set))
-    config = make_config(run.algorithm, arguments.preset, overrides)
+    config = wanted_config(run, arguments)
     wanted = json.loads(json.dumps(config.to_dict() | {"total_steps": arguments.steps}))
     if different := differences(read_settings(settings), wanted):
         raise SystemExit(f"{settings} differs from this command in {different}: {_SEPARATE}")
+
+
+def wanted_config(run: Run, arguments: argparse.Namespace) -> Config:
+    """The options of the run; those of `sac` for Stable-Baselines3's."""
+    overrides = parse_overrides(options_of(run.algorithm, arguments.set))
+    algorithm = "sac" if run.algorithm == "sb3-sac" else run.algorithm
+    return make_config(algorithm, arguments.preset, overrides)
 
 
 def main() -> None:
