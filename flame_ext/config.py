@@ -75,7 +75,7 @@ class Config:
         policy_batch_size: States per policy update, the first of the last critic update's batch;
             a smaller batch is taken whole.
         initial_action_std: Standard deviation of a flow policy's first actions; not used with
-            ``policy_layer_norm``.
+            ``policy_layer_norm``, nor by the diffusion policy.
         temperature: How alpha is set: ``entropy`` holds the policy's entropy at the target (SAC),
             ``ess`` holds the effective sample size of the importance weights, ``fixed`` keeps it.
         initial_alpha: Entropy temperature at the start [alpha].
@@ -100,7 +100,8 @@ class Config:
             `proposal_ess` (a damped step towards the same target).
         proposal_ess: Effective sample size of ``proposal="policy"``, as a fraction of K.
         z_source: Actions that are noised to z: uniform, the policy's own, those of the replay
-            buffer, or samples of the target (one candidate resampled by its weight).
+            buffer, or samples of the target (one candidate resampled by its weight). The
+            diffusion policy takes its own.
         instantaneous_fraction: Fraction of the batch with r = t.
         acting_fraction: Fraction of the batch with (r, t) = (0, 1), the pair that acts. The reverse
             KL moves u there alone, so that the identity's time derivative means nothing: keep 0
@@ -215,6 +216,11 @@ class Config:
             self._check_flow()
         if self.temperature == "ess" and not self._draws_candidates:
             raise ValueError("temperature='ess' needs candidates: reweighting_weight > 0, not sac")
+        if self.temperature == "ess" and self.proposal == "policy":
+            raise ValueError(
+                "proposal='policy' holds the effective sample size itself, at proposal_ess for "
+                "every alpha: temperature='ess' would run away"
+            )
         if self.algorithm == "diffusion" and (
             self.temperature == "entropy" or self.entropy_in_target
         ):
@@ -229,6 +235,11 @@ class Config:
             raise ValueError(
                 "reverse_kl_weight > 0 needs the one-step policy (sampling_steps=1, flow='mean'): "
                 "only there the exact density is one Jacobian"
+            )
+        if self.reverse_kl_weight > 0 and self._entropy_sub_steps > 1:
+            raise ValueError(
+                "reverse_kl_weight > 0 differentiates the density of the step that acts: "
+                "entropy_estimator='multi_step' with entropy_steps > 1 would train another map"
             )
         if self.proposal == "policy" and not one_step:
             raise ValueError(
@@ -246,6 +257,10 @@ class Config:
                 "entropy_estimator='one_step_trace' has no entropy_trace='log_det'; use 'exact' or "
                 "'hutchinson'"
             )
+
+    @property
+    def _entropy_sub_steps(self) -> int:
+        return self.entropy_steps if self.entropy_estimator == "multi_step" else 1
 
     @property
     def _draws_candidates(self) -> bool:

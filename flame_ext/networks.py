@@ -345,13 +345,14 @@ class MeanVelocityNet(FlatMLP):
         self.obs_dim, self.action_dim = obs_dim, action_dim
 
     @torch.no_grad()
-    def start_as_contraction(self, std: float, noise: float = 0.1) -> None:
-        """Makes the initial one-step policy close to N(0, std^2) for every state, without folds.
+    def start_as_contraction(self, std: float, steps: int = 1, noise: float = 0.1) -> None:
+        """Makes the initial policy of `steps` close to N(0, std^2) for every state, without folds.
 
-        2 A units of every hidden layer carry z through: act(x) - act(-x) is x for relu and silu
-        and nearly so for mish. The output then starts as (1 - std) z plus `noise` times its
-        random initialisation. A freshly drawn network has u near 0 instead, so its actions are
-        the unit Gaussian, mostly on the box's walls.
+        2 A units of every hidden layer carry z through: act(x) - act(-x) is x for relu and silu,
+        and for mish, whose slope at 0 is 0.6, near 1.2 x where x is small: it carries z / 4. The
+        output then starts as (1 - std^(1 / steps)) steps z plus `noise` times its random
+        initialisation. A freshly drawn network has u near 0 instead, so its actions are the unit
+        Gaussian, mostly on the box's walls.
 
         Raises:
             ValueError: If a hidden layer has fewer than 2 A units.
@@ -364,14 +365,16 @@ class MeanVelocityNet(FlatMLP):
                 f"dimensions; give at least {2 * a}"
             )
         eye = torch.eye(a, dtype=self.flat.dtype, device=self.flat.device)
+        gain, scale = (1.2, 0.25) if self.activation == "mish" else (1.0, 1.0)
         for i, layer in enumerate(layers[:-1]):
             weight = layer.weight[0, : 2 * a]
             weight.zero_()
             layer.bias[0, : 2 * a] = 0
-            signs = (eye,) if i == 0 else (eye, -eye)
+            signs = (scale * eye,) if i == 0 else (eye / gain, -eye / gain)
             weight[:, : len(signs) * a] = torch.cat([torch.cat(signs, 1), -torch.cat(signs, 1)])
         self.scale_output_layer(noise)
-        layers[-1].weight[0, :, : 2 * a] += (1 - std) * torch.cat([eye, -eye], dim=1)
+        slope = steps * (1 - std ** (1 / steps)) / (gain * scale)
+        layers[-1].weight[0, :, : 2 * a] += slope * torch.cat([eye, -eye], dim=1)
 
     def velocity(self, z: Tensor, r: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         """u(z, r, t, s): z ``(..., A)``, r and t ``(..., 1)``, obs ``(..., O)`` -> ``(..., A)``."""

@@ -64,6 +64,14 @@ def test_overrides_win_over_the_preset() -> None:
             ("sac", "default", {"entropy_estimator": "one_step_trace", "entropy_trace": "log_det"}),
             "has no entropy_trace='log_det'",
         ),
+        (
+            ("flame", "default", {"entropy_estimator": "multi_step", "entropy_steps": 4}),
+            "entropy_steps > 1 would train another map",
+        ),
+        (
+            ("flame", "default", {"temperature": "ess", "proposal": "policy"}),
+            "temperature='ess' would run away",
+        ),
         (("flame", "default", {"updates_per_step": float("inf")}), r"=inf is .* \[0, inf\)"),
         (("sac", "default", {"target_entropy_scale": -float("inf")}), r"=-inf is .* \(-inf, inf\)"),
         (("flame", "default", {"policy_tau": 0}), "policy_tau=0.0 is out of range"),

@@ -296,7 +296,12 @@ def test_updates_with_embeddings_follow_pytorchs(algorithm):
         assert second == pytest.approx(first, rel=2e-3, abs=2e-3)
 
 
-LOG_DET = {"entropy_estimator": "multi_step", "entropy_trace": "log_det", "entropy_steps": 2}
+LOG_DET = {
+    "entropy_estimator": "multi_step",
+    "entropy_trace": "log_det",
+    "entropy_steps": 2,
+    "reverse_kl_weight": 0,
+}
 
 
 @pytest.mark.parametrize("embedding_dim", [0, 24])

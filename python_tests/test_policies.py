@@ -1,5 +1,7 @@
 """What each policy hands to the mathematics: its own times, noise, options and candidates."""
 
+import math
+
 import pytest
 import torch
 from small_agents import ACT, OBS, make_agent, make_batch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from flame_ext.policies import diffusion, flow
 from flame_ext.policies.reweighting import damped_logits, resample
-from flame_ext.reference import LogProb, Reweighted, best_of, log_prob
+from flame_ext.reference import LogProb, Reweighted, best_of, log_prob, sample_flow
 
 
 def test_times_of_the_flow_loss() -> None:
@@ -94,6 +96,45 @@ def test_a_flow_starts_with_the_spread_that_is_asked_for() -> None:
         with torch.no_grad():
             action = actor.action(torch.zeros(4000, OBS), noise)
         assert action.std(0).mean().item() == pytest.approx(scale, rel=0.3)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "mish"])
+@pytest.mark.parametrize("hidden_sizes", [(64, 64), (64, 64, 64)])
+def test_a_flow_starts_without_folds(activation: str, hidden_sizes: tuple[int, ...]) -> None:
+    options = {"policy_activation": activation, "hidden_sizes": hidden_sizes}
+    actor = make_agent(initial_action_std=0.2, **options).actor
+    draws = torch.Generator().manual_seed(0)
+    obs, noise = (torch.randn(2000, n, generator=draws) for n in (OBS, ACT))
+    with torch.no_grad():
+        start = log_prob(actor.network, obs, noise)
+    assert not start.folded.any()
+    assert start.action.std(0).mean().item() == pytest.approx(0.2, rel=0.5)
+
+
+@pytest.mark.parametrize("flow_kind", ["mean", "instantaneous"])
+def test_so_does_one_of_several_steps(flow_kind: str) -> None:
+    several = {"sampling_steps": 20, "flow": flow_kind, "reverse_kl_weight": 0.0}
+    actor = make_agent(initial_action_std=0.3, **several).actor
+    noise = torch.randn(4000, ACT, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        action = actor.action(torch.zeros(4000, OBS), noise)
+    assert action.std(0).mean().item() == pytest.approx(0.3, rel=0.2)
+
+
+def test_the_exact_density_is_that_of_all_steps_that_act() -> None:
+    several = {"sampling_steps": 4, "reverse_kl_weight": 0.0}
+    agent = make_agent(**several)
+    obs, noise = torch.randn(3, OBS), torch.randn(3, ACT)
+    sample = agent.actor.sample(obs, noise, agent.generator)
+
+    def acted(z: torch.Tensor) -> torch.Tensor:
+        return sample_flow(agent.actor.network, obs, z, 4, "mean")
+
+    torch.testing.assert_close(sample.action, acted(noise))
+    jacobian = torch.autograd.functional.jacobian(lambda z: acted(z).sum(0), noise)
+    log_det = jacobian.transpose(0, 1).det().abs().log()
+    normal = -0.5 * noise.square().sum(1) - 0.5 * ACT * math.log(2 * math.pi)
+    torch.testing.assert_close(sample.log_prob, normal - log_det, rtol=1e-4, atol=1e-4)
 
 
 def test_damped_logits_hold_the_effective_sample_size() -> None:

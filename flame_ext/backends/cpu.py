@@ -37,7 +37,7 @@ class CpuBackend(TorchBackend):
 
     Options without a fused form (several particles in the TD target, ``proposal="policy"``,
     the diffusion policy's loss) are built by autograd from native evaluations; PyTorch still
-    differentiates a reverse-KL term through ``multi_step`` or ``one_step_trace``.
+    differentiates a reverse-KL term through ``multi_step`` of one step or ``one_step_trace``.
     """
 
     name = "cpu"

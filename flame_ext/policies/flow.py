@@ -94,7 +94,7 @@ class FlowActor(Actor):
             generator=generator,
         )
         if not config.policy_layer_norm:
-            self.network.start_as_contraction(config.initial_action_std)
+            self.network.start_as_contraction(config.initial_action_std, config.sampling_steps)
 
     def action(self, obs: Tensor, noise: Tensor) -> Tensor:
         c = self.config
@@ -123,14 +123,13 @@ class FlowActor(Actor):
             or native.differentiates_log_prob(c.entropy_estimator, obs, noise)
         ):
             evaluate = native.log_prob
+        estimator, steps, trace = c.entropy_estimator, 1, c.entropy_trace
+        if estimator == "multi_step":
+            steps = c.entropy_steps
+        elif estimator == "exact" and c.sampling_steps > 1:  # the density of all steps that act
+            estimator, steps, trace = "multi_step", c.sampling_steps, "log_det"
         return evaluate(
-            obs,
-            noise,
-            estimator=c.entropy_estimator,
-            steps=c.entropy_steps if c.entropy_estimator == "multi_step" else 1,
-            trace=c.entropy_trace,
-            flow=c.flow,
-            probe=probe,
+            obs, noise, estimator=estimator, steps=steps, trace=trace, flow=c.flow, probe=probe
         )
 
     def _native(self) -> FlowEvaluator | None:
