@@ -16,7 +16,6 @@ from flame_ext.policies.base import normal_like, uniform_like
 from flame_ext.policies.flow import MIN_TIME, FlowActor
 from flame_ext.reference import Reweighted, log_prob, meanflow_loss, sample_flow
 from flame_ext.sampling import Estimator, Trace
-from flame_ext.schedules import discount
 from flame_ext.trainer import Trainer
 from flame_ext.value_bias import measure_value_bias, play_episodes
 
@@ -71,7 +70,7 @@ def diagnose(
     episodes = play_episodes(trainer, seed)
     scale = trainer.config.reward_scale
     figures["return of an episode"] = float(np.mean([sum(e.rewards) / scale for e in episodes]))
-    bias = measure_value_bias(episodes, discount(trainer.config, trainer.global_step))
+    bias = measure_value_bias(episodes, trainer.discount)
     if bias is not None:
         figures |= {
             "Q": bias.value,

@@ -29,4 +29,4 @@ def discount(config: Config, steps: int) -> float:
 
 
 def _has_settled(config: Config, steps: int) -> bool:
-    return config.settle_after is not None and steps > config.settle_after
+    return config.settle_after is not None and steps >= config.settle_after

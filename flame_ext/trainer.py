@@ -248,8 +248,8 @@ class Trainer:
         c, total = self.config, self.config.total_steps
         while self.global_step < total and self._stopped_by is None and not interrupted.is_set():
             before = self.global_step
+            self.agent.set_progress(before, total)
             self._collect()
-            self.agent.set_progress(self.global_step, total)
             self._update()
             progress.update(self.global_step, self.agent.updates)
             if self._due(before, c.log_interval):
@@ -314,10 +314,14 @@ class Trainer:
             batch = self.sample(updates * self.config.batch_size, self.agent.generator)
             self._tally.add(self.agent.update(batch, updates))
 
+    @property
+    def discount(self) -> float:
+        """Gamma of the updates in the last environment step, as of its beginning."""
+        return discount(self.config, self.global_step - self.env.num_envs)
+
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Transitions of the replay buffer as the agent takes them."""
-        gamma = discount(self.config, self.global_step)
-        batch = self.replay.sample(batch_size, generator, gamma)
+        batch = self.replay.sample(batch_size, generator, self.discount)
         if self.normalizer is None:
             return batch
         return dataclasses.replace(
