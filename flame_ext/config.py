@@ -236,7 +236,7 @@ class Config:
                 "reverse_kl_weight > 0 needs the one-step policy (sampling_steps=1, flow='mean'): "
                 "only there the exact density is one Jacobian"
             )
-        if self.reverse_kl_weight > 0 and self._entropy_sub_steps > 1:
+        if self.reverse_kl_weight > 0 and self.entropy_sub_steps > 1:
             raise ValueError(
                 "reverse_kl_weight > 0 differentiates the density of the step that acts: "
                 "entropy_estimator='multi_step' with entropy_steps > 1 would train another map"
@@ -259,7 +259,8 @@ class Config:
             )
 
     @property
-    def _entropy_sub_steps(self) -> int:
+    def entropy_sub_steps(self) -> int:
+        """Steps that the estimator of the entropy takes: several of ``multi_step`` alone."""
         return self.entropy_steps if self.entropy_estimator == "multi_step" else 1
 
     @property

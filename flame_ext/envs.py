@@ -255,24 +255,27 @@ def _twin_of(env: Environment) -> Environment:
     if env.spec is not None:
         spec = env.spec
         builders.insert(0, lambda: _make(spec))
-    twins, reasons = [], []
+    unlike, reasons = [], []
     for build in builders:
         try:
-            twins.append(build())
+            twin = build()
         except Exception as error:  # User code: anything; reported below.
             reasons.append(str(error))
-        else:
-            if not differences(env, twins[-1]):
-                return twins[-1]
-    if not twins:
+            continue
+        own = differences(env, twin)
+        if not own:
+            return twin
+        unlike.append((twin, own))
+    if not unlike:
         raise ValueError(
             f"No separate evaluation environment can be built from {env}: {'; '.join(reasons)}. "
             "Pass an id or a factory (lambda: MyEnv()) instead of an object, or eval_env."
         )
+    twin, own = unlike[0]
     warnings.warn(
         f"evaluations play in an environment that is not quite {env}: it has its own "
-        f"{', '.join(differences(env, twins[0]))}. If that matters, pass a factory (lambda: "
-        "MyEnv()) instead of an object, or eval_env.",
+        f"{', '.join(own)}. If that matters, pass a factory (lambda: MyEnv()) instead of an "
+        "object, or eval_env.",
         stacklevel=2,
     )
-    return twins[0]
+    return twin

@@ -132,9 +132,8 @@ def _act(
     states = agent.critics.observe(trainer.to_agent(obs))
     shape = (len(states), trainer.config.target_particles, agent.action_dim)
     noise = normal_like(states, shape, generator)
-    candidates = agent.actor.action(states.unsqueeze(1), noise)
-    value, best = agent.critics.candidate_q_min(states, candidates).max(1)
-    action = candidates[torch.arange(len(states)), best]
+    action = agent.actor.best_action(agent.critics, states, noise)
+    value = agent.critics.q_min(states, action)
     entropy = torch.zeros_like(value)
     if trainer.config.entropy_in_target:
         log_prob = agent.actor.sample(states, noise[:, 0], generator).log_prob

@@ -7,6 +7,7 @@ import torch
 from small_agents import ACT, OBS, make_agent, make_batch
 from torch import Tensor
 
+from flame_ext.backends.native_evaluator import NativeEvaluator
 from flame_ext.policies import diffusion, flow
 from flame_ext.policies.reweighting import damped_logits, resample
 from flame_ext.reference import LogProb, Reweighted, best_of, log_prob, sample_flow
@@ -135,6 +136,17 @@ def test_the_exact_density_is_that_of_all_steps_that_act() -> None:
     log_det = jacobian.transpose(0, 1).det().abs().log()
     normal = -0.5 * noise.square().sum(1) - 0.5 * ACT * math.log(2 * math.pi)
     torch.testing.assert_close(sample.log_prob, normal - log_det, rtol=1e-4, atol=1e-4)
+
+
+def test_so_it_is_where_native_kernels_have_no_gradient_for_it() -> None:
+    agent = make_agent(sampling_steps=4, reverse_kl_weight=0.0)
+    obs, noise = torch.randn(3, OBS), torch.randn(3, ACT)
+    expected = agent.actor.sample(obs, noise, agent.generator)
+    agent.actor.network.evaluator = NativeEvaluator(agent.actor.network)
+    found = agent.actor.sample(obs, noise, agent.generator)
+    torch.testing.assert_close(found.action, expected.action)
+    torch.testing.assert_close(found.log_prob, expected.log_prob)
+    assert found.log_prob.requires_grad
 
 
 def test_damped_logits_hold_the_effective_sample_size() -> None:

@@ -111,26 +111,28 @@ class FlowActor(Actor):
         return super().best_action(critics, obs, noise)
 
     def sample(self, obs: Tensor, noise: Tensor, generator: torch.Generator) -> LogProb:
-        c = self.config
+        estimator, steps, trace = self._estimator()
         probe = None
-        if c.entropy_trace == "hutchinson":
+        if trace == "hutchinson":
             bits = torch.randint(0, 2, noise.shape, generator=generator, device=noise.device)
             probe = (2 * bits - 1).to(noise.dtype)
         native = self._native()
         evaluate: Callable[..., LogProb] = functools.partial(log_prob, self.network)
         if native is not None and (
-            not torch.is_grad_enabled()
-            or native.differentiates_log_prob(c.entropy_estimator, obs, noise)
+            not torch.is_grad_enabled() or native.differentiates_log_prob(estimator, obs, noise)
         ):
             evaluate = native.log_prob
-        estimator, steps, trace = c.entropy_estimator, 1, c.entropy_trace
-        if estimator == "multi_step":
-            steps = c.entropy_steps
-        elif estimator == "exact" and c.sampling_steps > 1:  # the density of all steps that act
-            estimator, steps, trace = "multi_step", c.sampling_steps, "log_det"
+        flow = self.config.flow
         return evaluate(
-            obs, noise, estimator=estimator, steps=steps, trace=trace, flow=c.flow, probe=probe
+            obs, noise, estimator=estimator, steps=steps, trace=trace, flow=flow, probe=probe
         )
+
+    def _estimator(self) -> tuple[Estimator, int, Trace]:
+        """Of the density, with its steps and trace: `exact` is that of all steps that act."""
+        c = self.config
+        if c.entropy_estimator == "exact" and c.sampling_steps > 1:
+            return "multi_step", c.sampling_steps, "log_det"
+        return c.entropy_estimator, c.entropy_sub_steps, c.entropy_trace
 
     def _native(self) -> FlowEvaluator | None:
         """The backend's kernels for this network, if it has any."""
