@@ -1,12 +1,7 @@
 """The statistics of the learning benchmarks, against values worked out by hand."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "learning"))
 from aggregate import bootstrap, interquartile_mean, probability_of_improvement
 
 

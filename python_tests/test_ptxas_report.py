@@ -1,10 +1,5 @@
 """What the comparison of registers and spills reads in a build's output, and what it reports."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 from ptxas_report import differences, parse
 
 LOG = """\

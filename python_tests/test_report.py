@@ -1,14 +1,9 @@
 """Which committed runs belong together."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from report import differences
 
 from flame_ext.config import make_config
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "learning"))
-from report import differences
 
 LONG = make_config("flame", overrides={"total_steps": 200, "settle_after": 100}).to_dict()
 

@@ -2,9 +2,10 @@
 
 Every run is one `flame-ext train` process on one thread; as many run side by side as `--jobs`.
 When a run ends, its curve, its settings and its provenance (commit, versions, machine, command, as
-of its start) go to `--results`, which `report.py` then draws and tabulates anew. Runs that are
-finished there or in `--runs` are kept and interrupted ones resume, so the command can be repeated,
-on another machine too, until the matrix is complete. The algorithm `sb3-sac` is
+of its start) go to `--results`, which `report.py` then draws and tabulates anew. Ctrl-C and SIGTERM
+stop the runs with a checkpoint. Runs that are finished there or in `--runs` are kept and
+interrupted ones resume, so the command can be repeated, on another machine too, until the matrix is
+complete. The algorithm `sb3-sac` is
 Stable-Baselines3's SAC (`sb3_sac.py`); it starts again when interrupted.
 
 Run: python benchmarks/learning/matrix.py --tasks HalfCheetah-v5 --algorithms flame sac \
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -36,6 +38,7 @@ from flame_ext.run_dir import held
 
 # The installed command: `python -m` in a checkout would import its sources, which have no kernels.
 FLAME_EXT = str(Path(sysconfig.get_path("scripts")) / "flame-ext")
+_POLL_SECONDS = 0.5
 _SEPARATE = "give other --runs and --results"
 
 
@@ -54,6 +57,7 @@ class Matrix:
             for algorithm in arguments.algorithms
         ]
         self._reporting = threading.Lock()
+        self._stopping = threading.Event()
 
     def directory(self, run: Run) -> Path:
         """Where the run lives."""
@@ -82,9 +86,25 @@ class Matrix:
                 self.keep(run)
         return unfinished
 
+    def run(self) -> None:
+        """Completes the runs that are missing, `--jobs` side by side.
+
+        Raises:
+            KeyboardInterrupt: At Ctrl-C or SIGTERM, when the runs have saved checkpoints.
+        """
+        unfinished = self.find_unfinished()
+        if len(unfinished) < len(self.runs):
+            report(self.results, self.arguments.baseline)
+        with ThreadPoolExecutor(self.arguments.jobs) as pool:
+            try:
+                list(pool.map(self.complete, unfinished))
+            except KeyboardInterrupt:
+                self._stopping.set()
+                raise
+
     def complete(self, run: Run) -> None:
         """Trains or resumes a run, keeps its results and reports."""
-        train(run, self.directory(run), self.arguments)
+        train(run, self.directory(run), self.arguments, self._stopping)
         with self._reporting:
             self.keep(run)
             report(self.results, self.arguments.baseline)
@@ -100,7 +120,9 @@ class Matrix:
         file.write_text(json.dumps(dict(sorted(origins.items())), indent=1) + "\n")
 
 
-def train(run: Run, directory: Path, arguments: argparse.Namespace) -> None:
+def train(
+    run: Run, directory: Path, arguments: argparse.Namespace, stopping: threading.Event
+) -> None:
     """Trains a run to the end, from its checkpoint where it has one."""
     if has_checkpoint(directory):
         check_request(run, directory / "config.json", arguments)
@@ -111,11 +133,29 @@ def train(run: Run, directory: Path, arguments: argparse.Namespace) -> None:
                 shutil.rmtree(directory)
         _provenance(directory).write_text(json.dumps(provenance(), indent=1) + "\n")
         command = _start(run, arguments, directory)
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with directory.with_name(f"{directory.name}.log").open("a") as log:
-        environment = {**os.environ, **threads}
-        command += ["--steps", str(arguments.steps)]
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+    command += ["--steps", str(arguments.steps)]
+    supervise(command, directory.with_name(f"{directory.name}.log"), stopping)
+
+
+def supervise(command: list[str], log_file: Path, stopping: threading.Event) -> None:
+    """Waits for a run of one thread, or tells it to stop and waits until it has.
+
+    Raises:
+        subprocess.CalledProcessError: If it failed or was stopped.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with log_file.open("a") as log:
+        # A session of its own: a terminal's Ctrl-C would reach it beside our SIGTERM, and the
+        # second signal cuts a run off without a checkpoint.
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+    while process.poll() is None:
+        if stopping.wait(_POLL_SECONDS):
+            process.terminate()
+            process.wait()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def _start(run: Run, arguments: argparse.Namespace, directory: Path) -> list[str]:
@@ -195,12 +235,11 @@ def main() -> None:
     owners = {owner for owner, _ in map(split_owner, arguments.set)}
     if unknown := owners - {"", *arguments.algorithms}:
         parser.error(f"--set names {', '.join(sorted(unknown))}, which is not in --algorithms")
-    matrix = Matrix(arguments)
-    unfinished = matrix.find_unfinished()
-    if len(unfinished) < len(matrix.runs):
-        report(matrix.results, arguments.baseline)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(matrix.complete, unfinished))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        Matrix(arguments).run()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
