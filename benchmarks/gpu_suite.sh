@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command on a machine that has one: build for its architecture,
-# run the tests marked gpu, compute-sanitizer on a small run, time the kernels, train briefly.
+# run the tests marked gpu, time the kernels, compute-sanitizer on a small run, train briefly.
 #
 #   benchmarks/gpu_suite.sh [folder for results]
 #
@@ -17,6 +17,10 @@ arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)
 commit=${COMMIT:-$(git describe --always --dirty)}
 [ -n "$arch" ] || { echo "nvidia-smi finds no GPU" >&2; exit 1; }
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "needs Python 3.11 or later, which has -P" >&2
+    exit 1
+}
 
 names=() states=() seconds=()
 summarise() {
@@ -31,11 +35,12 @@ summarise() {
     } > "$out/summary.json"
 }
 readonly eight_minutes=480
+left() { echo $((eight_minutes - SECONDS)); }
 step() { # name, seconds at most, command...
-    local name=$1 limit=$2 begin=$SECONDS left=$((eight_minutes - SECONDS))
+    local name=$1 limit=$2 begin=$SECONDS
     shift 2
     echo "== $name"
-    [ "$left" -lt "$limit" ] && limit=$left
+    [ "$(left)" -lt "$limit" ] && limit=$(left)
     if [ "$limit" -le 0 ]; then
         states+=("no time")
     elif timeout -s INT -k 10 "$limit" "$@" > "$out/$name.log" 2>&1; then
@@ -69,15 +74,19 @@ side_by_side=$(python3 -c 'import xdist' 2> /dev/null && echo "-n 4")
 # shellcheck disable=SC2086
 step tests 120 python3 -P -m pytest -q -m gpu $side_by_side python_tests/test_cuda_kernels.py \
     python_tests/test_philox.py
-step kernels 120 python3 benchmarks/cuda_kernels.py --json "$out/kernels.json"
+step kernels 60 python3 benchmarks/cuda_kernels.py --json "$out/kernels.json"
+for tool in racecheck synccheck memcheck; do sanitize "$tool"; done
 if python3 -P -c 'import gymnasium; gymnasium.make("HalfCheetah-v5")' 2> /dev/null; then
     rm -rf "$out/run"
     step train 120 flame-ext train HalfCheetah-v5 --backend cuda --device cuda --steps 7000 \
         --run-dir "$out/run"
 fi
-for tool in memcheck racecheck synccheck; do sanitize "$tool"; done
+# With what time is left; the benchmark stops compiling by itself.
+compile_seconds=$(($(left) - 30))
+[ "$compile_seconds" -ge 30 ] && step compiled $((compile_seconds + 30)) \
+    python3 benchmarks/cuda_kernels.py --compile-seconds "$compile_seconds" --json "$out/compiled.json"
 
-[ -f "$out/kernels.log" ] && cat "$out/kernels.log"
+cat "$out/kernels.log" "$out/compiled.log" 2> /dev/null
 failed=0
 echo "== $device, sm_$arch, commit $commit"
 for i in "${!names[@]}"; do

@@ -62,7 +62,8 @@ py::array_t<float> py_policy_act_on_host(const MlpSpec& policy, const py::array&
           "; it must be (states, samples, ", action_dim, ") with at least one sample");
     check(time.ndim() == 2 && time.shape(0) >= 1, "time has shape ", shape_text(time),
           "; it must be (steps, features) with at least one step");
-    check(multiprocessors > 0, "multiprocessors is ", multiprocessors, "; it must be positive");
+    check(multiprocessors >= 0, "multiprocessors is ", multiprocessors,
+          "; it must not be negative");
     HostDevice device = host_device(order, shared_bytes, tensor_cores);
     device.multiprocessors = multiprocessors;
     const int64_t states = noise.shape(0);

@@ -26,8 +26,9 @@ Scratch& scratch() {
     return s;
 }
 
-void check_size(int64_t size, int least, const char* what) {
-    check(size >= least && size <= kLargestSize, what, " is ", size, "; it must be from ", least,
+template <typename... What>
+void check_size(int64_t size, int least, What... what) {
+    check(size >= least && size <= kLargestSize, what..., " is ", size, "; it must be from ", least,
           " to ", kLargestSize);
 }
 
@@ -35,7 +36,7 @@ void check_net(const NetDesc& net, const PackShape& shape, const char* name) {
     const auto layers = net.hidden.size();
     check(layers >= 1 && layers <= kMaxHiddenLayers, "the ", name, " has ", layers,
           " hidden layers; native acting takes 1 to ", kMaxHiddenLayers);
-    for (const int width : net.hidden) check_size(width, 1, "the width of a hidden layer");
+    for (const int width : net.hidden) check_size(width, 1, "a hidden layer's width in the ", name);
     const int64_t expected = flat_size(net, shape);
     check(net.size == expected, "the flat buffer of the ", name, " holds ", net.size,
           " floats, but its layer sizes need ", expected);

@@ -21,6 +21,7 @@ from flame_ext.agent import Agent
 from flame_ext.backends import make_backend
 from flame_ext.backends.cuda import CudaBackend
 from flame_ext.backends.cuda_evaluator import CudaEvaluator
+from flame_ext.backends.cuda_graph import WARM_UPS
 from flame_ext.backends.torch import TorchBackend
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.critics import Critics
@@ -140,7 +141,7 @@ def particles_and_q(net: FlatMLP, critics: Critics, obs: Tensor, noise: Tensor) 
     ("rows", "particles", "obs_dim", "action_dim", "hidden"),
     [
         (1, 1, 17, 6, (256, 256, 256)),
-        (1, 1, 376, 17, (1024, 1024)),
+        (1, 1, 376, 17, (640, 640)),
         (1, 32, 17, 6, (256, 256, 256)),
         (2, 3, 376, 17, (48, 33)),
         (31, 1, 1, 1, (8,)),
@@ -336,6 +337,10 @@ def test_captured_updates_are_those_launched_one_by_one(algorithm, options, embe
     for name, network in agents[0].networks().items():
         assert torch.equal(network.flat, agents[1].networks()[name].flat), name
     assert torch.equal(*(agent.generator.get_state() for agent in agents))
+    graphed, launched = (list(agent._run_steps._graphs.values()) for agent in agents)
+    assert all((g._graph is not None) == (g.runs > WARM_UPS) for g in graphed)
+    assert any(g._graph is not None for g in graphed)
+    assert all(g._graph is None for g in launched)
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (40, 6), (7, 17), (2, 64)])

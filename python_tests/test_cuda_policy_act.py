@@ -163,12 +163,13 @@ def test_the_same_bits_for_a_row_in_any_few():
 
 
 def test_weights_that_do_not_fit_go_to_tiles():
-    """One multiprocessor holds its share of wide layers, or none of them is enough."""
+    """One multiprocessor holds its share of wide layers, or none of them is enough, or there is no
+    cooperation."""
     net, critics = make_policy(17, 6, (256, 256)), make_critics(17, 6, (256, 256))
     obs, noise = draw(1, 17), draw(1, 2, 6)
     exact, q = particles_and_q(net, critics, obs, noise, torch.float64)
     single, _ = particles_and_q(net, critics, obs, noise, torch.float32)
-    for count, shared in ((132, 227), (132, 64), (16, 99), (2, 99)):
+    for count, shared in ((132, 227), (132, 64), (16, 99), (2, 99), (0, 227)):
         ours = act(net, critics, obs, noise, multiprocessors=count, shared_kib=shared)
         assert_chosen(ours, single, exact, q)
 

@@ -76,7 +76,11 @@ class Launcher {
     }
 
     size_t shared_limit() const { return shared_limit_; }  // floats per block
-    int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+    // That can run cooperating blocks: none where the device or its driver does not offer it.
+    int cooperating_multiprocessors() const {
+        return attribute(cudaDevAttrCooperativeLaunch) ? attribute(cudaDevAttrMultiProcessorCount)
+                                                       : 0;
+    }
 
     template <typename Kernel>
     void operator()(const Kernel& kernel, int64_t blocks, size_t shared_floats) const {
@@ -133,7 +137,7 @@ class Launcher {
         : falling_(falling), shared_limit_(shared_limit), multiprocessors_(multiprocessors) {}
 
     size_t shared_limit() const { return shared_limit_; }
-    int multiprocessors() const { return multiprocessors_; }
+    int cooperating_multiprocessors() const { return multiprocessors_; }
 
     template <typename Kernel>
     void operator()(const Kernel& kernel, int64_t blocks, size_t shared_floats) const {

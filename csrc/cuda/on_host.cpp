@@ -35,7 +35,7 @@ Launcher launcher_of(const HostDevice& device) {
 }
 
 // No operation of the table has cooperating blocks.
-Launcher launcher() { return launcher_of({falling_order, shared_bytes, tensor_cores, 1}); }
+Launcher launcher() { return launcher_of({falling_order, shared_bytes, tensor_cores, 0}); }
 
 // Workspace of one call; a value that no kernel wrote is NaN and shows in the results.
 class HostMemory {

@@ -12,7 +12,7 @@ struct HostDevice {
     bool falling;         // threads and blocks in falling order: a correct kernel does not notice
     size_t shared_bytes;  // of a block, which decides the tiles
     bool tensor_cores;    // for the products that can take them
-    int multiprocessors;  // each has one of the blocks that cooperate
+    int multiprocessors;  // each has one of the blocks that cooperate, 0: none can
 };
 
 // A table that runs every CUDA operation block by block, thread by thread (cuda/block.h).

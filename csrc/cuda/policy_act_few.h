@@ -350,19 +350,19 @@ static inline bool whole_vectors(const float* data) {
     return reinterpret_cast<uintptr_t>(data) % sizeof(Vec4) == 0;
 }
 
-// A plan, or one of no blocks where tiles must do: too many rows, no hidden layers to share out, or
-// weights that do not fit all multiprocessors' shared memory.
+// A plan, or one of no blocks where tiles must do: too many rows, no hidden layers to share out,
+// weights that do not fit all multiprocessors' shared memory, or blocks that cannot cooperate.
 static inline FewPlan find_few_plan(const Launcher& launch, const PolicyActArgs& a) {
     constexpr int kEnoughBlocks = 64;  // more make the barriers slower
     const bool choosing = a.samples > 1;
-    if (a.states * a.samples > kFewRows || a.policy.num_layers < 2 ||
+    const int most = launch.cooperating_multiprocessors();
+    if (most == 0 || a.states * a.samples > kFewRows || a.policy.num_layers < 2 ||
         !whole_vectors(a.parameters) ||
         (choosing && (a.critics.num_layers < 2 || !whole_vectors(a.critic_parameters)))) {
         return {};
     }
     int units = widest_hidden(a.policy);
     if (choosing && widest_hidden(a.critics) > units) units = widest_hidden(a.critics);
-    const int most = launch.multiprocessors();
     int blocks = divide_up(units, kWarps);
     if (blocks > kEnoughBlocks) blocks = kEnoughBlocks;
     for (; blocks < most; blocks *= 2) {
