@@ -43,6 +43,13 @@ def test_updates_move_every_network_and_are_reproducible(algorithm: str) -> None
         assert torch.equal(net.flat, second.networks()[name].flat), name
 
 
+def test_a_seed_is_of_weights_and_draws() -> None:
+    first, other = (make_agent(embedding_dim=8, seed=seed) for seed in (0, 1))
+    assert not torch.equal(first.generator.get_state(), other.generator.get_state())
+    for name, network in first.networks().items():
+        assert not torch.equal(network.flat, other.networks()[name].flat), name
+
+
 def test_a_policy_batch_above_the_batch_takes_all_of_it() -> None:
     whole, above = make_agent(policy_batch_size=32), make_agent(policy_batch_size=64)
     assert whole.update(make_batch()) == above.update(make_batch())
@@ -429,6 +436,19 @@ def test_the_target_takes_the_best_of_several() -> None:
     torch.testing.assert_close(found, batch.reward + 0.99 * torch.stack(values).amax(0))
 
 
+def test_its_entropy_is_that_of_a_plain_sample() -> None:
+    agent, batch = make_agent("sac", target_particles=5), make_batch()
+    noise = target_noise(agent.actor, batch, agent.generator)
+    found = td_target(agent.actor, agent.target_critics, batch, noise, 0.1, agent.generator)
+    with torch.no_grad():
+        samples = [
+            agent.actor.sample(batch.next_obs, noise[:, i], agent.generator) for i in range(5)
+        ]
+        values = [agent.target_critics.q_min(batch.next_obs, x.action) for x in samples]
+        value = torch.stack(values).amax(0) - 0.1 * samples[0].log_prob
+    torch.testing.assert_close(found, batch.reward + 0.99 * value)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "measured"), [("sac", "entropy"), ("flame", "entropy"), ("diffusion", "ess")]
 )
@@ -474,4 +494,14 @@ def test_data_are_collected_by_the_best_of_several() -> None:
     agent, obs = make_agent(train_particles=4), make_batch().obs
     noise = torch.randn(32, 4, ACT, generator=agent.generator.clone_state())
     expected = agent.actor.best_action(agent.critics, obs, noise).detach()
+    assert torch.equal(agent.explore(obs), expected)
+
+
+def test_data_are_collected_with_the_networks_that_are_trained() -> None:
+    agent, obs = make_agent(train_particles=4, policy_tau=0.25, embedding_dim=8), make_batch().obs
+    with torch.no_grad():
+        for network in deployed_networks(agent.deployed_actor, agent.deployed_critics).values():
+            network.flat.mul_(-1.5)  # far from those that are trained
+        noise = torch.randn(32, 4, ACT, generator=agent.generator.clone_state())
+        expected = agent.actor.best_action(agent.critics, agent.critics.observe(obs), noise)
     assert torch.equal(agent.explore(obs), expected)

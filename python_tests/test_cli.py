@@ -277,9 +277,19 @@ def test_eval_reports_the_episodes(run_dir, capsys):
     assert re.search(r"goals +\d+\.\d% / \d+\.\d% / \d+\.\d% / \d+\.\d% of sampled", first)
     assert cli.main(words) == 0
     assert capsys.readouterr().out == first
-    for change in (["--stochastic", "--seed", "1"], ["--precision", "bf16"]):
+    for change in (["--stochastic"], ["--precision", "bf16"]):
         assert cli.main([*words, *change]) == 0
         assert capsys.readouterr().out != first
+
+
+def test_a_seed_of_eval_is_of_its_episodes(tmp_path, capsys):
+    assert cli.main(train(tmp_path / "run", env="Pendulum-v1", steps=20)) == 0
+    played = []
+    for seed in ("0", "0", "1"):
+        capsys.readouterr()
+        assert cli.main(["eval", str(tmp_path / "run"), "--episodes", "2", "--seed", seed]) == 0
+        played.append(capsys.readouterr().out)
+    assert played[0] == played[1] != played[2]
 
 
 @pytest.mark.parametrize(

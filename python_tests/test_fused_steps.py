@@ -201,6 +201,9 @@ def policy_step(
         ("flame", {"monotonicity_margin": 0.0, "reverse_kl_weight": 0.5, "num_candidates": 5}),
         ("flame", {"reweighting_weight": 0.0, "policy_layer_norm": True}),
         ("flame", {"reverse_kl_weight": 0.0, "z_source": "uniform"}),
+        ("flame", {"boundary_width": 0.5, "policy_scale": 4.0}),
+        ("flame", {"reweighting_weight": 0.3}),
+        ("flame", {"acting_fraction": 0.4, "instantaneous_fraction": 0.1}),
         ("flame-r", {}),
         ("sac", {"embedding_dim": EMBEDDING}),
         ("flame", {"embedding_dim": EMBEDDING, "monotonicity_margin": 0.9}),
@@ -224,6 +227,19 @@ def test_policy_losses_are_as_accurate_as_pytorch(
         assert reported["policy_loss"] > without["policy_loss"], "the wall stood nowhere"
     if "policy_scale" in options and rows > 1:
         assert reported["fold_rate"] > 0.0, "no map folded"
+
+
+@pytest.mark.parametrize("sampling", ["random", "stratified"])
+def test_candidates_are_drawn_as_asked_for(monkeypatch: pytest.MonkeyPatch, sampling: str) -> None:
+    seen, flow_matching = [], _core.flow_matching
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["sampling"])
+        return flow_matching(*arguments, **options)
+
+    monkeypatch.setattr(_core, "flow_matching", note)
+    policy_step("cpu", "flame", torch.float32, 1, candidate_sampling=sampling)
+    assert seen == [sampling]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33])

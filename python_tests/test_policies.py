@@ -8,9 +8,10 @@ from small_agents import ACT, OBS, make_agent, make_batch
 from torch import Tensor
 
 from flame_ext.backends.native_evaluator import NativeEvaluator
-from flame_ext.policies import diffusion, flow
+from flame_ext.policies import diffusion, flow, reweighting
 from flame_ext.policies.reweighting import damped_logits, resample
 from flame_ext.reference import LogProb, Reweighted, best_of, log_prob, sample_flow
+from flame_ext.sampling import signal_and_scale
 
 
 def test_times_of_the_flow_loss() -> None:
@@ -37,6 +38,13 @@ def test_sources_of_z() -> None:
     noise = torch.randn(32, ACT, generator=agent.generator.clone_state())
     source, _ = agent.actor.draw_ends(obs, done, agent.critics, 0.1, agent.generator)
     assert torch.equal(source, agent.actor.action(obs, noise).detach())
+    agent = make_agent(z_source="replay")
+    source, _ = agent.actor.draw_ends(obs, done, agent.critics, 0.1, agent.generator)
+    assert torch.equal(source, done)
+    agent = make_agent(z_source="uniform")
+    draws = torch.rand(32, ACT, generator=agent.generator.clone_state())
+    source, _ = agent.actor.draw_ends(obs, done, agent.critics, 0.1, agent.generator)
+    torch.testing.assert_close(source, 2 * draws - 1)
     agent = make_agent(z_source="target")
     actions = 2 * torch.rand(32, 8, ACT, generator=agent.generator.clone_state()) - 1
     cold = 1e-7  # the best candidate has all the weight
@@ -66,6 +74,57 @@ def test_a_policy_that_is_its_target_weighs_its_samples_evenly(
     torch.testing.assert_close(found.ess, torch.full((32,), 8.0))
     # At so little noise one candidate explains z.
     assert (t * found.velocity).abs().max() < 0.1
+
+
+def test_candidates_of_the_policy_are_valued_in_the_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, obs, seen = make_agent(proposal="policy"), make_batch().obs, []
+
+    def q_min(obs: Tensor, action: Tensor) -> Tensor:
+        seen.append(action)
+        return torch.zeros(action.shape[:2])
+
+    monkeypatch.setattr(agent.critics, "candidate_q_min", q_min)
+    with torch.no_grad():
+        agent.actor.network.flat.zero_()  # N(0, 1), a third of it outside
+        agent.actor._from_policy(obs, torch.full((32, 1), 0.5), agent.critics, 0.3, agent.generator)
+    assert seen[0].abs().max() == 1
+
+
+@pytest.mark.parametrize("algorithm", ["flame", "diffusion"])
+@pytest.mark.parametrize("sampling", ["random", "stratified"])
+def test_candidates_are_drawn_as_asked_for(
+    monkeypatch: pytest.MonkeyPatch, algorithm: str, sampling: str
+) -> None:
+    seen, uniforms = [], reweighting.candidate_uniforms
+
+    def note(z: Tensor, count: int, sampling: str, generator: torch.Generator) -> Tensor:
+        seen.append((count, sampling))
+        return uniforms(z, count, sampling, generator)
+
+    monkeypatch.setattr(reweighting, "candidate_uniforms", note)
+    make_agent(algorithm, candidate_sampling=sampling).update(make_batch())
+    assert seen == [(8, sampling)]
+
+
+def test_the_diffusion_learns_at_its_samplers_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, batch, seen = make_agent("diffusion", sampling_steps=5), make_batch(), {}
+    velocity = agent.actor.network.velocity
+
+    def note(z: Tensor, r: Tensor, t: Tensor, obs: Tensor) -> Tensor:
+        seen.update(r=r, t=t)
+        return velocity(z, r, t, obs)
+
+    def reweighted(critics, obs, z, signal, scale, *_: object) -> Reweighted:
+        seen["mixed"] = torch.cat([signal, scale], 1)
+        return Reweighted(torch.zeros_like(z), torch.ones(len(z)), None)
+
+    monkeypatch.setattr(agent.actor.network, "velocity", note)
+    monkeypatch.setattr(diffusion, "reverse_reweighted", reweighted)
+    agent.actor.loss(batch.obs, batch.action, agent.critics, 0.1, agent.generator)
+    assert torch.equal(seen["r"], seen["t"])
+    assert set((5 * seen["t"]).round().int().flatten().tolist()) == {1, 2, 3, 4, 5}
+    wanted = [signal_and_scale(t) for t in seen["t"].flatten().tolist()]
+    torch.testing.assert_close(seen["mixed"], torch.tensor(wanted))
 
 
 def test_the_diffusion_learns_the_noise_of_its_own_samples(

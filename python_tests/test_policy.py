@@ -180,6 +180,16 @@ def test_stochastic_actions_vary_and_follow_the_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_another_seed_gives_other_actions(tmp_path: Path, backend: str) -> None:
+    make_policy(tmp_path, "flame")
+    first, again, other = (
+        load(tmp_path, backend=backend, seed=seed).act(np.zeros(OBS)) for seed in (0, 0, 1)
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize(("particles", "embedding_dim"), [(1, 0), (5, 0), (5, 8)])
 def test_normalisation_travels_with_the_policy(
     tmp_path: Path, backend: str, particles: int, embedding_dim: int

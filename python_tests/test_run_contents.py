@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -69,6 +70,46 @@ def test_what_the_agent_sees_is_standardised(tmp_path: Path) -> None:
         torch.testing.assert_close(obs.std(0), torch.ones(2), rtol=0, atol=0.2)
 
 
+@pytest.mark.parametrize("call", ["explore", "act"])
+def test_the_agent_acts_on_standardised_observations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    trainer = Trainer(Far, config=STANDARDISED, run_dir=tmp_path / "run")
+    plain, seen = getattr(trainer.agent, call), []
+
+    def note(obs: Tensor, *noise: Tensor) -> Tensor:
+        seen.append(obs)
+        return plain(obs, *noise)
+
+    monkeypatch.setattr(trainer.agent, call, note)
+    trainer.run(total_steps=120)
+    assert torch.cat(seen).abs().max() <= 10  # about 1000 as the environment gives them
+
+
+def test_every_observation_acted_on_is_counted(tmp_path: Path) -> None:
+    trainer = Trainer(Far, config=STANDARDISED, run_dir=tmp_path / "run")
+    trainer.run(total_steps=160)
+    assert trainer.normalizer is not None
+    state = trainer.normalizer.state_dict()
+    assert state["count"] == 160
+    torch.testing.assert_close(state["mean"], observations(trainer).double().mean(0))
+
+
+def test_the_agent_acts_from_the_end_of_the_random_steps_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny(tmp_path / "run", eval_interval=0)
+    explore, steps = trainer.agent.explore, []
+
+    def note(obs: Tensor) -> Tensor:
+        steps.append(trainer.global_step)
+        return explore(obs)
+
+    monkeypatch.setattr(trainer.agent, "explore", note)
+    trainer.run(total_steps=50)
+    assert steps == [40, 42, 44, 46, 48]
+
+
 def test_first_actions_are_uniform_in_the_box(tmp_path: Path) -> None:
     trainer = tiny(tmp_path / "run", learning_starts=600, eval_interval=0)
     trainer.run(total_steps=600)
@@ -78,13 +119,15 @@ def test_first_actions_are_uniform_in_the_box(tmp_path: Path) -> None:
 
 
 def test_the_best_policy_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([1.0, 3.0, 2.0])
+    """The last one of several that are equally good."""
+    scores = iter([1.0, 3.0, 3.0, 2.0])
     monkeypatch.setattr(trainer_module, "run_episodes", lambda *_, **__: ((next(scores),), (1,)))
     best, kept = tmp_path / "run" / "best" / "policy.safetensors", []
     watch = FunctionCallback(lambda *_: kept.append(best.read_bytes()), event="evaluation")
     run = Trainer(TASK, config=TINY, run_dir=tmp_path / "run", callbacks=[watch])
-    result = run.run(total_steps=240)
-    assert kept[0] != kept[1] == kept[2]
+    result = run.run(total_steps=320)
+    assert len(set(kept[:3])) == 3
+    assert kept[2] == kept[3]
     assert (result.best_return, result.final_return) == (3, 2)
 
 
@@ -130,10 +173,19 @@ def test_evaluations_choose_among_their_particles(
     assert shapes == {(2, 3, 2)}
 
 
-def test_evaluation_and_training_share_no_episode(tmp_path: Path) -> None:
-    trainer = Trainer("Pendulum-v1", config=TINY, run_dir=tmp_path / "run")
-    rows = np.concatenate([trainer.env.reset(), trainer.eval_env.reset()])
-    assert len(np.unique(rows, axis=0)) == 4
+def test_evaluation_and_training_share_no_episode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, starts = Trainer("Pendulum-v1", config=TINY, run_dir=tmp_path / "run"), []
+    for env in (trainer.env, trainer.eval_env):
+
+        def note(seed: int | None = None, reset: Any = env.reset) -> np.ndarray:
+            starts.append(reset(seed))
+            return starts[-1]
+
+        monkeypatch.setattr(env, "reset", note)
+    trainer.run(total_steps=40)
+    assert len(np.unique(np.concatenate(starts), axis=0)) == 4
 
 
 def test_a_run_may_be_in_a_thread(tmp_path: Path) -> None:

@@ -68,13 +68,14 @@ def test_a_restored_temperature_goes_on_bit_equal() -> None:
     assert first.log_alpha == second.log_alpha
 
 
-@pytest.mark.parametrize("interval", [1, 4, 5])
+@pytest.mark.parametrize(("interval", "first"), [(1, [2, 4]), (4, [4, 8]), (5, [6, 10])])
 def test_the_temperature_moves_once_per_interval_of_critic_updates(
-    interval: int, monkeypatch: pytest.MonkeyPatch
+    interval: int, first: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = make_agent("sac", policy_delay=2, alpha_interval=interval)
     steps: list[int] = []
     monkeypatch.setattr(agent.temperature, "step", lambda *_: steps.append(agent.updates))
     for _ in range(40):
         agent.update(make_batch())
+    assert steps[:2] == first
     assert len(steps) == 40 // max(interval, 2)

@@ -16,6 +16,7 @@ from small_runs import TASK, TINY, tiny
 
 import flame_ext
 from flame_ext import evaluate
+from flame_ext import trainer as trainer_module
 from flame_ext.callbacks import Callback
 from flame_ext.checkpoint import read_checkpoint
 from flame_ext.errors import (
@@ -211,11 +212,37 @@ def test_also_around_vector_environments(tmp_path: Path) -> None:
         Trainer.resume(tmp_path / "run")
 
 
+def test_a_resumed_run_takes_callbacks_and_eval_env(tmp_path: Path) -> None:
+    tiny(tmp_path / "run").run(total_steps=40)
+    stop = flame_ext.callbacks.FunctionCallback(lambda *_: False, event="log")
+    resumed = Trainer.resume(
+        tmp_path / "run", callbacks=[stop], eval_env=lambda: gymnasium.make(TASK, num_goals=2)
+    )
+    goals = {len(env.unwrapped.goals) for env in resumed.eval_env.vector.unwrapped.envs}
+    assert goals == {2}
+    assert resumed.run(total_steps=200).stopped_by == "FunctionCallback"
+
+
 def test_a_resumed_run_keeps_its_backend(tmp_path: Path) -> None:
     config = {**TINY, "eval_interval": 0}
     Trainer(TASK, config=config, backend="torch", run_dir=tmp_path / "run").run(total_steps=40)
     assert Trainer.resume(tmp_path / "run").backend.name == "torch"
     assert Trainer.resume(tmp_path / "run", backend="cpu").backend.name == "cpu"
+
+
+def test_a_resumed_run_keeps_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {**TINY, "eval_interval": 0}
+    Trainer(TASK, config=config, device="cpu", run_dir=tmp_path / "run").run(total_steps=40)
+    asked = []
+
+    def note(device: str, backend: str) -> torch.device:
+        asked.append(device)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(trainer_module, "resolve_device", note)
+    Trainer.resume(tmp_path / "run")
+    Trainer.resume(tmp_path / "run", device="auto")
+    assert asked == ["cpu", "auto"]
 
 
 def test_same_seed_twice_is_bit_equal_and_another_seed_differs(tmp_path: Path) -> None:
@@ -227,6 +254,15 @@ def test_same_seed_twice_is_bit_equal_and_another_seed_differs(tmp_path: Path) -
     first = parameters("a", 0)
     assert torch.equal(first, parameters("b", 0))
     assert not torch.equal(first, parameters("c", 1))
+
+
+def test_a_seed_is_of_weights_and_draws(tmp_path: Path) -> None:
+    first, other = (
+        Trainer(TASK, config=TINY, run_dir=tmp_path / str(seed), seed=seed).agent for seed in (0, 1)
+    )
+    assert not torch.equal(first.generator.get_state(), other.generator.get_state())
+    for name, network in first.networks().items():
+        assert not torch.equal(network.flat, other.networks()[name].flat), name
 
 
 def test_update_to_data_ratio_above_and_below_one(tmp_path: Path) -> None:
@@ -288,6 +324,25 @@ def test_a_broken_environment_loses_nothing(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="starts new episodes"):
         resumed = Trainer.resume(tmp_path / "run", env=Fragile)
     assert resumed.run(total_steps=100).steps == 100
+
+
+def test_a_resumed_run_does_not_repeat_its_first_episodes(tmp_path: Path) -> None:
+    seeds = []
+
+    class Hidden(Counting):
+        def __init__(self) -> None:
+            self.memory: list[int] = []  # a state that is not saved
+
+        def reset(self, *, seed=None, options=None):  # type: ignore[no-untyped-def]
+            seeds.append(seed)
+            return super().reset(seed=seed)
+
+    options = {**TINY, "num_envs": 1}
+    Trainer(Hidden, config=options, run_dir=tmp_path / "run", eval_env=Counting).run(30)
+    with pytest.warns(UserWarning, match="starts new episodes"):
+        Trainer.resume(tmp_path / "run", env=Hidden, eval_env=Counting)
+    given = [seed for seed in seeds if seed is not None]
+    assert len(given) == len(set(given)) == 2
 
 
 def test_a_step_that_fails_in_one_environment_is_no_transition_of_the_others(
