@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from aggregate import bootstrap, interquartile_mean, probability_of_improvement
+from aggregate import bootstrap, interquartile_mean, probability_of_improvement, ratio
 
 
 def test_the_interquartile_mean_leaves_out_a_quarter_on_either_side() -> None:
@@ -34,3 +34,16 @@ def test_the_bootstrap_interval_is_that_of_the_mean() -> None:
 
 def test_one_seed_has_no_interval() -> None:
     assert str(bootstrap(np.mean, np.array([[2.0], [4.0]]))) == "3.00 [one seed]"
+
+
+def test_ratios_are_to_the_baselines_mean_on_the_same_task() -> None:
+    ours, baseline = np.array([[2.0, 4.0], [30.0, 60.0]]), np.array([[1.0, 3.0], [10.0, 20.0]])
+    assert np.array_equal(ratio(ours, baseline), [[1, 2], [2, 4]])
+
+
+def test_the_bootstrap_resamples_each_task_by_itself() -> None:
+    """One draw of seeds for both of these tasks would leave their mean where it is."""
+
+    scores = np.array([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])
+    low, high = bootstrap(np.mean, scores).interval
+    assert low < 1.2 < 1.8 < high

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from flame_ext import progress as module
 from flame_ext.callbacks import Callback, FunctionCallback, StopAfterSeconds, StopOnReturn
 from flame_ext.evaluate import Evaluation
 from flame_ext.progress import Progress
@@ -115,3 +116,15 @@ def test_a_terminal_gets_a_bar_and_the_same_line():
     assert "2000/2000" in text
     assert "100.0 +- 1.0" in text
     assert "ESS 7.53" in text
+
+
+def test_speeds_are_of_this_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    stream = io.StringIO()
+    progress = module.Progress(2000, initial=500, stream=stream)
+    progress.update(600, 1000)
+    clock[0] += 10
+    progress.update(1500, 1700)
+    progress.evaluated(Evaluation(1500, 1.0, (1.0,), (1,)))
+    assert " 100 steps/s  70 updates/s" in stream.getvalue()

@@ -102,3 +102,20 @@ def test_wrong_types_are_named(value: object) -> None:
 def test_widths_are_whole_numbers(value: object) -> None:
     with pytest.raises(TypeError, match="hidden_sizes="):
         make_config("flame", overrides={"hidden_sizes": value})
+
+
+@pytest.mark.parametrize("name", ["gamma", "tau", "exploration_noise", "target_ess"])
+def test_fractions_end_at_one(name: str) -> None:
+    assert getattr(make_config("flame", overrides={name: 1.0}), name) == 1
+    with pytest.raises(ValueError, match=f"{name}=1.01 is out of range"):
+        make_config("flame", overrides={name: 1.01})
+
+
+def test_an_algorithm_is_itself_in_the_paper_preset_too() -> None:
+    sac = make_config("sac", "paper")
+    assert (sac.target_particles, sac.eval_particles, sac.train_particles) == (1, 1, 1)
+    assert (sac.policy_tau, sac.target_entropy_scale, sac.alpha_learning_rate) == (1, -1, 1e-3)
+    assert make_config("flame-r", "paper").instantaneous_fraction == 1
+    flame = make_config("flame", "paper")
+    assert (flame.policy_delay, flame.reward_scale, flame.alpha_interval) == (2, 0.2, 100)
+    assert (flame.policy_learning_rate, flame.final_policy_learning_rate) == (3e-4, 3e-5)

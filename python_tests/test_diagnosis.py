@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.wrappers import TimeLimit
+from small_agents import OBS, make_agent
+from small_envs import Counting
 from small_runs import TASK, TINY
 
-from flame_ext import cli
+from flame_ext import cli, diagnosis
+from flame_ext import value_bias as value_bias_module
 from flame_ext.diagnosis import diagnose
 from flame_ext.trainer import Trainer
 from flame_ext.value_bias import Episode, ValueBias, measure_value_bias, play_episodes
@@ -168,19 +171,6 @@ def test_returns_are_in_the_environments_units(tmp_path: Path) -> None:
     assert diagnose(run, env=env, states=20)["return of an episode"] == pytest.approx(20)
 
 
-def test_a_state_that_is_cut_off_has_its_entropy(tmp_path: Path) -> None:
-    options = {**UNEVALUATED, "entropy_in_target": True, "initial_alpha": 2.0}
-    trainer = Trainer(
-        lambda: TimeLimit(Paying(10**9), 5),
-        algorithm="sac",
-        config=options,
-        run_dir=tmp_path / "run",
-    )
-    with torch.no_grad():
-        trainer.agent.critics.flat.zero_()
-    assert all(abs(episode.end_value) > 1e-3 for episode in play_episodes(trainer, seed=0))
-
-
 def test_episodes_are_played_by_the_policy_that_is_valued(tmp_path: Path) -> None:
     """The best of `target_particles`, as in the TD target."""
     trainer = Trainer(TASK, config=UNEVALUATED, run_dir=tmp_path / "run")
@@ -191,3 +181,59 @@ def test_episodes_are_played_by_the_policy_that_is_valued(tmp_path: Path) -> Non
     single, best = np.array(values)
     assert (best >= single).mean() > 0.9
     assert best.mean() > single.mean()
+
+
+@pytest.mark.parametrize(("both", "end"), [(False, 7.0), (True, 0.0)])
+def test_the_value_of_a_cut_off_state_is_of_its_last_observation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both: bool, end: float
+) -> None:
+    """And one that is terminated as well has none."""
+
+    class Ending(Counting):
+        def step(self, action):  # type: ignore[no-untyped-def]
+            obs, reward, _, truncated, info = super().step(action)
+            return obs, reward, both and truncated, truncated, info
+
+    def act(_, obs, __):  # type: ignore[no-untyped-def]
+        return np.zeros((len(obs), 1), np.float32), obs[:, 0], np.zeros(len(obs), np.float32)
+
+    monkeypatch.setattr(value_bias_module, "_act", act)
+    trainer = Trainer(Ending, algorithm="sac", config=TINY, run_dir=tmp_path / "run")
+    for episode in play_episodes(trainer, seed=0):
+        assert episode.values == list(range(7))
+        assert (episode.end_value, episode.truncated) == (end, not both)
+
+
+def test_values_are_compared_at_the_discount_that_the_critics_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gammas: list[float] = []
+    monkeypatch.setattr(diagnosis, "measure_value_bias", lambda _, gamma: gammas.append(gamma))
+    config = {**TINY, "eval_interval": 0, "gamma": 0.9, "settle_after": 40, "settled_horizon": 2}
+    Trainer(TASK, config=config, run_dir=tmp_path / "run").run(total_steps=80)
+    diagnosis.diagnose(tmp_path / "run", states=20)
+    assert gammas == [pytest.approx(0.95)]
+
+
+def test_the_best_of_several_is_held_against_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = make_agent()
+    values = torch.arange(16.0).expand(4, 16)
+    monkeypatch.setattr(agent.critics, "candidate_q_min", lambda *_: values)
+    with torch.no_grad():
+        figures = diagnosis._policy(agent, torch.zeros(4, OBS), torch.Generator().manual_seed(0))
+    assert figures["Q of the best of 16 over the mean"] == 7.5
+    assert figures["standard deviation of Q over actions"] == pytest.approx(4.7610, abs=1e-4)
+
+
+def test_a_state_that_is_cut_off_has_its_entropy(tmp_path: Path) -> None:
+    """Negative here, as the policy is narrow."""
+    config = {**TINY, "entropy_in_target": True, "initial_alpha": 2.0}
+    trainer = Trainer(Counting, algorithm="sac", config=config, run_dir=tmp_path / "run")
+    with torch.no_grad():
+        trainer.agent.critics.flat.zero_()
+        trainer.agent.actor.network.flat.zero_()
+        trainer.agent.actor.network.layers()[-1].bias[0, 1] = -9  # std = exp(-5)
+    # -log pi is 0.5 log(2 pi e) - 5 = -3.6 on average
+    ends = [episode.end_value for episode in play_episodes(trainer, seed=0)]
+    assert all(-10 < end < -4 for end in ends)
+    assert all(sum(e.entropies) < 0 for e in play_episodes(trainer, seed=0))

@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from small_envs import Counting
 
 from flame_ext.env_state import EnvState
 from flame_ext.envs import make_vector_env
@@ -152,3 +153,25 @@ def test_a_state_of_another_number_of_environments_is_refused():
     state = handle.get_state()
     with pytest.raises(ValueError, match="has 2 environments; this handle has 3"):
         make_vector_env(Counter, num_envs=3).set_state(state)
+
+
+def test_a_restored_handle_goes_on_counting_steps() -> None:
+    handle, other = (make_vector_env("Pendulum-v1", seed=seed) for seed in (3, 99))
+    handle.reset()
+    for _ in range(37):
+        handle.step(np.zeros((1, 1)))
+    other.set_state(handle.get_state())
+    assert other.get_state().meta["steps"] == 37
+
+
+def test_a_numpy_scalar_is_restored_as_one() -> None:
+    class Scaled(Counting):
+        def reset(self, **options):  # type: ignore[no-untyped-def]
+            self.scale = np.float32(2.5)
+            self.steps = 0
+            return super().reset(**options)
+
+    handle, other = make_vector_env(Scaled), make_vector_env(Scaled)
+    handle.reset()
+    other.set_state(handle.get_state())
+    assert type(other.vector.unwrapped.envs[0].unwrapped.scale) is np.float32

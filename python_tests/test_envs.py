@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from small_envs import Counter, Reusing
+from small_envs import Counter, Counting, Reusing
 
 from flame_ext.envs import EnvironmentDataError, make_eval_env, make_vector_env
 from flame_ext.evaluate import run_episodes
@@ -423,3 +423,22 @@ def test_an_id_that_would_make_another_environment_is_none():
     scaled = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1, 1)
     assert make_vector_env(short).spec_id is None
     assert make_vector_env(scaled).spec_id is None
+
+
+def test_a_reset_in_the_middle_begins_a_new_return() -> None:
+    handle, zero = make_vector_env(lambda: Counter(length=3)), np.zeros((1, 2))
+    handle.reset()
+    handle.step(zero)
+    handle.reset()
+    assert handle.longest_running == 0
+    last = [handle.step(zero) for _ in range(3)][-1]
+    assert (last.episode_returns, last.episode_lengths) == ((60.0,), (3,))
+
+
+def test_a_written_observation_does_not_reach_the_handles_state() -> None:
+    handle = make_vector_env(Counting)
+    for hand_out in (lambda: handle.reset(), lambda: handle.step(np.zeros((1, 1))).obs):
+        obs = hand_out()
+        before = obs.copy()
+        obs[:] = -99
+        assert np.array_equal(handle.get_state().arrays["handle/obs"], before)

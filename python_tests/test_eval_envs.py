@@ -11,7 +11,9 @@ from small_envs import Counter, Counting
 from small_runs import TINY
 
 from flame_ext.envs import EnvironmentDataError, make_eval_env, make_vector_env
+from flame_ext.evaluate import MAX_EVAL_ENVS, run_episodes
 from flame_ext.multigoal import MultiGoalEnv
+from flame_ext.run_envs import make_evaluation_env
 from flame_ext.trainer import Trainer
 
 SAME_STEP = {"vector_kwargs": {"autoreset_mode": AutoresetMode.SAME_STEP}}
@@ -161,3 +163,22 @@ def test_a_broken_evaluation_costs_no_episode_in_progress(tmp_path: Path) -> Non
         warnings.simplefilter("error")
         resumed = Trainer.resume(tmp_path / "run", env=Counting)
     assert resumed.run(total_steps=100).steps == 100
+
+
+def test_evaluations_run_ten_episodes_side_by_side_at_most() -> None:
+    for episodes in (3, 25):
+        env = make_evaluation_env("flame_ext/MultiGoal-v0", None, episodes, seed=0)
+        assert env.num_envs == min(episodes, MAX_EVAL_ENVS)
+
+
+def test_a_seed_is_of_an_evaluations_environments() -> None:
+    for own in (None, gymnasium.make("Pendulum-v1")):  # made alike, and an object as it is
+        firsts = []
+        for seed in (1, 1, 2):
+            env = make_evaluation_env("Pendulum-v1", own, 1, seed)
+            firsts.append(env.reset())
+        assert np.array_equal(firsts[0], firsts[1])
+        assert not np.array_equal(firsts[0], firsts[2])
+    zero = lambda obs: np.zeros((1, 1))  # noqa: E731
+    a, b, c = (run_episodes(env, zero, 1, seed=seed)[0] for seed in (5, 5, 6))
+    assert a == b != c

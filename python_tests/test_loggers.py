@@ -2,6 +2,7 @@
 
 import csv
 import math
+from pathlib import Path
 
 import pytest
 
@@ -174,3 +175,10 @@ def test_a_tally_gives_means_since_the_last_row():
             tally.add({"loss": value})
         assert tally.pop() == {"loss": sum(values) / len(values)}
     assert tally.pop() == {}
+
+
+def test_a_replaced_row_keeps_nothing_of_the_former_one(tmp_path: Path) -> None:
+    CsvLogger(tmp_path / "a.csv").log(20, {"loss": 1.0, "eval_return": 5.0})
+    CsvLogger(tmp_path / "a.csv").log(20, {"loss": 2.0})
+    with (tmp_path / "a.csv").open() as file:
+        assert list(csv.DictReader(file)) == [{"step": "20", "loss": "2.0", "eval_return": ""}]

@@ -126,3 +126,21 @@ def test_wrong_columns_are_named() -> None:
         critics(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="activation='gelu' is unknown"):
         Critics(5, 3, (8,), activation="gelu")  # type: ignore[arg-type]
+
+
+def test_a_generator_decides_all_weights_within_the_bounds_of_their_layer() -> None:
+    first, second = (
+        FlatMLP((100,), (25,), 400, generator=torch.Generator().manual_seed(0)) for _ in range(2)
+    )
+    assert torch.equal(first.flat, second.flat)
+    for layer, fan_in in zip(first.layers(), (100, 25), strict=True):
+        for drawn in (layer.weight, layer.bias):
+            largest = drawn.abs().max().item() * fan_in**0.5
+            assert 0.7 < largest <= 1, (fan_in, tuple(drawn.shape))
+
+
+def test_a_scaled_output_layer_scales_the_output() -> None:
+    net, x = FlatMLP((3,), (8,), 2), torch.randn(5, 3)
+    before = net(x)
+    net.scale_output_layer(0.1)
+    torch.testing.assert_close(net(x), 0.1 * before)

@@ -15,7 +15,16 @@ from flame_ext.backends import TorchBackend
 from flame_ext.build import deployed_networks
 from flame_ext.config import ALGORITHMS, make_config
 from flame_ext.errors import BackendUnavailableError, RunDirectoryError
-from flame_ext.policy import Policy, PolicySpec, Precision, fixed_noise, load, save_policy
+from flame_ext.latency import untrained_policy
+from flame_ext.policy import (
+    Policy,
+    PolicySpec,
+    Precision,
+    fixed_noise,
+    load,
+    read_policy,
+    save_policy,
+)
 
 OBS, ACT = 5, 3
 LOW, HIGH = (-1.0, 0.0, -2.0), (1.0, 4.0, 3.0)
@@ -319,3 +328,34 @@ def test_an_action_without_a_choice_is_zero_on_the_unit_scale(tmp_path: Path) ->
     policy, _ = make_policy(tmp_path, "sac")
     spec = dataclasses.replace(policy.spec, action_low=(-1.0, 0.5, 0.0), action_high=(1, 0.5, 4))
     np.testing.assert_array_equal(spec.unit_action(np.array([0.5, 0.5, 1.0])), [0.5, 0.0, -0.5])
+
+
+def test_a_run_directory_is_its_latest_policy(tmp_path: Path) -> None:
+    spec = untrained_policy("sac", 3, 2, hidden_sizes=(8,)).spec
+    weights = {name: np.zeros(8, np.float32) for name in ("actor.flat", "critics.flat")}
+    if spec.config["embedding_dim"]:
+        weights |= {f"{n}.flat": np.zeros(8, np.float32) for n in ("state_encoder", "pair_encoder")}
+    for place in ("best", ""):
+        named = dataclasses.replace(spec, env_id=place or "latest")
+        save_policy(tmp_path / place / policy_module.POLICY_FILE, named, weights)
+        assert read_policy(tmp_path)[0].env_id == named.env_id  # best alone, then the latest
+    assert read_policy(tmp_path / "best")[0].env_id == "best"
+
+
+def test_an_interrupted_save_leaves_the_former_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = untrained_policy("sac", 3, 2, hidden_sizes=(8,)).spec
+    file, weights = tmp_path / "policy.safetensors", {"actor.flat": np.zeros(8, np.float32)}
+    save_policy(file, spec, weights)
+    former = file.read_bytes()
+    write = Path.write_bytes
+
+    def fill_the_disk(path: Path, data: bytes) -> int:
+        write(path, data[: len(data) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_policy(file, spec, weights)
+    assert file.read_bytes() == former

@@ -319,3 +319,27 @@ def test_denoising_keeps_the_noise_it_is_told() -> None:
     torch.testing.assert_close(found, action)
     for told in seen[1:]:
         torch.testing.assert_close(told, seen[0])
+
+
+def test_candidates_of_pure_noise_are_uniform_to_float32() -> None:
+    """At t = 1 z says nothing of the action; dividing by 1 - t would cost three digits."""
+
+    generator = torch.Generator().manual_seed(0)
+    z, uniform = torch.randn(64, 3, generator=generator), torch.rand(64, 20, 3, generator=generator)
+    one = torch.ones(64, 1)
+    action, noise = reverse_candidates(z, 0 * one, one, uniform)
+    assert torch.equal(action, 2 * uniform - 1)
+    assert torch.equal(noise, z.unsqueeze(1).expand_as(noise))
+
+
+def test_two_turns_restore_the_orientation() -> None:
+    net = MeanVelocityNet(0, 1, (2,), activation="relu").double()  # test_reference: linear_flow
+    with torch.no_grad():
+        net.flat.zero_()
+        first, last = net.layers()
+        first.weight[0, :, 0] = torch.tensor([1.0, -1.0])
+        last.weight[0, 0] = torch.tensor([8.0, -8.0])
+    noise, obs = torch.randn(10, 1).double(), torch.zeros(10, 0).double()
+    for steps in (1, 2, 3, 4):  # each step is z <- (1 - 8 / steps) z
+        found = log_prob(net, obs, noise, estimator="multi_step", trace="log_det", steps=steps)
+        assert found.fold_rate == steps % 2

@@ -100,3 +100,32 @@ def test_constant_observations_stay_finite_and_outliers_are_clipped() -> None:
     normalizer.update(np.array([[3, -1], [3, 1]] * 10, np.float32))
     found = normalizer(torch.tensor([[3.0, 1e6], [3.0, -1e6]]))
     assert torch.equal(found, torch.tensor([[0.0, 10.0], [0.0, -10.0]]))
+
+
+def _fill(buffer: object, count: int) -> None:
+    ids = np.arange(count, dtype=np.float32)
+    rows = np.stack([ids, ids], 1)
+    buffer.add(rows, ids[:, None], ids, np.zeros(count, bool), rows)  # type: ignore[attr-defined]
+
+
+def test_more_rows_than_fit_are_refused() -> None:
+    large = ReplayBuffer(10, 2, 1)
+    _fill(large, 10)
+    with pytest.raises(ValueError, match="buffer_size"):
+        ReplayBuffer(9, 2, 1).load_state_dict(large.state_dict())
+
+
+def test_one_observation_has_no_variance_yet() -> None:
+    normalizer = ObservationNormalizer(2)
+    normalizer.update(np.array([[3.0, -1.0]], np.float32))
+    assert torch.allclose(normalizer(torch.tensor([[4.0, -1.5]])), torch.tensor([[1.0, -0.5]]))
+
+
+def test_a_loaded_state_is_not_changed_by_what_is_seen_later() -> None:
+    first, second = ObservationNormalizer(2), ObservationNormalizer(2)
+    first.update(np.random.default_rng(0).normal(size=(20, 2)))
+    state = first.state_dict()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    second.load_state_dict(state)
+    second.update(np.full((5, 2), 9.0))
+    assert all(torch.equal(state[name], kept[name]) for name in kept)

@@ -99,3 +99,30 @@ def test_an_interrupted_save_leaves_one_whole_checkpoint(
     save(3)
     assert saved() == {"step": 3}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_save_that_is_killed_before_its_last_rename_keeps_the_former_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.write_checkpoint(tmp_path, {"x": torch.ones(1)}, {"step": 1})
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.write_checkpoint(tmp_path, {"x": torch.ones(1)}, {"step": 2})
+    assert checkpoint.read_checkpoint(tmp_path)[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.safetensors"])
+def test_a_checkpoint_cut_short_is_called_damaged(tmp_path: Path, file: str) -> None:
+    checkpoint.write_checkpoint(tmp_path, {"x": torch.ones(9)}, {"step": 1})
+    place = tmp_path / "checkpoint" / file
+    place.write_bytes(place.read_bytes()[:-5])
+    with pytest.raises(RunDirectoryError, match="is damaged"):
+        checkpoint.read_checkpoint(tmp_path)

@@ -79,3 +79,8 @@ def test_the_temperature_moves_once_per_interval_of_critic_updates(
         agent.update(make_batch())
     assert steps[:2] == first
     assert len(steps) == 40 // max(interval, 2)
+
+
+def test_it_starts_where_it_is_told() -> None:
+    temperature = Temperature(make_config("sac", overrides={"initial_alpha": 0.3}), 3)
+    assert temperature.alpha == pytest.approx(0.3)
