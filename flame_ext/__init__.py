@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flame_ext import callbacks, ops, reference
+    from flame_ext import callbacks, diagnosis, errors, ops, reference
     from flame_ext.callbacks import Callback
     from flame_ext.config import Config, make_config
     from flame_ext.native import BackendInfo, backend_info
@@ -32,7 +32,7 @@ _EXPORTS = {
     "load": "flame_ext.policy",
     "make_config": "flame_ext.config",
 }
-_SUBMODULES = ("callbacks", "ops", "reference")
+_SUBMODULES = ("callbacks", "diagnosis", "errors", "ops", "reference")
 
 __all__ = [
     "BackendInfo",
@@ -44,6 +44,8 @@ __all__ = [
     "__version__",
     "backend_info",
     "callbacks",
+    "diagnosis",
+    "errors",
     "export_onnx",
     "load",
     "make_config",

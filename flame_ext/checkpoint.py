@@ -64,15 +64,23 @@ def read_checkpoint(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     place = _checkpoint_dir(run_dir)
     if place is None:
-        raise RunDirectoryError(
-            f"no checkpoint in {run_dir}: a run writes one every checkpoint_interval steps and at "
-            "its end. Start it again without resume, in a new directory or with this one deleted."
-        )
+        raise RunDirectoryError(_why_none(run_dir))
     try:
         manifest = json.loads((place / _MANIFEST_FILE).read_text())
         return load_file(place / _STATE_FILE), manifest
     except (SafetensorError, json.JSONDecodeError, FileNotFoundError) as error:
         raise RunDirectoryError(f"the checkpoint in {place} is damaged: {error}") from error
+
+
+def _why_none(run_dir: Path) -> str:
+    if not run_dir.exists():
+        return f"there is no {run_dir}"
+    if has_checkpoint(run_dir.parent):
+        return f"{run_dir} is a part of the run in {run_dir.parent}: give that directory"
+    return (
+        f"no checkpoint in {run_dir}: a run writes one every checkpoint_interval steps and at its "
+        "end. Start it again without resume, in a new directory."
+    )
 
 
 def _to_json(value: Any) -> Any:

@@ -465,8 +465,8 @@ def make_config(
 def _check_algorithm(algorithm: str, overriding: str) -> None:
     if overriding != algorithm:
         raise ValueError(
-            f"algorithm={algorithm!r} but config.algorithm={overriding!r}; pass the same name to "
-            "both"
+            f"algorithm={algorithm!r} but config.algorithm={overriding!r}; choose the algorithm by "
+            f"algorithm={overriding!r} (--algorithm {overriding})"
         )
 
 

@@ -37,7 +37,12 @@ _ESTIMATORS: Mapping[str, tuple[Estimator, int, Trace]] = {
 
 @torch.no_grad()
 def diagnose(
-    run_dir: str | Path, *, env: EnvLike | None = None, states: int = 500, seed: int = 0
+    run_dir: str | Path,
+    *,
+    env: EnvLike | None = None,
+    eval_env: EnvLike | None = None,
+    states: int = 500,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Measures the policy that a run trains, its weights and its critics, at its checkpoint.
 
@@ -46,6 +51,7 @@ def diagnose(
     Args:
         run_dir: A run with a checkpoint.
         env: Needed only if the run was not started from an environment id.
+        eval_env: What the episodes are played in, as for `Trainer`.
         states: States of the replay buffer that are looked at.
         seed: Decides states, samples and the episodes in which values are compared with returns.
 
@@ -55,7 +61,7 @@ def diagnose(
     Raises:
         RunDirectoryError: If there is no usable checkpoint.
     """
-    trainer = Trainer.resume(run_dir, env=env)
+    trainer = Trainer.resume(run_dir, env=env, eval_env=eval_env)
     agent = trainer.agent
     generator = torch.Generator(agent.device).manual_seed(seed)
     batch = trainer.sample(states, generator)

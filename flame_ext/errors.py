@@ -50,6 +50,11 @@ def check_seed(seed: object) -> int:
 
 
 def nearest_hint(value: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing where no choice is near."""
-    near = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """``"; did you mean 'x'?"``, or nothing where no choice is near.
+
+    Of a name's last words, such as ``learning_rate``, all names that end in them.
+    """
+    choices = list(choices)
+    near = [choice for choice in choices if choice.endswith(f"_{value}")]
+    near = near or difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

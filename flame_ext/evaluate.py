@@ -102,5 +102,6 @@ def check_ends(env: VectorEnvHandle) -> None:
     if env.longest_running >= MAX_EPISODE_STEPS:
         raise FlameError(
             f"an evaluation's episode has not ended after {MAX_EPISODE_STEPS:,} steps. Give "
-            "the environment a time limit, as by gymnasium.wrappers.TimeLimit."
+            "the environment a time limit, as by gymnasium.wrappers.TimeLimit; what was learned is "
+            "saved and goes on with Trainer.resume(run_dir, env=...)."
         )

@@ -113,6 +113,12 @@ def reweighted_velocity(
         )
     if num_candidates < 1:
         raise ValueError(f"num_candidates={num_candidates}: give at least 1")
+    embedding = 0 if critics.encoder is None else critics.encoder.embedding_dim
+    if obs.shape != (len(z), critics.obs_dim + embedding):
+        raise ValueError(
+            f"obs has shape {tuple(obs.shape)}; expected ({len(z)}, {critics.obs_dim + embedding})"
+            + (": what critics.observe gives" if embedding else "")
+        )
     if not float(alpha) > 0:
         raise ValueError(f"alpha={float(alpha)} must be positive: weights are exp(Q / alpha)")
     native = _native(backend, "reweighted_velocity", [critics], (obs, z, t))
@@ -145,10 +151,12 @@ def meanflow_loss(
         BackendUnavailableError: If the build or machine lacks the backend.
     """
     _check_columns(net, obs, z)
-    if z.shape != velocity.shape or r.shape != t.shape or t.shape != (len(z), 1):
+    alike = z.shape == velocity.shape and r.shape == t.shape == (len(z), 1)
+    if not alike or len(obs) != len(z):
         raise ValueError(
-            f"z {tuple(z.shape)}, velocity {tuple(velocity.shape)}, r {tuple(r.shape)} and "
-            f"t {tuple(t.shape)} must be (B, A), (B, A), (B, 1) and (B, 1)"
+            f"z {tuple(z.shape)}, velocity {tuple(velocity.shape)}, r {tuple(r.shape)}, "
+            f"t {tuple(t.shape)} and obs {tuple(obs.shape)} must be (B, A), (B, A), (B, 1), (B, 1) "
+            "and (B, O)"
         )
     rows = (z, r, t, obs, velocity)
     native = _native(backend, "meanflow_loss", [net], rows, lambda _: True)
@@ -265,8 +273,12 @@ def _check_columns(net: MeanVelocityNet, obs: Tensor, action: Tensor) -> None:
             f"obs has {obs.shape[-1]} columns and the actions {action.shape[-1]}; this network "
             f"takes {net.obs_dim} and {net.action_dim}"
         )
-    if obs.device != action.device or obs.dtype != action.dtype:
+    if not _kind(obs) == _kind(action) == _kind(net.flat):
         raise ValueError(
-            f"obs is {obs.dtype} on {obs.device}, the actions {action.dtype} on {action.device}; "
-            "both must match the network"
+            f"obs is {_kind(obs)}, the actions {_kind(action)} and the network {_kind(net.flat)}; "
+            "all must be alike"
         )
+
+
+def _kind(x: Tensor) -> str:
+    return f"{x.dtype} on {x.device}"

@@ -116,13 +116,15 @@ def aggregate_curves(run_dirs: Sequence[str | Path], axis: CurveAxis = "step") -
     are averaged have been evaluated; between their own evaluations they are interpolated linearly.
 
     Raises:
-        ValueError: If no run is given, the runs are of several tasks, or those of one algorithm
-            have no steps in common.
+        ValueError: If no run is given or one twice, the runs are of several tasks, or those of one
+            algorithm have no steps in common.
         FileNotFoundError: If a run has no evaluations.
         RunDirectoryError: If a directory is not a run's.
     """
     if not run_dirs:
         raise ValueError("no run directory was given; give at least one.")
+    if len({Path(run_dir).resolve() for run_dir in run_dirs}) < len(run_dirs):
+        raise ValueError("a run directory was given twice; it would count as two seeds.")
     facts = [run_facts(run_dir) for run_dir in run_dirs]
     tasks = sorted({task for _, task in facts if task})
     if len(tasks) > 1:

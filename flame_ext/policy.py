@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NoReturn, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,6 +115,16 @@ class Policy:
         # Taking the next number from a counter is atomic, so no lock is needed.
         self._draws = itertools.count()
 
+    def __repr__(self) -> str:
+        spec = self.spec
+        return (
+            f"Policy({spec.algorithm} on {spec.env_id}, {spec.obs_dim} observations, "
+            f"{spec.action_dim} actions, {self.backend})"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Policy is not copied or pickled: load it again, in every process")
+
     @property
     def backend(self) -> str:
         """Name of the engine that computes actions."""
@@ -135,7 +145,8 @@ class Policy:
 
         Returns:
             ``(A,)`` or ``(B, A)`` within the environment's bounds; NaN where the observation has
-            NaN.
+            NaN. (An infinite one gives NaN too, but with ``normalize_observations`` it counts as
+            a very large one.)
 
         Raises:
             ValueError: If the shape does not fit or num_particles < 1.

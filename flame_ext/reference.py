@@ -285,8 +285,8 @@ class LogProb:
         action: The sample, ``(..., A)``, before clipping.
         log_prob: log pi(action | s) in nats, ``(...)``.
         folded: True where det(I - J) < 0, ``(...)``: there the map from noise to action has turned
-            orientation and change of variables bounds the entropy from above. Only `exact`
-            measures it; elsewhere all False.
+            orientation and change of variables bounds the entropy from above. `exact` and the
+            trace `log_det` measure it; elsewhere all False.
         transport: d action / d noise of the last step, I - (t - r) J, ``(..., A, A)``; None where
             no Jacobian was computed or kept.
     """

@@ -1,4 +1,4 @@
-"""The environments of one run: those it learns from, and others that evaluations play in."""
+"""The environments of one run: those it learns from, and those that evaluations play in."""
 
 from __future__ import annotations
 
@@ -20,14 +20,22 @@ def make_evaluation_env(
     """What `eval_env` gives, an object as it is; None: separate environments like `env`.
 
     Raises:
-        ValueError: If none can be built, or `eval_env` is `env` itself.
+        ValueError: If none can be built.
     """
     if eval_env is None or not _is_object(eval_env):
         source = env if eval_env is None else eval_env
         return make_eval_env(source, num_envs=min(episodes, MAX_EVAL_ENVS), seed=seed)
-    if eval_env is env:
-        raise ValueError("eval_env is env itself: evaluations would cut off its episodes.")
     return make_vector_env(eval_env, seed=seed)
+
+
+def share_an_environment(first: VectorEnvHandle, second: VectorEnvHandle) -> bool:
+    """Whether steps of one are steps of the other, as with a single robot."""
+    return not _innermost(first).isdisjoint(_innermost(second))
+
+
+def _innermost(handle: VectorEnvHandle) -> set[int]:
+    vector = handle.vector.unwrapped
+    return {id(vector), *(id(env.unwrapped) for env in getattr(vector, "envs", ()))}
 
 
 def _is_object(env: EnvLike) -> bool:

@@ -39,7 +39,7 @@ from flame_ext.process_settings import denormals_flushed, keep_freed_memory
 from flame_ext.progress import Progress
 from flame_ext.replay import Batch, ReplayBuffer
 from flame_ext.run_dir import held, new_run_dir
-from flame_ext.run_envs import make_evaluation_env, make_training_env
+from flame_ext.run_envs import make_evaluation_env, make_training_env, share_an_environment
 from flame_ext.run_result import RunResult
 from flame_ext.schedules import discount
 from flame_ext.tally import Tally
@@ -61,9 +61,10 @@ class Trainer:
             CPU kernels are used, else ``cuda`` where PyTorch sees a device.
         run_dir: A new directory; None makes one below ``runs/``.
         seed: Decides weights, draws and the environments' randomness.
-        callbacks: Called while the run goes on; may stop it.
+        callbacks: One or several, called while the run goes on; may stop it.
         eval_env: What evaluations play in, as for `env`, an object as it is; None makes separate
-            environments like `env`.
+            environments like `env`. If it is or wraps the same object as `env`, evaluations cut
+            training's episodes off.
 
     Raises:
         ValueError: For options, seeds or spaces that cannot be used.
@@ -83,7 +84,7 @@ class Trainer:
         device: str = "auto",
         run_dir: str | Path | None = None,
         seed: int = 0,
-        callbacks: Iterable[Callback] = (),
+        callbacks: Callback | Iterable[Callback] = (),
         eval_env: EnvLike | None = None,
         _resuming: bool = False,
     ) -> None:
@@ -102,6 +103,7 @@ class Trainer:
         self.eval_env = make_evaluation_env(env, eval_env, episodes, self._eval_seed)
         sizes = (self.env.obs_dim, self.env.action_dim)
         _check_sizes(sizes, (self.eval_env.obs_dim, self.eval_env.action_dim))
+        self._evaluations_end_episodes = share_an_environment(self.env, self.eval_env)
         self.backend = make_backend(backend, self.device)
         self.agent = Agent(self.config, *sizes, self.backend, seed=seed, device=self.device)
         self.replay = ReplayBuffer(self.config.buffer_size, *sizes, device=self.device)
@@ -133,7 +135,7 @@ class Trainer:
         env: EnvLike | None = None,
         backend: str | None = None,
         device: str | None = None,
-        callbacks: Iterable[Callback] = (),
+        callbacks: Callback | Iterable[Callback] = (),
         eval_env: EnvLike | None = None,
     ) -> Trainer:
         """Continues a run from its checkpoint, bit-equal to never having stopped.
@@ -211,8 +213,6 @@ class Trainer:
     def _run(self) -> RunResult:
         self._write_config()
         self._stopped_by = None
-        if self._obs is None:
-            self._obs = self.env.reset(self.seed + self.global_step)
         self._start = time.perf_counter()
         log = make_loggers(self.run_dir)
         evaluation_log = EvaluationLog(self.run_dir)
@@ -282,7 +282,8 @@ class Trainer:
 
     def _collect(self) -> None:
         """One step of every environment into the replay buffer."""
-        assert self._obs is not None
+        if self._obs is None:
+            self._obs = self.env.reset(self.seed + self.global_step)
         if self.normalizer is not None:
             self.normalizer.update(self._obs)
         if self.global_step < self.config.learning_starts:
@@ -357,6 +358,8 @@ class Trainer:
             return array
 
         # The same episodes at every evaluation: their start states do not blur the curve.
+        if self._evaluations_end_episodes:
+            self._obs = None
         outcome = run_episodes(
             self.eval_env, act, c.eval_episodes, seed=self._eval_seed, interrupted=interrupted
         )
@@ -467,8 +470,8 @@ def _unusable(run_dir: Path, error: Exception) -> RunDirectoryError:
     )
 
 
-def _checked(callbacks: Iterable[Callback]) -> tuple[Callback, ...]:
-    callbacks = tuple(callbacks)
+def _checked(callbacks: Callback | Iterable[Callback]) -> tuple[Callback, ...]:
+    callbacks = (callbacks,) if isinstance(callbacks, Callback) else tuple(callbacks)
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise TypeError(

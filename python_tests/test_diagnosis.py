@@ -237,3 +237,17 @@ def test_a_state_that_is_cut_off_has_its_entropy(tmp_path: Path) -> None:
     ends = [episode.end_value for episode in play_episodes(trainer, seed=0)]
     assert all(-10 < end < -4 for end in ends)
     assert all(sum(e.entropies) < 0 for e in play_episodes(trainer, seed=0))
+
+
+def test_episodes_may_have_an_environment_of_their_own(tmp_path: Path) -> None:
+    """As in training: an environment that cannot be copied."""
+
+    class Single(Counting):
+        def __deepcopy__(self, memo: object) -> None:
+            raise RuntimeError("holds a socket")
+
+    options = {**TINY, "num_envs": 1, "eval_interval": 0}
+    run = tmp_path / "run"
+    Trainer(Single(), config=options, run_dir=run, eval_env=Counting).run(60)
+    figures = diagnose(run, env=Single(), eval_env=lambda: TimeLimit(Counting(), 4), states=20)
+    assert figures["return of an episode"] == 4

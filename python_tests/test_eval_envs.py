@@ -6,7 +6,9 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import TimeLimit
 from small_envs import Counter, Counting
 from small_runs import TINY
 
@@ -148,8 +150,27 @@ def test_an_object_for_evaluations_is_taken_as_it_is(tmp_path: Path) -> None:
         assert trainer.run(50).final_return == 7
     assert robot.steps == 0  # after its last episode
     workers.close()
-    with pytest.raises(ValueError, match="eval_env is env itself"):
-        Trainer(robot, config=TINY, run_dir=tmp_path / "same", eval_env=robot)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_single_robot_begins_a_new_episode_after_an_evaluation(
+    tmp_path: Path, wrapped: bool
+) -> None:
+    """Otherwise a transition would lead from before the evaluation to after it."""
+    robot = Counting()
+    limited = TimeLimit(robot, 5)
+    env, eval_env = (limited, TimeLimit(robot, 3)) if wrapped else (limited, limited)
+    options = {**TINY, "num_envs": 1, "eval_interval": 13}
+    trainer = Trainer(env, config=options, run_dir=tmp_path / "run", eval_env=eval_env)
+    assert trainer.run(60).final_return == (3 if wrapped else 5)
+    rows = trainer.replay.state_dict()["rows"]
+    assert torch.equal(rows[:, 1], rows[:, 0] + 1)
+    assert rows[13, 0] == 0
+    with pytest.warns(UserWarning, match="starts new episodes"):
+        resumed = Trainer.resume(tmp_path / "run", env=env, eval_env=eval_env)
+    resumed.run(70)
+    rows = resumed.replay.state_dict()["rows"]
+    assert torch.equal(rows[:, 1], rows[:, 0] + 1)
 
 
 def test_a_broken_evaluation_costs_no_episode_in_progress(tmp_path: Path) -> None:

@@ -64,3 +64,19 @@ def test_sigterm_stops_the_runs_with_checkpoints(tmp_path: Path) -> None:
     with held(run):
         assert has_checkpoint(run)
     assert not (tmp_path / "results" / f"{run.name}.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--tasks", "Pendulm-v1"], "did you mean 'Pendulum-v1'"),
+        (["--tasks", "Pendulum-v1", "--set", "batchsize=3"], "did you mean 'batch_size'"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path: Path, words: list[str], named: str) -> None:
+    command = [sys.executable, matrix.__file__, "--runs", str(tmp_path), "--results", str(tmp_path)]
+    options = [*words, "--algorithms", "sac", "--seeds", "1"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert result.returncode > 0
+    assert named in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr

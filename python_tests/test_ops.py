@@ -261,3 +261,20 @@ def test_pytorch_is_asked_also_of_networks_that_evaluate_themselves() -> None:
             tangents.append(forward_ad.unpack_dual(action).tangent)
     torch.testing.assert_close(*tangents, rtol=0, atol=0)
     assert net.evaluator is not None
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@torch.no_grad()
+def test_rows_that_do_not_fit_are_named(backend: Any) -> None:
+    net, critics, t = make_net(), make_critics(), torch.full((B, 1), 0.5)
+    obs, action = draw(B, OBS), draw(B, ACT)
+    with pytest.raises(ValueError, match=r"obs \(20, 7\) must be"):
+        ops.meanflow_loss(net, action, 0.3 * t, t, obs[1:], action, backend=backend)
+    with pytest.raises(ValueError, match=r"obs has shape \(20, 7\); expected \(21, 7\)"):
+        ops.reweighted_velocity(critics, obs[1:], action, t, alpha=1.0, backend=backend)
+    with pytest.raises(ValueError, match=r"the network torch\.float32 on cpu"):
+        ops.one_step_action(net, obs.double(), action.double(), backend=backend)
+    encoder = StateActionEncoder(OBS, ACT, 4, (8,))
+    embedded = Critics(OBS, ACT, (16,), encoder=encoder)
+    with pytest.raises(ValueError, match=r"expected \(21, 11\): what critics.observe gives"):
+        ops.reweighted_velocity(embedded, obs, action, t, alpha=1.0, backend=backend)

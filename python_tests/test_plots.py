@@ -51,6 +51,12 @@ def has_content(path):
     return np.ptp(matplotlib_image.imread(path)[..., :3]) > 0.5
 
 
+def test_a_run_counts_once(tmp_path):
+    run = write_run(tmp_path / "a", "flame", [(10, [1.0])])
+    with pytest.raises(ValueError, match="given twice"):
+        aggregate_curves([run, tmp_path / "." / "a"])
+
+
 def test_seeds_are_averaged_per_algorithm(tmp_path):
     runs = [
         write_run(tmp_path / "a", "flame", [(10, [1.0, 3.0]), (20, [10.0])]),

@@ -1,6 +1,8 @@
 """The saved policy: numpy in and out, environment units, determinism, errors."""
 
+import copy
 import dataclasses
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -359,3 +361,12 @@ def test_an_interrupted_save_leaves_the_former_policy(
     with pytest.raises(OSError, match="No space"):
         save_policy(file, spec, weights)
     assert file.read_bytes() == former
+
+
+def test_a_policy_says_what_it_is_and_that_it_is_not_copied(tmp_path: Path) -> None:
+    policy, _ = make_policy(tmp_path, "flame")
+    assert repr(policy) == "Policy(flame on Task-v0, 5 observations, 3 actions, cpu)"
+    with pytest.raises(TypeError, match="load it again"):
+        pickle.dumps(policy)
+    with pytest.raises(TypeError, match="load it again"):
+        copy.deepcopy(policy)

@@ -21,7 +21,12 @@ def test_directories_are_never_overwritten(tmp_path: Path) -> None:
         tiny(tmp_path / "run")
     with pytest.raises(RunDirectoryError, match=r"no checkpoint.* in a new directory"):
         Trainer.resume(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match=r"there is no .*run/typo"):
+        Trainer.resume(tmp_path / "run" / "typo")
     tiny(tmp_path / "a b").run(total_steps=2)
+    for part in ("checkpoint", "best"):
+        with pytest.raises(RunDirectoryError, match=r"part of the run in .*a b: give that"):
+            Trainer.resume(tmp_path / "a b" / part)
     with pytest.raises(RunDirectoryError, match=r"exists already.*--resume '.*a b'"):
         tiny(tmp_path / "a b")
 

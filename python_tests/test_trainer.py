@@ -182,10 +182,11 @@ def test_a_run_goes_on_after_it_was_stopped(tmp_path: Path) -> None:
     assert trainer.wall_time == trainer.wall_time == second.wall_time  # it stands between runs
 
 
-def test_callbacks_may_come_from_a_generator(tmp_path: Path) -> None:
+def test_callbacks_may_come_from_a_generator_or_be_one(tmp_path: Path) -> None:
     stop = flame_ext.callbacks.FunctionCallback(lambda *_: False, event="log")
-    trainer = Trainer(TASK, config=TINY, run_dir=tmp_path / "run", callbacks=iter([stop]))
-    assert trainer.run(total_steps=120).stopped_by == "FunctionCallback"
+    for name, callbacks in (("several", iter([stop])), ("one", stop)):
+        trainer = Trainer(TASK, config=TINY, run_dir=tmp_path / name, callbacks=callbacks)
+        assert trainer.run(total_steps=120).stopped_by == "FunctionCallback"
 
 
 def test_resuming_asks_for_what_an_id_alone_does_not_make(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def supervise(command: list[str], log_file: Path, stopping: threading.Event) -> 
     """Waits for a run of one thread, or tells it to stop and waits until it has.
 
     Raises:
-        subprocess.CalledProcessError: If it failed or was stopped.
+        SystemExit: If it failed or was stopped.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with log_file.open("a") as log:
@@ -155,7 +155,8 @@ def supervise(command: list[str], log_file: Path, stopping: threading.Event) -> 
             process.terminate()
             process.wait()
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+        last = log_file.read_text().strip().rpartition("\n")[2]
+        raise SystemExit(f"{log_file}: exit status {process.returncode}, {last}")
 
 
 def _start(run: Run, arguments: argparse.Namespace, directory: Path) -> list[str]:
@@ -238,6 +239,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         Matrix(arguments).run()
+    except ValueError as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
