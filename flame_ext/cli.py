@@ -281,6 +281,7 @@ def _train(options: argparse.Namespace) -> None:
     trainer = _make_trainer(options, config)
     print(f"run directory  {trainer.run_dir}", file=sys.stderr)
     print(f"backend        {trainer.backend.name}, device {trainer.device}", file=sys.stderr)
+    before = trainer.global_step
     try:
         result = trainer.run(options.steps)
     except KeyboardInterrupt:
@@ -288,6 +289,8 @@ def _train(options: argparse.Namespace) -> None:
             run_dir = shlex.quote(str(trainer.run_dir))
             print(f"\nsaved; go on with: flame-ext train --resume {run_dir}", file=sys.stderr)
         raise
+    if result.steps == before:
+        print(f"the run has its {before:,} steps: go on with --steps", file=sys.stderr)
     if trainer.agent.updates == 0:
         starts = trainer.config.learning_starts
         print(f"not trained: the first update is due after {starts:,} steps", file=sys.stderr)

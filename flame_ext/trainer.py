@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import threading
 import time
@@ -65,6 +66,7 @@ class Trainer:
         eval_env: What evaluations play in, as for `env`, an object as it is; None makes separate
             environments like `env`. If it is or wraps the same object as `env`, evaluations cut
             training's episodes off.
+        progress: Whether a run tells on stderr how it goes.
 
     Raises:
         ValueError: For options, seeds or spaces that cannot be used.
@@ -86,6 +88,7 @@ class Trainer:
         seed: int = 0,
         callbacks: Callback | Iterable[Callback] = (),
         eval_env: EnvLike | None = None,
+        progress: bool = True,
         _resuming: bool = False,
     ) -> None:
         wanted = make_config(algorithm, preset, config)
@@ -94,6 +97,7 @@ class Trainer:
         # Evaluation and training episodes must not share seeds.
         self._eval_seed = seed + 1_000_003
         self.device = resolve_device(device, backend)
+        self._progress = progress
         self._asked_for = {"backend": backend, "device": device}
         self.env = make_training_env(env, wanted.num_envs, seed)
         # Environment objects come in their own number.
@@ -137,6 +141,7 @@ class Trainer:
         device: str | None = None,
         callbacks: Callback | Iterable[Callback] = (),
         eval_env: EnvLike | None = None,
+        progress: bool = True,
     ) -> Trainer:
         """Continues a run from its checkpoint, bit-equal to never having stopped.
 
@@ -149,6 +154,7 @@ class Trainer:
             device: As in the constructor; None takes the run's.
             callbacks: As in the constructor; callbacks are not saved.
             eval_env: As in the constructor; not saved either.
+            progress: As in the constructor.
 
         Raises:
             RunDirectoryError: If there is no usable checkpoint.
@@ -176,6 +182,7 @@ class Trainer:
             seed=seed,
             callbacks=callbacks,
             eval_env=eval_env,
+            progress=progress,
             _resuming=True,
         )
         trainer._restore(tensors, manifest)
@@ -217,7 +224,10 @@ class Trainer:
         log = make_loggers(self.run_dir)
         evaluation_log = EvaluationLog(self.run_dir)
         progress = Progress(
-            self.config.total_steps, initial=self.global_step, algorithm=self.config.algorithm
+            self.config.total_steps,
+            initial=self.global_step,
+            algorithm=self.config.algorithm,
+            stream=None if self._progress else io.StringIO(),
         )
         self._call("on_start")
         try:

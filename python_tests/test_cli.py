@@ -173,10 +173,14 @@ def test_a_run_can_be_stopped_by_its_return(tmp_path, capsys):
         assert max(int(row["step"]) for row in csv.DictReader(file)) < 400
 
 
-def test_a_run_can_be_resumed(tmp_path):
+def test_a_run_can_be_resumed(tmp_path, capsys):
     path = tmp_path / "run"
     assert cli.main(train(path)) == 0
-    assert cli.main(["train", "--resume", str(path), "--steps", "120"]) == 0
+    resume = ["train", "--resume", str(path)]
+    assert cli.main([*resume, "--steps", "120"]) == 0
+    assert "go on with --steps" not in capsys.readouterr().err
+    assert cli.main(resume) == 0
+    assert "the run has its 120 steps: go on with --steps" in capsys.readouterr().err
     with (path / "evaluations.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["40", "80", "120"]
 

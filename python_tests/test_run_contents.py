@@ -188,6 +188,14 @@ def test_evaluation_and_training_share_no_episode(
     assert len(np.unique(np.concatenate(starts), axis=0)) == 4
 
 
+def test_a_run_may_be_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(TASK, config=TINY, run_dir=tmp_path / "run", progress=False).run(80)
+    Trainer.resume(tmp_path / "run", progress=False).run(160)
+    assert capsys.readouterr() == ("", "")
+    Trainer.resume(tmp_path / "run").run(240)
+    assert "return" in capsys.readouterr().err
+
+
 def test_a_run_may_be_in_a_thread(tmp_path: Path) -> None:
     steps = []
     thread = threading.Thread(target=lambda: steps.append(tiny(tmp_path / "run").run(40).steps))
