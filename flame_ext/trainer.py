@@ -441,9 +441,9 @@ class Trainer:
             self._obs = self.env.set_state(EnvState(arrays, env_state))
         if self._obs is None:
             warnings.warn(
-                "the environment's inner state was not saved (a step failed, or it cannot be "
-                "read) or is that of another MuJoCo model: the resumed run starts new episodes and "
-                "is not bit-equal to one that never stopped",
+                "the environment's inner state was not saved (a step failed, evaluations play in "
+                "it, or it cannot be read) or is that of another MuJoCo model: the resumed run "
+                "starts new episodes and is not bit-equal to one that never stopped",
                 stacklevel=3,
             )
             self._obs = self.env.reset(self.seed + self.global_step)

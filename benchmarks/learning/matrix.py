@@ -236,11 +236,15 @@ def main() -> None:
     owners = {owner for owner, _ in map(split_owner, arguments.set)}
     if unknown := owners - {"", *arguments.algorithms}:
         parser.error(f"--set names {', '.join(sorted(unknown))}, which is not in --algorithms")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    matrix = Matrix(arguments)
     try:
-        Matrix(arguments).run()
+        for run in matrix.runs:
+            wanted_config(run, arguments)
     except ValueError as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        matrix.run()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
