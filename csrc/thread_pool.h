@@ -1,11 +1,11 @@
 // A small persistent thread pool: the extension uses no OpenMP, so that it never meets a second
 // OpenMP runtime in the process.
 //
-// parallel_for cuts [0, n) into several chunks per thread and runs body(begin, end) on each; threads,
-// the caller among them, take those of their own share first, then any that are left. Results must not depend on the cut: write
-// only what belongs to the items of the chunk. A nested call, a call while another thread uses the
-// pool simply run inline; a forked child starts threads of its own. An exception in a chunk is
-// rethrown in the caller after all chunks have ended.
+// parallel_for cuts [0, n) into several chunks per thread and runs body(begin, end) on each;
+// threads, the caller among them, take those of their own share first, then any that are left.
+// Results must not depend on the cut: write only what belongs to the items of the chunk. A nested
+// call, a call while another thread uses the pool simply run inline; a forked child starts threads
+// of its own. An exception in a chunk is rethrown in the caller after all chunks have ended.
 #pragma once
 
 #include <cstdint>
