@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -42,6 +42,18 @@ class Callback:
 
     def on_end(self, trainer: Trainer, result: RunResult) -> None:
         """After the last evaluation and checkpoint."""
+
+
+def as_callbacks(callbacks: Callback | Iterable[Callback]) -> tuple[Callback, ...]:
+    """One or several as a tuple; raises TypeError for what is no `Callback`."""
+    callbacks = (callbacks,) if isinstance(callbacks, Callback) else tuple(callbacks)
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks holds {callback!r}, which is no Callback; a function goes into "
+                "FunctionCallback(function)"
+            )
+    return callbacks
 
 
 class StopOnReturn(Callback):

@@ -90,7 +90,7 @@ def reweighted_velocity(
 
     Args:
         critics: Twin critics.
-        obs: ``(B, O)``.
+        obs: ``(B, O)``; with embeddings what `critics.observe` gives.
         z: Noised actions ``(1 - t) action + t noise``, ``(B, A)``.
         t: Flow times in (0, 1], ``(B, 1)``.
         alpha: Temperature, positive.
@@ -113,11 +113,11 @@ def reweighted_velocity(
         )
     if num_candidates < 1:
         raise ValueError(f"num_candidates={num_candidates}: give at least 1")
-    embedding = 0 if critics.encoder is None else critics.encoder.embedding_dim
-    if obs.shape != (len(z), critics.obs_dim + embedding):
+    expected = len(z), critics.block_sizes[1]
+    if obs.shape != expected:
         raise ValueError(
-            f"obs has shape {tuple(obs.shape)}; expected ({len(z)}, {critics.obs_dim + embedding})"
-            + (": what critics.observe gives" if embedding else "")
+            f"obs has shape {tuple(obs.shape)}; expected {expected}"
+            + (": what critics.observe gives" if critics.encoder else "")
         )
     if not float(alpha) > 0:
         raise ValueError(f"alpha={float(alpha)} must be positive: weights are exp(Q / alpha)")

@@ -18,7 +18,7 @@ import torch
 from flame_ext.agent import Agent
 from flame_ext.backends import make_backend
 from flame_ext.build import deployed_networks
-from flame_ext.callbacks import Callback, says_stop
+from flame_ext.callbacks import Callback, as_callbacks, says_stop
 from flame_ext.checkpoint import (
     arrays_to_tensors,
     read_checkpoint,
@@ -93,7 +93,7 @@ class Trainer:
     ) -> None:
         wanted = make_config(algorithm, preset, config)
         self.seed = seed = check_seed(seed)
-        self.callbacks = _checked(callbacks)
+        self.callbacks = as_callbacks(callbacks)
         # Evaluation and training episodes must not share seeds.
         self._eval_seed = seed + 1_000_003
         self.device = resolve_device(device, backend)
@@ -367,9 +367,9 @@ class Trainer:
             array: np.ndarray = self.agent.act(rows, noise.expand(len(rows), -1, -1)).cpu().numpy()
             return array
 
-        # The same episodes at every evaluation: their start states do not blur the curve.
         if self._evaluations_end_episodes:
             self._obs = None
+        # The same episodes at every evaluation: their start states do not blur the curve.
         outcome = run_episodes(
             self.eval_env, act, c.eval_episodes, seed=self._eval_seed, interrupted=interrupted
         )
@@ -446,7 +446,6 @@ class Trainer:
                 "starts new episodes and is not bit-equal to one that never stopped",
                 stacklevel=3,
             )
-            self._obs = self.env.reset(self.seed + self.global_step)
 
     def _write_config(self) -> None:
         text = json.dumps(self.config.to_dict(), indent=1)
@@ -478,17 +477,6 @@ def _unusable(run_dir: Path, error: Exception) -> RunDirectoryError:
     return RunDirectoryError(
         f"the checkpoint in {run_dir} is damaged or of another version of flame_ext: {what}"
     )
-
-
-def _checked(callbacks: Callback | Iterable[Callback]) -> tuple[Callback, ...]:
-    callbacks = (callbacks,) if isinstance(callbacks, Callback) else tuple(callbacks)
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise TypeError(
-                f"callbacks holds {callback!r}, which is no Callback; a function goes into "
-                "FunctionCallback(function)"
-            )
-    return callbacks
 
 
 def _check_sizes(trained: tuple[int, int], evaluated: tuple[int, int]) -> None:

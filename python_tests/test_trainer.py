@@ -341,7 +341,8 @@ def test_a_resumed_run_does_not_repeat_its_first_episodes(tmp_path: Path) -> Non
     options = {**TINY, "num_envs": 1}
     Trainer(Hidden, config=options, run_dir=tmp_path / "run", eval_env=Counting).run(30)
     with pytest.warns(UserWarning, match="starts new episodes"):
-        Trainer.resume(tmp_path / "run", env=Hidden, eval_env=Counting)
+        resumed = Trainer.resume(tmp_path / "run", env=Hidden, eval_env=Counting)
+    resumed.run(40)
     given = [seed for seed in seeds if seed is not None]
     assert len(given) == len(set(given)) == 2
 

@@ -5,8 +5,8 @@ When a run ends, its curve, its settings and its provenance (commit, versions, m
 of its start) go to `--results`, which `report.py` then draws and tabulates anew. Ctrl-C and SIGTERM
 stop the runs with a checkpoint. Runs that are finished there or in `--runs` are kept and
 interrupted ones resume, so the command can be repeated, on another machine too, until the matrix is
-complete. The algorithm `sb3-sac` is
-Stable-Baselines3's SAC (`sb3_sac.py`); it starts again when interrupted.
+complete. The algorithm `sb3-sac` is Stable-Baselines3's SAC (`sb3_sac.py`); it starts again when
+interrupted.
 
 Run: python benchmarks/learning/matrix.py --tasks HalfCheetah-v5 --algorithms flame sac \
          --seeds 3 --steps 100000 --jobs 2 --runs runs/compare --results runs/compare-results
